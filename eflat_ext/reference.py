@@ -1,0 +1,230 @@
+"""The paper, word for word: slow, float64, everything materialised.
+
+Deng et al., "EFlat-LoRA" (arXiv 2508.00522), with ``W = W0 + s B A``:
+
+    (1)  G_hat = (1/2s) [ G_B (A^T)^+ + (B^T)^+ G_A ]      full-space gradient      (n, m)
+    (2)  E_W   = rho G_hat / ||G_hat||                     full-space perturbation  (n, m)
+    (3)  E_B   = (1/s) E_W A^+                             transfer onto B          (n, r)
+         E_A   = (1/s) B^+ E_W                             transfer onto A          (r, m)
+
+Every test of the fast operators and optimizers compares with this page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def default_rtol(A: Tensor, B: Tensor) -> float:
+    """Relative singular value below which a factor's direction counts as zero.
+
+    Args:
+        A: (r, m) factor. B: (n, r) factor.
+
+    Returns:
+        ``min(max(n, m, r) eps32, 1e-3)`` for types of up to 32 bits, ``max(1e-7, max(n, m, r) eps64)``
+        for float64.
+    """
+    size = max(B.shape[0], A.shape[1], A.shape[0])
+    if A.dtype == torch.float64:
+        return max(1e-7, size * torch.finfo(torch.float64).eps)
+    return min(size * torch.finfo(torch.float32).eps, 1e-3)
+
+
+def full_space_gradient(
+    A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: float, rtol: float | None = None
+) -> Tensor:
+    """Equation (1): the (n, m) float64 estimate of the gradient of W.
+
+    Args:
+        A: (r, m). B: (n, r). grad_A, grad_B: their gradients, of the same shapes. Any float dtype.
+        scaling: the layer's ``s``, not zero.
+        rtol: cutoff of the pseudo-inverses, :func:`default_rtol` if None.
+    """
+    rtol = default_rtol(A, B) if rtol is None else rtol
+    A, B, grad_A, grad_B = (t.double() for t in (A, B, grad_A, grad_B))
+    pinv_At = torch.linalg.pinv(A.T, rtol=rtol)
+    pinv_Bt = torch.linalg.pinv(B.T, rtol=rtol)
+    return (grad_B @ pinv_At + pinv_Bt @ grad_A) / (2 * scaling)
+
+
+def transfer(
+    E_W: Tensor, A: Tensor, B: Tensor, scaling: float, onto: str = "B", rtol: float | None = None
+) -> Tensor:
+    """Equation (3): the (n, m) perturbation of W carried by one factor, float64.
+
+    Returns:
+        E_B of shape (n, r) for ``onto="B"``, E_A of shape (r, m) for ``onto="A"``.
+    """
+    rtol = default_rtol(A, B) if rtol is None else rtol
+    if onto == "B":
+        return E_W @ torch.linalg.pinv(A.double(), rtol=rtol) / scaling
+    return torch.linalg.pinv(B.double(), rtol=rtol) @ E_W / scaling
+
+
+def perturb(
+    A: Tensor,
+    B: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    scaling: float,
+    rho: float,
+    onto: str = "B",
+    rtol: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Equations (1)-(3) for one pair, in float64: ``(E, norm of G_hat)``.
+
+    E is zero where the norm is zero or not finite (the pseudo-inverse of a factor that is not
+    finite does not exist: the norm is NaN then).
+    """
+    E, norms = foreach_perturb([A], [B], [grad_A], [grad_B], [scaling], rho, onto, "layer", rtol)
+    return E[0], norms[0]
+
+
+def foreach_perturb(
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    grad_A: Sequence[Tensor],
+    grad_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rho: float,
+    onto: str = "B",
+    norm_scope: str = "layer",
+    rtol: float | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Equations (1)-(3) for a list of pairs, in float64: ``(list of E, norms per layer)``.
+
+    ``norm_scope="global"`` divides by the root of the sum of squares over the layers whose own
+    norm is finite; a layer whose norm is zero or not finite gets E = 0.
+    """
+    pairs = list(zip(A, B, grad_A, grad_B, scaling, strict=True))
+    gradients = [
+        full_space_gradient(*pair, rtol)
+        if all(bool(t.isfinite().all()) for t in pair[:4])
+        else torch.full((pair[1].shape[0], pair[0].shape[1]), math.nan, dtype=torch.float64)
+        for pair in pairs
+    ]
+    norms = [float(G.norm()) for G in gradients]
+    total = math.sqrt(sum(norm**2 for norm in norms if math.isfinite(norm)))
+    E = []
+    for (a, b, _, _, s), G, norm in zip(pairs, gradients, norms, strict=True):
+        if norm > 0 and math.isfinite(norm):
+            E_W = rho * G / (norm if norm_scope == "layer" else total)
+            E.append(transfer(E_W, a, b, s, onto, rtol))
+        else:
+            E.append(torch.zeros_like(b if onto == "B" else a, dtype=torch.float64))
+    return E, torch.tensor(norms, dtype=torch.float64)
+
+
+# The training loops.  `pairs` are (A, B, scaling); `closure` does zero_grad, forward, backward and
+# returns the loss; `base` is any torch optimizer over the factors (and anything else).
+
+Pairs = Sequence[tuple[Tensor, Tensor, float]]
+Closure = Callable[[], Tensor]
+
+
+def _perturbations(pairs: Pairs, rho: float, onto: str, norm_scope: str, rtol: float | None) -> list[Tensor]:
+    A, B, scaling = zip(*pairs, strict=True)
+    E, _ = foreach_perturb(
+        A, B, [a.grad for a in A], [b.grad for b in B], scaling, rho, onto, norm_scope, rtol
+    )
+    return E
+
+
+def bounded(pairs: Pairs, ema: Sequence[Tensor], rho: float, norm_scope: str) -> list[Tensor]:
+    """Averages onto A, scaled down until ``||s B E_A|| <= rho``: they were made with an earlier B.
+
+    ``norm_scope="global"`` scales all of them by one factor, so that the root of the sum of
+    squares is at most rho.
+    """
+    norms = [float((s * b.detach().double() @ E).norm()) for (_, b, s), E in zip(pairs, ema, strict=True)]
+    if norm_scope == "global":
+        norms = [math.hypot(*norms)] * len(norms)
+    return [E * (rho / norm) if norm > rho else E for E, norm in zip(ema, norms, strict=True)]
+
+
+def flat_lora_step(
+    pairs: Pairs,
+    base: torch.optim.Optimizer,
+    closure: Closure,
+    rho: float,
+    onto: str = "B",
+    norm_scope: str = "layer",
+    rtol: float | None = None,
+) -> Tensor:
+    """One step of Flat-LoRA: two gradients, the second at the perturbed point."""
+    loss = closure()
+    targets = [b if onto == "B" else a for a, b, _ in pairs]
+    clean = [t.detach().clone() for t in targets]
+    with torch.no_grad():
+        for target, E in zip(targets, _perturbations(pairs, rho, onto, norm_scope, rtol), strict=True):
+            target.add_(E)
+    closure()
+    with torch.no_grad():
+        for target, value in zip(targets, clean, strict=True):
+            target.copy_(value)
+    base.step()
+    return loss
+
+
+def eflat_lora_step(
+    pairs: Pairs,
+    base: torch.optim.Optimizer,
+    closure: Closure,
+    ema: list[Tensor],
+    rho: float,
+    beta: float,
+    onto: str = "B",
+    norm_scope: str = "layer",
+    rtol: float | None = None,
+) -> Tensor:
+    """One step of EFlat-LoRA: one gradient, at the point perturbed by the moving average.
+
+    ``ema`` holds the moving averages (zeros at the start) and is updated in place; for
+    ``onto="A"`` each is bounded where it is applied.
+    """
+    targets = [b if onto == "B" else a for a, b, _ in pairs]
+    clean = [t.detach().clone() for t in targets]
+    with torch.no_grad():
+        applied = ema if onto == "B" else bounded(pairs, ema, rho, norm_scope)
+        for target, mean in zip(targets, applied, strict=True):
+            target.add_(mean)
+    loss = closure()
+    perturbations = _perturbations(pairs, rho, onto, norm_scope, rtol)
+    with torch.no_grad():
+        for target, value in zip(targets, clean, strict=True):
+            target.copy_(value)
+    base.step()
+    for mean, E in zip(ema, perturbations, strict=True):
+        mean.mul_(1 - beta).add_(E, alpha=beta)
+    return loss
+
+
+def lora_sam_step(
+    pairs: Pairs,
+    base: torch.optim.Optimizer,
+    closure: Closure,
+    rho: float,
+    norm_scope: str = "layer",
+) -> Tensor:
+    """One step of LoRA-SAM, the peer: A and B each perturbed along its own gradient."""
+    loss = closure()
+    squares = [a.grad.double().square().sum() + b.grad.double().square().sum() for a, b, _ in pairs]
+    if norm_scope == "global":
+        squares = [torch.stack(squares).sum()] * len(pairs)
+    clean = [(a.detach().clone(), b.detach().clone()) for a, b, _ in pairs]
+    with torch.no_grad():
+        for (a, b, _), square in zip(pairs, squares, strict=True):
+            a.add_(rho * a.grad / square.sqrt())
+            b.add_(rho * b.grad / square.sqrt())
+    closure()
+    with torch.no_grad():
+        for (a, b, _), (clean_a, clean_b) in zip(pairs, clean, strict=True):
+            a.copy_(clean_a)
+            b.copy_(clean_b)
+    base.step()
+    return loss
