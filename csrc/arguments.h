@@ -1,0 +1,224 @@
+// Tensors → Problem, with every argument checked before anything is computed.
+//
+// The stable ABI can only throw RuntimeError; eflat_ext/ops.py turns these into ValueError and
+// TypeError. Messages name the argument, what was given and what was expected.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pairs.h"
+
+namespace eflat {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    default:
+      return "a type that is none of float64, float32, bfloat16, float16";
+  }
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+// "A" of perturb, "A[3]" of the foreach form.
+inline std::string argument(const char* name, int64_t index) {
+  return index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
+}
+
+inline DType checked_dtype(const Tensor& t, const std::string& name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16, got ",
+                      dtype_name(t.scalar_type()));
+  }
+}
+
+inline void check_like(const Tensor& t, const std::string& name, const Tensor& like,
+                       const std::string& like_name) {
+  bool same = t.dim() == like.dim();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
+  STD_TORCH_CHECK(same, name, " must have the shape of ", like_name, ", ", shape_of(like), ", got ",
+                  shape_of(t));
+}
+
+inline void check_dtype_and_device(const Tensor& t, const std::string& name, const Tensor& like,
+                                   const std::string& like_name) {
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ",
+                  like_name, ", ", dtype_name(like.scalar_type()), ", got ",
+                  dtype_name(t.scalar_type()));
+  STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of ", like_name);
+}
+
+inline double default_rtol(const Pair& p) {
+  const double size = double(std::max({p.target.length, p.other.length, int64_t(p.rank)}));
+  return p.dtype == DType::f64 ? std::max(1e-7, size * 2.220446049250313e-16)
+                               : std::min(size * 1.1920928955078125e-07, 1e-3);
+}
+
+inline void check_length(const char* name, int64_t given, int64_t expected) {
+  STD_TORCH_CHECK(given == expected, name, " must have one entry per pair, ", expected, ", got ",
+                  given);
+}
+
+// The arguments that all operators share, and the contiguous tensors that keep pointers alive.
+struct Arguments {
+  std::vector<Pair> pairs;
+  std::vector<Tensor> kept;
+  bool onto_B;
+  bool global_norm;
+  bool all_float64 = true;
+
+  Arguments(const std::string& onto, const std::string& norm_scope, double rho,
+            std::optional<double> rtol) {
+    STD_TORCH_CHECK(onto == "B" || onto == "A", "onto must be 'B' or 'A', got '", onto, "'");
+    STD_TORCH_CHECK(norm_scope == "layer" || norm_scope == "global",
+                    "norm_scope must be 'layer' or 'global', got '", norm_scope, "'");
+    STD_TORCH_CHECK(std::isfinite(rho) && rho >= 0, "rho must be finite and at least 0, got ", rho);
+    STD_TORCH_CHECK(!rtol || (*rtol >= 1e-7 && *rtol < 1),
+                    "rtol must be None or in [1e-7, 1), got ", rtol.value_or(0));
+    onto_B = onto == "B";
+    global_norm = norm_scope == "global";
+  }
+
+  const void* keep(const Tensor& t) {
+    kept.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+    return kept.back().const_data_ptr();
+  }
+
+  // Checks a pair and appends it, with `out` still to be set. index < 0: no list.
+  void add(const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,
+           double scaling, std::optional<double> rtol, int64_t index) {
+    const std::string a = argument("A", index), b = argument("B", index);
+    STD_TORCH_CHECK(A.dim() == 2, a, " must be 2-d, (r, m), got shape ", shape_of(A));
+    STD_TORCH_CHECK(B.dim() == 2, b, " must be 2-d, (n, r), got shape ", shape_of(B));
+    const int64_t r = A.size(0), m = A.size(1), n = B.size(0);
+    STD_TORCH_CHECK(B.size(1) == r, b, " must be (n, r) for ", a, " of shape (r, m) = ",
+                    shape_of(A), ", got shape ", shape_of(B));
+    STD_TORCH_CHECK(r >= 1 && r <= kMaxRank, "the rank of ", a, " must be 1 to ", kMaxRank,
+                    ", got ", r);
+    STD_TORCH_CHECK(n >= 1 && m >= 1, a, " and ", b, " must not be empty, got shapes ", shape_of(A),
+                    " and ", shape_of(B));
+    Pair p{};
+    p.rank = int(r);
+    p.dtype = checked_dtype(A, a);
+    check_dtype_and_device(B, b, A, a);
+    check_gradient(grad_A, argument("grad_A", index), A, a);
+    check_gradient(grad_B, argument("grad_B", index), B, b);
+    check_scaling(scaling, index);
+    p.scaling = scaling;
+    const Side side_A{keep(A), keep(grad_A), m, true}, side_B{keep(B), keep(grad_B), n, false};
+    p.target = onto_B ? side_B : side_A;
+    p.other = onto_B ? side_A : side_B;
+    p.rtol = rtol.value_or(default_rtol(p));
+    all_float64 = all_float64 && p.dtype == DType::f64;
+    pairs.push_back(p);
+  }
+
+  // Checks and appends every pair of a list that is not empty; returns a tensor for the norms.
+  Tensor add_all(const std::vector<Tensor>& A, const std::vector<Tensor>& B,
+                 const std::vector<Tensor>& grad_A, const std::vector<Tensor>& grad_B,
+                 const std::vector<double>& scaling, std::optional<double> rtol) {
+    const int64_t count = A.size();
+    check_length("B", B.size(), count);
+    check_length("grad_A", grad_A.size(), count);
+    check_length("grad_B", grad_B.size(), count);
+    check_length("scaling", scaling.size(), count);
+    kept.reserve(4 * count);
+    for (int64_t l = 0; l < count; ++l) {
+      STD_TORCH_CHECK(A[l].device() == A[0].device(), argument("A", l),
+                      " must be on the device of A[0]: one call, one device");
+      add(A[l], B[l], grad_A[l], grad_B[l], scaling[l], rtol, l);
+    }
+    return new_norms(A[0], {count});
+  }
+
+  // A moving average onto A and the B it is to be applied beside.
+  void add_applied(const Tensor& ema, const Tensor& B, double scaling, int64_t index,
+                   const Tensor& first) {
+    const std::string e = argument("ema", index), b = argument("B", index);
+    STD_TORCH_CHECK(ema.dim() == 2 && B.dim() == 2 && ema.size(0) == B.size(1), b,
+                    " must be (n, r) for ", e, " of shape (r, m), got shapes ", shape_of(B),
+                    " and ", shape_of(ema));
+    const int64_t r = ema.size(0);
+    STD_TORCH_CHECK(r >= 1 && r <= kMaxRank, "the rank of ", e, " must be 1 to ", kMaxRank,
+                    ", got ", r);
+    STD_TORCH_CHECK(ema.device() == first.device() && B.device() == first.device(), e, " and ", b,
+                    " must be on the device of ema[0]");
+    check_scaling(scaling, index);
+    Pair p{};
+    p.rank = int(r);
+    p.dtype = checked_dtype(B, b);
+    p.out_dtype = checked_dtype(ema, e);
+    p.scaling = scaling;
+    p.target = {keep(B), nullptr, B.size(0), false};
+    p.other = {keep(ema), nullptr, ema.size(1), true};
+    pairs.push_back(p);
+  }
+
+  // Float64 when all factors are, else float32.
+  Tensor new_norms(const Tensor& like, std::vector<int64_t> shape) const {
+    return torch::stable::new_empty(like, shape,
+                                    all_float64 ? ScalarType::Double : ScalarType::Float);
+  }
+
+  Problem problem(double rho, Update update) const {
+    return {pairs.data(), int(pairs.size()), rho, global_norm, update};
+  }
+
+  static void check_gradient(const Tensor& grad, const std::string& name, const Tensor& factor,
+                             const std::string& factor_name) {
+    check_like(grad, name, factor, factor_name);
+    check_dtype_and_device(grad, name, factor, factor_name);
+  }
+
+  static void check_scaling(double scaling, int64_t index) {
+    STD_TORCH_CHECK(std::isfinite(scaling) && scaling != 0, argument("scaling", index),
+                    " must be finite and not 0, got ", scaling);
+  }
+};
+
+// Whether a moving average is what foreach_perturb_ema_ can update.
+inline void check_average(const Tensor& ema, int64_t index, const Tensor& target,
+                          const char* target_name) {
+  const std::string name = argument("ema", index), like = argument(target_name, index);
+  check_like(ema, name, target, like);
+  STD_TORCH_CHECK(ema.device() == target.device(), name, " must be on the device of ", like);
+  const ScalarType expected =
+      target.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(ema.scalar_type() == expected, name, " must be ", dtype_name(expected), " for ",
+                  dtype_name(target.scalar_type()), " factors, got ",
+                  dtype_name(ema.scalar_type()));
+  STD_TORCH_CHECK(ema.is_contiguous(), name, " must be contiguous, since it is updated in place");
+}
+
+}  // namespace eflat

@@ -1,0 +1,141 @@
+// From the Gram matrices of both sides of a LoRA pair to the norm of the full-space gradient and
+// the r x r coefficients of the perturbation.
+//
+// A side is a factor and its gradient, seen as length x r matrices: Z = [B | G_B] with n rows, or
+// Z = [A^T | G_A^T] with m rows. Its Gram matrix holds all that is needed of it:
+//
+//     Z^T Z = [ M   F ]      B side: M = B^T B,  F = B^T G_B = C,    K = G_B^T G_B
+//             [ F^T K ]      A side: M = A A^T,  F = A G_A^T = N^T,  K = G_A G_A^T
+//
+// The two directions of the transfer differ only in which side is the target (t) and which the
+// other (o). DESIGN: with P = M^+,
+//
+//     (2 s ||G_hat||)^2 = tr(P_o K_t) + tr(P_t K_o) + 2 <Q, F_t>       Q = P_t F_o^T P_o
+//     E                 = c Z_t [ Q   ]                                c = rho / (2 s^2 ||G_hat||)
+//                               [ P_o ]
+//
+// onto B: Q = M_B^+ N M_A^+, E_B = c [ B Q + G_B M_A^+ ].  onto A: the transpose of
+// E_A = c [ M_B^+ G_A + (M_B^+ C M_A^+) A ].
+#pragma once
+#include "pseudo_inverse.h"
+
+namespace eflat {
+
+struct Coefficients {
+  double norm;  // ||G_hat||; NaN or infinite when the input is
+  double size;  // ||E|| ||G_hat|| / rho, or an upper bound of it
+};
+
+// c of one layer, 0 for a layer to be left alone. `scope_norm` is ||G_hat|| of the layer, or of
+// all of them.
+EFLAT_HD double scale_of(double scaling, double rho, double scope_norm) {
+  return rho / (2 * scaling * scaling * scope_norm);
+}
+
+EFLAT_HD bool usable(double norm) { return norm > 0 && norm <= 1.7976931348623157e308; }
+
+inline namespace EFLAT_TARGET {
+
+// gram_t, gram_o: (2r, 2r), symmetric. P_t, P_o: (r, r). weights: out, (2r, stride), the matrix
+// [Q; P_o]. work: 2 r^2.
+template <class Team>
+EFLAT_HD Coefficients coefficients(const Team& team, int r, const double* gram_t,
+                                   const double* P_t, const double* gram_o, const double* P_o,
+                                   double scaling, DType dtype, double rho, double* weights,
+                                   int stride, double* work) {
+  const int d = 2 * r;
+  double* FP = work;         // F_o^T P_o
+  double* Q = work + r * r;
+  for (int i = 0; i < r; ++i) {
+    for (int j = team.lane(); j < r; j += team.lanes()) FP[i * r + j] = 0;
+    for (int k = 0; k < r; ++k) {
+      const double f = gram_o[k * d + r + i];
+      for (int j = team.lane(); j < r; j += team.lanes()) FP[i * r + j] += f * P_o[k * r + j];
+    }
+  }
+  team.sync();
+  multiply(team, r, r, r, P_t, FP, Q);
+
+  double square = 0, trace = 0, weight = 0;
+  for (int i = 0; i < r; ++i) {
+    EFLAT_SUM_OVER(square, weight)
+    for (int j = team.lane(); j < r; j += team.lanes()) {
+      const double q = Q[i * r + j], p = P_o[i * r + j];
+      square += p * gram_t[(r + i) * d + r + j] + P_t[i * r + j] * gram_o[(r + i) * d + r + j] +
+                2 * q * gram_t[i * d + r + j];
+      weight += q * q + p * p;
+    }
+  }
+  for (int i = team.lane(); i < d; i += team.lanes()) trace += gram_t[i * d + i] + gram_o[i * d + i];
+  square = team.sum(square);
+  trace = team.sum(trace);
+  weight = team.sum(weight);
+
+  for (int i = 0; i < r; ++i) {
+    for (int j = team.lane(); j < r; j += team.lanes()) {
+      weights[i * stride + j] = Q[i * r + j];
+      weights[(r + i) * stride + j] = P_o[i * r + j];
+    }
+  }
+  team.sync();
+
+  // A factor or gradient that is not finite shows in a trace, whatever became of it above.
+  const double finite_or_not = trace - trace;
+  const double norm = sqrt(square < 0 ? 0 : square) / (2 * fabs(scaling)) + finite_or_not;
+
+  // ||Z W|| <= ||Z|| ||W|| settles nearly always that E can be represented in its type; the exact
+  // norm is computed where it does not.
+  double size = sqrt(trace) * sqrt(weight) / (2 * scaling * scaling);
+  if (usable(norm) && !(rho * size <= largest_finite(dtype) * norm)) {
+    double exact = 0;
+    for (int i = 0; i < d; ++i) {
+      for (int j = team.lane(); j < r; j += team.lanes()) {
+        double v = 0;
+        for (int k = 0; k < d; ++k) v += gram_t[i * d + k] * weights[k * stride + j];
+        exact += v * weights[i * stride + j];
+      }
+    }
+    exact = team.sum(exact);
+    size = sqrt(exact < 0 ? 0 : exact) / (2 * scaling * scaling);
+  }
+  return {norm, size};
+}
+
+}  // namespace EFLAT_TARGET
+
+// Turns layers' norms into their factors c. A layer whose norm is zero or not finite, or whose E
+// would not be finite in its type (its norm becomes infinite then), gets c = 0. With one norm for
+// all layers, the root of the sum of squares runs over the layers that are left.
+// Layers: norm(l), size(l), scaling(l), dtype(l) by index; norm is written, c is written.
+template <class Layers>
+EFLAT_HD void finish_scales(Layers& layers, int count, double rho, bool global) {
+  for (bool changed = true; changed;) {
+    double total = 0;
+    if (global) {
+      double largest = 0, squares = 0;  // of norm / largest: no overflow
+      for (int l = 0; l < count; ++l)
+        if (usable(layers.norm(l)) && layers.norm(l) > largest) largest = layers.norm(l);
+      for (int l = 0; l < count; ++l) {
+        if (!usable(layers.norm(l))) continue;
+        const double x = layers.norm(l) / largest;
+        squares += x * x;
+      }
+      total = largest * sqrt(squares);
+    }
+    changed = false;
+    for (int l = 0; l < count; ++l) {
+      double& norm = layers.norm(l);
+      layers.scale(l) = 0;
+      if (!usable(norm)) continue;
+      const double scope_norm = global ? total : norm;
+      if (rho * layers.size(l) / scope_norm <= largest_finite(layers.dtype(l))) {
+        layers.scale(l) = scale_of(layers.scaling(l), rho, scope_norm);
+      } else {
+        norm = HUGE_VAL;
+        changed = global;
+      }
+    }
+  }
+}
+
+}  // namespace eflat

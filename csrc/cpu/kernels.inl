@@ -1,0 +1,294 @@
+// The vectorised inner loops. Included by kernels_{baseline,avx2,avx512}.cpp, which set
+//   EFLAT_TARGET  the inline namespace that keeps the three apart
+//   EFLAT_LANES   float64 lanes of a vector
+//   EFLAT_ROWS    accumulator rows of a register tile, a multiple of EFLAT_LANES
+//   EFLAT_VECTORS accumulator vectors of a row
+// and the compiler's target. No inline function of the standard library may be called here: the
+// linker would keep one copy of it for all, perhaps one that this processor cannot run.
+//
+// Everything works on packed rows: a chunk of [factor | grad] rows, converted to float64,
+//
+//     z[k * ld + j],  k < chunk,  j < 2r,  zeros up to ld (a multiple of EFLAT_ROWS)
+//
+// small enough to stay in the L1 cache. A (r, m) is transposed on the way, so that both sides of a
+// pair go through the same two loops: z^T z (gram) and z * weights (product). Both keep a tile of
+// EFLAT_ROWS x EFLAT_VECTORS vectors in registers; per vector loaded there are EFLAT_ROWS fused
+// multiply-adds, so they run at the rate of the multiply-add units, not of memory: at rank 16 a
+// float32 row pair has 128 bytes and about 1,100 multiply-adds.
+
+namespace eflat {
+inline namespace EFLAT_TARGET {
+namespace {
+
+constexpr int kLanes = EFLAT_LANES, kRows = EFLAT_ROWS, kVectors = EFLAT_VECTORS;
+
+// Unaligned, aliasing vectors of EFLAT_LANES elements.
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * kLanes), aligned(sizeof(T)), may_alias));
+};
+using Vec = VectorOf<double>::type;
+using VecF = VectorOf<float>::type;
+using VecU = VectorOf<uint32_t>::type;
+using VecH = VectorOf<uint16_t>::type;
+
+EFLAT_HD Vec& at(double* p) { return *reinterpret_cast<Vec*>(p); }
+EFLAT_HD const Vec& at(const double* p) { return *reinterpret_cast<const Vec*>(p); }
+
+EFLAT_HD Vec widen(const double* p) { return at(p); }
+EFLAT_HD Vec widen(const float* p) {
+  return __builtin_convertvector(*reinterpret_cast<const VecF*>(p), Vec);
+}
+EFLAT_HD Vec widen(const bf16* p) {
+  const VecU bits = __builtin_convertvector(*reinterpret_cast<const VecH*>(p), VecU) << 16;
+  return __builtin_convertvector((VecF)bits, Vec);
+}
+EFLAT_HD Vec widen(const f16* p) {  // as to_double(f16)
+  const VecU half = __builtin_convertvector(*reinterpret_cast<const VecH*>(p), VecU);
+  const VecU sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  const VecU normal = (magnitude << 13) + (112u << 23);
+  const VecU special = (magnitude << 13) | 0x7f800000u;
+  const VecU subnormal = (VecU)((VecF)(magnitude | 0x3f000000u) - 0.5f);
+  const VecU bits = magnitude < 0x400u ? subnormal : magnitude < 0x7c00u ? normal : special;
+  return __builtin_convertvector((VecF)(bits | sign), Vec);
+}
+
+constexpr int pad(int n) { return (n + kRows - 1) / kRows * kRows; }
+
+// Rows of a chunk: a power of two for which it takes about 16 KiB.
+int chunk_rows(int ld) {
+  int rows = 256;
+  while (rows > 16 && rows * ld > 2048) rows /= 2;
+  return rows;
+}
+
+// z[k * ld + j] = x[(begin + k) * r + j], x row-major.
+template <class T>
+void pack_rows(const T* x, int r, int64_t begin, int count, double* z, int ld) {
+  x += begin * r;
+  for (int k = 0; k < count; ++k, x += r, z += ld) {
+    int j = 0;
+    for (; j + kLanes <= r; j += kLanes) at(z + j) = widen(x + j);
+    for (; j < r; ++j) z[j] = to_double(x[j]);
+  }
+}
+
+// z[k * ld + j] = x[j * length + begin + k]: a transposed factor.
+template <class T>
+void pack_columns(const T* x, int64_t length, int r, int64_t begin, int count, double* z, int ld) {
+  x += begin;
+  for (int j = 0; j < r; ++j, x += length) {
+    int k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+      const Vec v = widen(x + k);
+      for (int i = 0; i < kLanes; ++i) z[(k + i) * int64_t(ld) + j] = v[i];
+    }
+    for (; k < count; ++k) z[k * int64_t(ld) + j] = to_double(x[k]);
+  }
+}
+
+template <class T>
+void pack(const Side& side, int r, int64_t begin, int count, double* z, int ld) {
+  const T* factor = static_cast<const T*>(side.factor);
+  const T* grad = static_cast<const T*>(side.grad);
+  if (side.transposed) {
+    pack_columns(factor, side.length, r, begin, count, z, ld);
+    if (grad) pack_columns(grad, side.length, r, begin, count, z + r, ld);
+  } else {
+    pack_rows(factor, r, begin, count, z, ld);
+    if (grad) pack_rows(grad, r, begin, count, z + r, ld);
+  }
+}
+
+// Zeroes the padding once, then packs chunk after chunk into z.
+void pack(const Side& side, DType dtype, int r, int64_t begin, int count, double* z, int ld) {
+  switch (dtype) {
+    case DType::f64:
+      return pack<double>(side, r, begin, count, z, ld);
+    case DType::f32:
+      return pack<float>(side, r, begin, count, z, ld);
+    case DType::bf16:
+      return pack<bf16>(side, r, begin, count, z, ld);
+    case DType::f16:
+      return pack<f16>(side, r, begin, count, z, ld);
+  }
+}
+
+void zero(double* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = 0;
+}
+
+// out[i0 + i, j0 + j] += sum over k of z[k, i0 + i] z[k, j0 + j].
+template <int V>
+void gram_tile(const double* z, int ld, int count, int i0, int j0, double* out) {
+  Vec sum[kRows][V] = {};
+  for (int k = 0; k < count; ++k, z += ld) {
+    Vec column[V];
+    for (int v = 0; v < V; ++v) column[v] = at(z + j0 + v * kLanes);
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < V; ++v) sum[i][v] += z[i0 + i] * column[v];
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int v = 0; v < V; ++v) at(out + (i0 + i) * int64_t(ld) + j0 + v * kLanes) += sum[i][v];
+}
+
+// out (ld, ld) += z^T z, at and right of the diagonal tiles only.
+void add_gram(const double* z, int ld, int count, double* out) {
+  for (int i0 = 0; i0 < ld; i0 += kRows) {
+    int j0 = i0;
+    for (; j0 + kVectors * kLanes <= ld; j0 += kVectors * kLanes)
+      gram_tile<kVectors>(z, ld, count, i0, j0, out);
+    for (; j0 < ld; j0 += kLanes) gram_tile<1>(z, ld, count, i0, j0, out);
+  }
+}
+
+// Both halves of the padded sum, without padding.
+void symmetrise(const double* padded, int ld, int n, double* gram) {
+  for (int i = 0; i < n; ++i)
+    for (int j = i; j < n; ++j) gram[i * n + j] = gram[j * n + i] = padded[i * ld + j];
+}
+
+// out[k, j0...] = sum over i of z[k, i] w[i, j0...] for M rows k and V vectors j.
+template <int M, int V>
+void product_tile(const double* z, int ldz, int depth, const double* w, int ldw, double* out) {
+  Vec sum[M][V] = {};
+  for (int i = 0; i < depth; ++i, w += ldw) {
+    Vec row[V];
+    for (int v = 0; v < V; ++v) row[v] = at(w + v * kLanes);
+    for (int k = 0; k < M; ++k)
+      for (int v = 0; v < V; ++v) sum[k][v] += z[k * int64_t(ldz) + i] * row[v];
+  }
+  for (int k = 0; k < M; ++k)
+    for (int v = 0; v < V; ++v) at(out + k * int64_t(ldw) + v * kLanes) = sum[k][v];
+}
+
+// out (count, ldw) = z (count, depth) * w (depth, ldw).
+void product(const double* z, int ldz, int count, int depth, const double* w, int ldw,
+             double* out) {
+  int k = 0;
+  for (; k + kRows <= count; k += kRows, z += kRows * int64_t(ldz), out += kRows * int64_t(ldw)) {
+    int j = 0;
+    for (; j + kVectors * kLanes <= ldw; j += kVectors * kLanes)
+      product_tile<kRows, kVectors>(z, ldz, depth, w + j, ldw, out + j);
+    for (; j < ldw; j += kLanes) product_tile<kRows, 1>(z, ldz, depth, w + j, ldw, out + j);
+  }
+  for (; k < count; ++k, z += ldz, out += ldw)
+    for (int j = 0; j < ldw; j += kLanes) product_tile<1, 1>(z, ldz, depth, w + j, ldw, out + j);
+}
+
+// w (rows, columns) with its rows padded to ld.
+void pad_rows(const double* w, int rows, int columns, int ld, double* padded) {
+  zero(padded, int64_t(rows) * ld);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) padded[i * ld + j] = w[i * columns + j];
+}
+
+void gram(const Side& side, DType dtype, int r, int64_t begin, int64_t end, double* out,
+          double* scratch) {
+  const int width = side.grad ? 2 * r : r, ld = pad(width), chunk = chunk_rows(ld);
+  double* z = scratch;
+  double* padded = z + int64_t(chunk) * ld;
+  zero(scratch, int64_t(chunk) * ld + int64_t(ld) * ld);
+  for (int64_t k = begin; k < end; k += chunk) {
+    const int count = int(end - k < chunk ? end - k : chunk);
+    pack(side, dtype, r, k, count, z, ld);
+    add_gram(z, ld, count, padded);
+  }
+  symmetrise(padded, ld, width, out);
+}
+
+void second_gram(const Side& side, DType dtype, int r, int k, const double* basis, int64_t begin,
+                 int64_t end, double* out, double* scratch) {
+  const Side factor = {side.factor, nullptr, side.length, side.transposed};
+  const int ld = pad(r), ldk = pad(k), chunk = chunk_rows(ld);
+  double* z = scratch;
+  double* y = z + int64_t(chunk) * ld;
+  double* w = y + int64_t(chunk) * ldk;
+  double* padded = w + int64_t(r) * ldk;
+  zero(padded, int64_t(ldk) * ldk);
+  pad_rows(basis, r, k, ldk, w);
+  for (int64_t at_row = begin; at_row < end; at_row += chunk) {
+    const int count = int(end - at_row < chunk ? end - at_row : chunk);
+    pack(factor, dtype, r, at_row, count, z, ld);
+    product(z, ld, count, r, w, ldk, y);
+    add_gram(y, ldk, count, padded);
+  }
+  symmetrise(padded, ldk, k, out);
+}
+
+template <class T>
+EFLAT_HD void store(T* out, double e, Update update) {
+  *out = from_double<T>(update.average ? (1 - update.beta) * to_double(*out) + update.beta * e : e);
+}
+
+template <class T>
+void store_chunk(const double* e, int ld, int count, int r, const Side& side, int64_t begin,
+                 double scale, Update update, T* out) {
+  if (side.transposed) {
+    for (int j = 0; j < r; ++j)
+      for (int k = 0; k < count; ++k)
+        store(out + j * side.length + begin + k, scale * e[k * int64_t(ld) + j], update);
+  } else {
+    for (int k = 0; k < count; ++k)
+      for (int j = 0; j < r; ++j)
+        store(out + (begin + k) * r + j, scale * e[k * int64_t(ld) + j], update);
+  }
+}
+
+void apply(const Side& side, DType dtype, int r, int64_t begin, int64_t end, const double* weights,
+           double scale, Update update, void* out, DType out_dtype, double* scratch) {
+  const int ld = pad(2 * r), ldw = pad(r), chunk = chunk_rows(ld);
+  double* z = scratch;
+  double* e = z + int64_t(chunk) * ld;
+  double* w = e + int64_t(chunk) * ldw;
+  pad_rows(weights, 2 * r, r, ldw, w);
+  for (int64_t k = begin; k < end; k += chunk) {
+    const int count = int(end - k < chunk ? end - k : chunk);
+    pack(side, dtype, r, k, count, z, ld);
+    product(z, ld, count, 2 * r, w, ldw, e);
+    switch (out_dtype) {
+      case DType::f64:
+        store_chunk(e, ldw, count, r, side, k, scale, update, static_cast<double*>(out));
+        break;
+      case DType::f32:
+        store_chunk(e, ldw, count, r, side, k, scale, update, static_cast<float*>(out));
+        break;
+      case DType::bf16:
+        store_chunk(e, ldw, count, r, side, k, scale, update, static_cast<bf16*>(out));
+        break;
+      case DType::f16:
+        store_chunk(e, ldw, count, r, side, k, scale, update, static_cast<f16*>(out));
+        break;
+    }
+  }
+}
+
+InversionState invert(int r, const double* M, double rtol, DType dtype, double* inverse,
+                      double* rows, double* eigenvalues, double* work) {
+  return invert_gram(SerialTeam(), r, M, rtol, dtype, inverse, rows, eigenvalues, work);
+}
+void make_basis(int k, int r, const double* rows, const double* eigenvalues, double* basis) {
+  correction_basis(SerialTeam(), k, r, rows, eigenvalues, basis, k);
+}
+int correct(int k, int r, const double* second, double* rows, double* eigenvalues, double* work) {
+  return correct_rows(SerialTeam(), k, r, second, rows, eigenvalues, work);
+}
+void truncate(int k, int r, double shift, double rtol, const double* rows,
+              const double* eigenvalues, double* inverse, double* work) {
+  truncated_inverse(SerialTeam(), k, r, shift, rtol, rows, eigenvalues, inverse, work);
+}
+Coefficients make_coefficients(int r, const double* gram_t, const double* P_t,
+                               const double* gram_o, const double* P_o, double scaling,
+                               DType dtype, double rho, double* weights, double* work) {
+  return coefficients(SerialTeam(), r, gram_t, P_t, gram_o, P_o, scaling, dtype, rho, weights, r,
+                      work);
+}
+
+constexpr cpu::Kernels table(const char* name) {
+  return {name,       kLanes,  &gram,     &second_gram,      &apply, &invert,
+          &make_basis, &correct, &truncate, &make_coefficients};
+}
+
+}  // namespace
+}  // namespace EFLAT_TARGET
+}  // namespace eflat

@@ -1,0 +1,11 @@
+// What every processor of the architecture runs: SSE2, NEON.
+#define EFLAT_TARGET baseline
+#define EFLAT_LANES 2
+#define EFLAT_ROWS 4
+#define EFLAT_VECTORS 2
+#include "kernels.h"
+#include "kernels.inl"
+
+namespace eflat::cpu {
+const Kernels kBaseline = table("baseline");
+}

@@ -1,0 +1,292 @@
+// Reduce, solve, apply over a list of pairs.
+//
+//   reduce   blocks of rows of each side → partial Gram matrices → their sum in a fixed order
+//   solve    M^+ of both sides (with a second pass over a side where M is too ill-conditioned),
+//            then norm and coefficients
+//   apply    blocks of rows of the target → E
+//
+// Pairs are taken in groups small enough that apply finds in the cache what reduce has read. Blocks
+// depend on shapes alone, never on the number of threads, and so does every sum.
+#include "perturb.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace eflat::cpu {
+namespace {
+
+constexpr int64_t kGroupBytes = 1 << 20;  // of factors, gradients and partial sums
+
+// Rows per block: many enough that writing a partial Gram matrix costs little beside computing it.
+int64_t block_rows(int r) { return std::max(512, 16 * r); }
+int64_t block_count(const Side& side, int r) {
+  return (side.length + block_rows(r) - 1) / block_rows(r);
+}
+
+// Memory that grows and is kept, so that a training loop allocates nothing after its first step.
+double* reserve(std::vector<double>& buffer, int64_t size) {
+  if (int64_t(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+double* thread_scratch(int r) {
+  static thread_local std::vector<double> buffer;
+  return reserve(buffer, scratch_size(r));
+}
+
+// One side of one pair while its group is at work.
+struct SideWork {
+  const Side* side;
+  const Pair* pair;
+  double* partial;      // blocks x gram
+  double* gram;         // (2r, 2r)
+  double* inverse;      // (r, r)
+  double* rows;         // (r, r)
+  double* eigenvalues;  // r
+  double* basis;        // (r, r)
+  InversionState state;
+
+  int r() const { return pair->rank; }
+  int64_t blocks() const { return block_count(*side, r()); }
+  static int64_t doubles(const Pair& pair, const Side& side) {
+    const int64_t r = pair.rank;
+    return (block_count(side, pair.rank) + 1) * 4 * r * r + 3 * r * r + r;
+  }
+};
+
+struct Block {
+  int work;  // index of the side, or of the pair
+  int64_t begin, end;
+};
+
+void append_blocks(std::vector<Block>& blocks, int work, const Side& side, int r) {
+  const int64_t rows = block_rows(r);
+  for (int64_t begin = 0; begin < side.length; begin += rows)
+    blocks.push_back({work, begin, std::min(begin + rows, side.length)});
+}
+
+void sum_partials(const SideWork& work, int64_t size, double* out) {
+  std::copy_n(work.partial, size, out);
+  for (int64_t b = 1; b < work.blocks(); ++b)
+    for (int64_t e = 0; e < size; ++e) out[e] += work.partial[b * size + e];
+}
+
+class Perturbation {
+ public:
+  Perturbation(const Problem& problem, double* norms, const ParallelFor& parallel_for)
+      : problem_(problem), norms_(norms), parallel_for_(parallel_for), k_(kernels()) {
+    int64_t size = 0;
+    for (int l = 0; l < problem.count; ++l) size += 2 * square(problem.pairs[l].rank);
+    weights_.reserve(problem.count);
+    weight_storage_.resize(size);
+    double* next = weight_storage_.data();
+    for (int l = 0; l < problem.count; ++l) {
+      weights_.push_back(next);
+      next += 2 * square(problem.pairs[l].rank);
+    }
+    sizes_.resize(problem.count);
+    scales_.resize(problem.count);
+  }
+
+  int64_t run() {
+    for (int first = 0; first < problem_.count;) {
+      const int last = end_of_group(first);
+      solve(first, last);
+      if (!problem_.global_norm) apply(first, last);
+      first = last;
+    }
+    if (problem_.global_norm) apply(0, problem_.count);
+    return std::count_if(norms_, norms_ + problem_.count, [](double x) { return !usable(x); });
+  }
+
+ private:
+  static int64_t square(int64_t r) { return r * r; }
+
+  int end_of_group(int first) const {
+    int64_t bytes = 0;
+    int l = first;
+    do {
+      const Pair& p = problem_.pairs[l];
+      bytes += 2 * p.rank * (p.target.length + p.other.length) * size_of(p.dtype) +
+               8 * (SideWork::doubles(p, p.target) + SideWork::doubles(p, p.other));
+    } while (++l < problem_.count && bytes < kGroupBytes);
+    return l;
+  }
+
+  // Sides 2i and 2i + 1 are target and other of pair first + i.
+  std::vector<SideWork> lay_out(int first, int last) {
+    static thread_local std::vector<double> arena;
+    int64_t size = 0;
+    for (int l = first; l < last; ++l) {
+      const Pair& p = problem_.pairs[l];
+      size += SideWork::doubles(p, p.target) + SideWork::doubles(p, p.other);
+    }
+    double* next = reserve(arena, size);
+    std::vector<SideWork> sides;
+    for (int l = first; l < last; ++l) {
+      const Pair& p = problem_.pairs[l];
+      const int64_t rr = square(p.rank);
+      for (const Side* side : {&p.target, &p.other}) {
+        SideWork w{side, &p, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, {}};
+        auto take = [&next](int64_t n) { return (next += n) - n; };
+        w.partial = take(w.blocks() * 4 * rr);
+        w.gram = take(4 * rr);
+        w.inverse = take(rr);
+        w.rows = take(rr);
+        w.eigenvalues = take(p.rank);
+        w.basis = take(rr);
+        sides.push_back(w);
+      }
+    }
+    return sides;
+  }
+
+  void solve(int first, int last) {
+    std::vector<SideWork> sides = lay_out(first, last);
+    std::vector<Block> blocks;
+    for (size_t i = 0; i < sides.size(); ++i)
+      append_blocks(blocks, int(i), *sides[i].side, sides[i].r());
+    parallel_for_(blocks.size(), [&](int64_t i) {
+      const Block& b = blocks[i];
+      const SideWork& w = sides[b.work];
+      const int r = w.r();
+      k_.gram(*w.side, w.pair->dtype, r, b.begin, b.end,
+              w.partial + b.begin / block_rows(r) * 4 * square(r), thread_scratch(r));
+    });
+    parallel_for_(sides.size(), [&](int64_t i) { invert(sides[i]); });
+
+    blocks.clear();
+    std::vector<int> again;
+    for (size_t i = 0; i < sides.size(); ++i) {
+      if (sides[i].state.kind != Inversion::needs_second_pass) continue;
+      again.push_back(int(i));
+      append_blocks(blocks, int(i), *sides[i].side, sides[i].r());
+    }
+    if (!again.empty()) {
+      parallel_for_(blocks.size(), [&](int64_t i) {
+        const Block& b = blocks[i];
+        const SideWork& w = sides[b.work];
+        const int rank = w.state.rank;
+        k_.second_gram(*w.side, w.pair->dtype, w.r(), rank, w.basis, b.begin, b.end,
+                       w.partial + b.begin / block_rows(w.r()) * square(rank),
+                       thread_scratch(w.r()));
+      });
+      parallel_for_(again.size(), [&](int64_t i) { correct(sides[again[i]]); });
+    }
+
+    parallel_for_(last - first, [&](int64_t i) {
+      const int l = first + int(i);
+      const Pair& p = problem_.pairs[l];
+      const SideWork &t = sides[2 * i], &o = sides[2 * i + 1];
+      const Coefficients c =
+          k_.coefficients(p.rank, t.gram, t.inverse, o.gram, o.inverse, p.scaling, p.out_dtype,
+                          problem_.rho, weights_[l], thread_scratch(p.rank));
+      norms_[l] = c.norm;
+      sizes_[l] = c.size;
+    });
+  }
+
+  void invert(SideWork& w) {
+    const int r = w.r();
+    sum_partials(w, 4 * square(r), w.gram);
+    double* M = thread_scratch(r);
+    double* work = M + square(r);
+    for (int i = 0; i < r; ++i) std::copy_n(w.gram + i * 2 * r, r, M + i * r);
+    w.state = k_.invert_gram(r, M, w.pair->rtol, w.pair->dtype, w.inverse, w.rows, w.eigenvalues,
+                             work);
+    if (w.state.kind == Inversion::from_rows) {
+      k_.truncated_inverse(w.state.rank, r, w.state.shift, w.pair->rtol, w.rows, w.eigenvalues,
+                           w.inverse, work);
+    } else if (w.state.kind == Inversion::needs_second_pass) {
+      k_.correction_basis(w.state.rank, r, w.rows, w.eigenvalues, w.basis);
+    }
+  }
+
+  void correct(SideWork& w) {
+    const int r = w.r();
+    double* second = thread_scratch(r);
+    double* work = second + square(r);
+    sum_partials(w, square(w.state.rank), second);
+    const int rank = k_.correct_rows(w.state.rank, r, second, w.rows, w.eigenvalues, work);
+    k_.truncated_inverse(rank, r, 0, w.pair->rtol, w.rows, w.eigenvalues, w.inverse, work);
+  }
+
+  // What finish_scales asks of the layers from `first` on.
+  struct Layers {
+    Perturbation& p;
+    int first;
+    double& norm(int l) { return p.norms_[first + l]; }
+    double& scale(int l) { return p.scales_[first + l]; }
+    double size(int l) const { return p.sizes_[first + l]; }
+    double scaling(int l) const { return p.problem_.pairs[first + l].scaling; }
+    DType dtype(int l) const { return p.problem_.pairs[first + l].out_dtype; }
+  };
+
+  void apply(int first, int last) {
+    Layers layers{*this, first};
+    finish_scales(layers, last - first, problem_.rho, problem_.global_norm);
+    std::vector<Block> blocks;
+    for (int l = first; l < last; ++l) {
+      const Pair& p = problem_.pairs[l];
+      if (usable(norms_[l])) {
+        append_blocks(blocks, l, p.target, p.rank);
+      } else if (!problem_.update.average) {
+        std::memset(p.out, 0, p.target.length * p.rank * size_of(p.out_dtype));
+      }
+    }
+    parallel_for_(blocks.size(), [&](int64_t i) {
+      const Block& b = blocks[i];
+      const Pair& p = problem_.pairs[b.work];
+      k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[b.work], scales_[b.work],
+               problem_.update, p.out, p.out_dtype, thread_scratch(p.rank));
+    });
+  }
+
+  const Problem& problem_;
+  double* norms_;
+  const ParallelFor& parallel_for_;
+  const Kernels& k_;
+  std::vector<double> weight_storage_;
+  std::vector<double*> weights_;  // per pair, (2r, r)
+  std::vector<double> sizes_, scales_;
+};
+
+}  // namespace
+
+int64_t perturb(const Problem& problem, double* norms, const ParallelFor& parallel_for) {
+  return Perturbation(problem, norms, parallel_for).run();
+}
+
+void bound(const Pair* pairs, int count, double rho, bool global_norm, double* factors,
+           const ParallelFor& parallel_for) {
+  const Kernels& k = kernels();
+  // ||B E||^2 = tr(B^T B E E^T)
+  parallel_for(count, [&](int64_t l) {
+    const Pair& p = pairs[l];
+    const int r = p.rank;
+    std::vector<double> gram(3 * r * r);
+    double* partial = gram.data() + 2 * r * r;
+    double* sum = gram.data();
+    for (const Side* side : {&p.target, &p.other}) {
+      const DType dtype = side == &p.target ? p.dtype : p.out_dtype;
+      for (int64_t begin = 0; begin < side->length; begin += block_rows(r)) {
+        const int64_t end = std::min(begin + block_rows(r), side->length);
+        k.gram(*side, dtype, r, begin, end, partial, thread_scratch(r));
+        for (int e = 0; e < r * r; ++e) sum[e] += partial[e];
+      }
+      sum += r * r;
+    }
+    double square = 0;
+    for (int e = 0; e < r * r; ++e) square += gram[e] * gram[r * r + e];
+    factors[l] = std::fabs(p.scaling) * std::sqrt(std::max(square, 0.0));
+  });
+  double squares = 0;
+  for (int l = 0; l < count; ++l) squares += factors[l] * factors[l];
+  for (int l = 0; l < count; ++l) {
+    const double norm = global_norm ? std::sqrt(squares) : factors[l];
+    factors[l] = norm > rho ? rho / norm : 1.0;
+  }
+}
+
+}  // namespace eflat::cpu

@@ -1,0 +1,101 @@
+// The operators of torch.ops.eflat for one device, written once: a Device type says how to run a
+// Problem. Data flow only; the mathematics is in coefficients.h and the kernels.
+//
+// struct Device {
+//   explicit Device(const Tensor& on);
+//   // norms: float64 or float32, (pairs); skipped: int64, 0-d, or null
+//   void perturb(const Problem&, Tensor& norms, Tensor* skipped);
+//   // factors: float32, (pairs)
+//   void bound(const std::vector<Pair>&, double rho, bool global_norm, Tensor& factors);
+// };
+#pragma once
+#include <tuple>
+
+#include "arguments.h"
+
+namespace eflat {
+
+using Norms = std::tuple<std::vector<Tensor>, Tensor>;
+
+template <class Device>
+Norms foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> grad_A,
+                      std::vector<Tensor> grad_B, std::vector<double> scaling, double rho,
+                      std::string onto, std::string norm_scope, std::optional<double> rtol) {
+  Arguments arguments(onto, norm_scope, rho, rtol);
+  const Tensor norms = arguments.add_all(A, B, grad_A, grad_B, scaling, rtol);
+  Device device(A[0]);
+  std::vector<Tensor> E;
+  for (size_t l = 0; l < A.size(); ++l) {
+    const Tensor& target = arguments.onto_B ? B[l] : A[l];
+    E.push_back(torch::stable::new_empty(target, {target.size(0), target.size(1)}));
+    arguments.pairs[l].out = E[l].mutable_data_ptr();
+    arguments.pairs[l].out_dtype = arguments.pairs[l].dtype;
+  }
+  device.perturb(arguments.problem(rho, {false, 0}), norms, nullptr);
+  return {E, norms};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B,
+                                   double scaling, double rho, std::string onto,
+                                   std::optional<double> rtol) {
+  Arguments arguments(onto, "layer", rho, rtol);
+  arguments.add(A, B, grad_A, grad_B, scaling, rtol, -1);
+  Device device(A);
+  const Tensor& target = arguments.onto_B ? B : A;
+  Tensor E = torch::stable::new_empty(target, {target.size(0), target.size(1)});
+  const Tensor norm = arguments.new_norms(A, {});
+  arguments.pairs[0].out = E.mutable_data_ptr();
+  arguments.pairs[0].out_dtype = arguments.pairs[0].dtype;
+  device.perturb(arguments.problem(rho, {false, 0}), norm, nullptr);
+  return {E, norm};
+}
+
+template <class Device>
+Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
+                            std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
+                            std::vector<Tensor> ema, Tensor skipped, std::vector<double> scaling,
+                            double rho, double beta, std::string onto, std::string norm_scope,
+                            std::optional<double> rtol) {
+  Arguments arguments(onto, norm_scope, rho, rtol);
+  STD_TORCH_CHECK(beta >= 0 && beta <= 1, "beta must be in [0, 1], got ", beta);
+  STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.dim() == 0,
+                  "skipped must be an int64 tensor without dimensions, got shape ",
+                  shape_of(skipped));
+  check_length("ema", ema.size(), A.size());
+  const Tensor norms = arguments.add_all(A, B, grad_A, grad_B, scaling, rtol);
+  STD_TORCH_CHECK(skipped.device() == A[0].device(), "skipped must be on the device of A[0]");
+  for (size_t l = 0; l < A.size(); ++l) {
+    check_average(ema[l], l, arguments.onto_B ? B[l] : A[l], arguments.onto_B ? "B" : "A");
+    arguments.pairs[l].out = ema[l].mutable_data_ptr();
+    arguments.pairs[l].out_dtype =
+        ema[l].scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
+  }
+  Device device(A[0]);
+  device.perturb(arguments.problem(rho, {true, beta}), norms, &skipped);
+  return norms;
+}
+
+template <class Device>
+Tensor foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B, std::vector<double> scaling,
+                     double rho, std::string norm_scope) {
+  Arguments arguments("A", norm_scope, rho, std::nullopt);
+  check_length("B", B.size(), ema.size());
+  check_length("scaling", scaling.size(), ema.size());
+  for (size_t l = 0; l < ema.size(); ++l)
+    arguments.add_applied(ema[l], B[l], scaling[l], int64_t(l), ema[0]);
+  const int64_t count = ema.size();
+  Tensor factors = torch::stable::new_empty(ema[0], {count}, ScalarType::Float);
+  Device device(ema[0]);
+  device.bound(arguments.pairs, rho, arguments.global_norm, factors);
+  return factors;
+}
+
+// Registers the operators of one device; m is a StableLibrary.
+#define EFLAT_REGISTER(m, Device)                                                 \
+  m.impl("perturb", TORCH_BOX(&eflat::perturb<Device>));                          \
+  m.impl("foreach_perturb", TORCH_BOX(&eflat::foreach_perturb<Device>));          \
+  m.impl("foreach_perturb_ema_", TORCH_BOX(&eflat::foreach_perturb_ema_<Device>)); \
+  m.impl("foreach_bound", TORCH_BOX(&eflat::foreach_bound<Device>))
+
+}  // namespace eflat

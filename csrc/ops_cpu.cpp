@@ -1,0 +1,104 @@
+// torch.ops.eflat: schemas, the CPU implementation, and the empty list, which has no device.
+#include <Python.h>
+
+#include <atomic>
+#include <type_traits>
+
+#include "cpu/perturb.h"
+#include "operators.h"
+
+namespace eflat {
+namespace {
+
+// torch's own threads; blocks differ in size, so they are handed out one by one.
+void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  auto worker = [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) body(i);
+  };
+  if (threads <= 1) return worker(0, 1);
+  torch::stable::parallel_for(0, threads, 1, worker);
+}
+
+void write(const std::vector<double>& values, const Tensor& out) {
+  if (out.scalar_type() == ScalarType::Double) {
+    std::copy(values.begin(), values.end(), static_cast<double*>(out.mutable_data_ptr()));
+  } else {
+    std::transform(values.begin(), values.end(), static_cast<float*>(out.mutable_data_ptr()),
+                   [](double x) { return static_cast<float>(x); });
+  }
+}
+
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
+    std::vector<double> values(problem.count);
+    const int64_t left_alone = cpu::perturb(problem, values.data(), parallel_for);
+    write(values, norms);
+    if (skipped) *static_cast<int64_t*>(skipped->mutable_data_ptr()) += left_alone;
+  }
+
+  void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
+    std::vector<double> values(pairs.size());
+    cpu::bound(pairs.data(), int(pairs.size()), rho, global_norm, values.data(), parallel_for);
+    write(values, factors);
+  }
+};
+
+Tensor no_pairs(size_t count) {
+  STD_TORCH_CHECK(count == 0,
+                  "this build of eflat_ext has no kernels for the device of its arguments: build "
+                  "with EFLAT_CUDA=1 for CUDA tensors");
+  const std::vector<int64_t> empty{0};
+  return torch::stable::empty(empty, ScalarType::Float);
+}
+
+Norms empty_foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B,
+                            std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
+                            std::vector<double> scaling, double rho, std::string onto,
+                            std::string norm_scope, std::optional<double> rtol) {
+  Arguments(onto, norm_scope, rho, rtol);
+  return {std::vector<Tensor>{}, no_pairs(A.size() + B.size() + grad_A.size() + grad_B.size() +
+                                          scaling.size())};
+}
+
+Tensor empty_foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B,
+                           std::vector<double> scaling, double rho, std::string norm_scope) {
+  Arguments("A", norm_scope, rho, std::nullopt);
+  return no_pairs(ema.size() + B.size() + scaling.size());
+}
+
+}  // namespace
+}  // namespace eflat
+
+STABLE_TORCH_LIBRARY(eflat, m) {
+  m.def(
+      "perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, float scaling, float rho, "
+      "str onto=\"B\", float? rtol=None) -> (Tensor E, Tensor norm)");
+  m.def(
+      "foreach_perturb(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, float[] scaling, "
+      "float rho, str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) "
+      "-> (Tensor[] E, Tensor norms)");
+  m.def(
+      "foreach_perturb_ema_(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "
+      "Tensor(a!)[] ema, Tensor(b!) skipped, float[] scaling, float rho, float beta, "
+      "str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) -> Tensor norms");
+  m.def(
+      "foreach_bound(Tensor[] ema, Tensor[] B, float[] scaling, float rho, "
+      "str norm_scope=\"layer\") -> Tensor factors");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(eflat, CPU, m) { EFLAT_REGISTER(m, eflat::Cpu); }
+
+STABLE_TORCH_LIBRARY_IMPL(eflat, CompositeExplicitAutograd, m) {
+  m.impl("foreach_perturb", TORCH_BOX(&eflat::empty_foreach_perturb));
+  m.impl("foreach_bound", TORCH_BOX(&eflat::empty_foreach_bound));
+}
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr,
+                               nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,3 @@
+"""EFlat-LoRA."""
+import torch
+from . import _C

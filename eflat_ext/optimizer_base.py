@@ -1,0 +1,348 @@
+"""What the three optimizers share: a real ``torch.optim.Optimizer`` around another one.
+
+Parameter groups and state are the base optimizer's own. This class adds the pairs whose weights
+are perturbed, the perturbation's life cycle, its radius, its counters and its checkpoint entries.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .pairs import LoraPair, find_pairs
+from .perturbed import PerturbedWeights, Slot
+
+Rho: TypeAlias = float | Callable[[int], float]
+
+# Names in state_dict(): the average under its target parameter, the counters in each group.
+_AVERAGE, _STEPS, _SKIPPED = "perturbation_ema", "perturbation_steps", "perturbation_skipped"
+
+
+class PairList(NamedTuple):
+    """The arguments of the operators for some pairs: factors, gradients, scalings."""
+
+    indices: list[int]
+    A: list[Tensor]
+    B: list[Tensor]
+    grad_A: list[Tensor]
+    grad_B: list[Tensor]
+    scaling: list[float]
+
+
+class PerturbingOptimizer(Optimizer):
+    """Base class: wraps ``base`` and perturbs ``factors`` ("A", "B" or both) of the pairs of a model.
+
+    Learning rate schedulers, step hooks, gradient scalers and the profiler treat it as any
+    optimizer. It cannot be copied or pickled: save :meth:`state_dict` and construct it anew.
+
+    Attributes:
+        base: the wrapped optimizer.
+        pairs: the LoRA pairs that are perturbed.
+    """
+
+    def __init__(
+        self, model: nn.Module, base: Optimizer, *, rho: Rho, norm_scope: str, factors: Sequence[str]
+    ) -> None:
+        _check_base(base)
+        if norm_scope not in ("layer", "global"):
+            raise ValueError(f'norm_scope: expected "layer" or "global", got {norm_scope!r}')
+        self.base = base
+        self.norm_scope = norm_scope
+        self.pairs, slots = _perturbed_pairs(find_pairs(model), base, factors)
+        # Optimizer.__init__ would make groups and state of its own; this sets the hooks alone.
+        self.__setstate__({})
+        self._targets: list[Slot] = slots
+        positions = {id(p): i for i, p in enumerate(_parameters(base.param_groups))}
+        self._positions = [positions[id(getattr(*slot))] for slot in slots]
+        self._steps = 0
+        device = getattr(*slots[0]).device
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._norms: tuple[list[int], Tensor] = ([], torch.zeros(0, device=device))
+        self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._warned_clean = False
+        self._weights: PerturbedWeights
+        self.rho = rho
+
+    def _perturb_with(self, model: nn.Module, perturbation: Callable[[list[Tensor]], None]) -> None:
+        guarded = [(pair.layer, name) for pair in self.pairs for name in ("merge", "unmerge")]
+        self._weights = PerturbedWeights(model, self._targets, perturbation, self, guarded)
+
+    # The base optimizer's own groups, state and defaults: it rebinds them when it loads.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's parameter groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's state by parameter."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's defaults."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; its parameters are trained, not perturbed."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, as the base optimizer does."""
+        self.base.zero_grad(set_to_none)
+
+    # The perturbation.
+
+    @property
+    def rho(self) -> Rho:
+        """Radius of the perturbation: a number, or a callable of the completed steps."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, rho: Rho) -> None:
+        self._rho = rho
+        self._rho_now()
+
+    @property
+    def skipped_perturbations(self) -> Tensor:
+        """How many times a layer got no new perturbation: its norm was zero or not finite.
+
+        An int64 tensor without dimensions on the parameters' device; reading its value waits.
+        """
+        return self._skipped
+
+    @property
+    def perturbation_norms(self) -> dict[str, Tensor]:
+        """Norm of each pair's gradient at its last step, before rho; tensors without dimensions.
+
+        By pair name; pairs without a gradient at that step are missing.
+        """
+        indices, norms = self._norms
+        return {self.pairs[i].name: norm for i, norm in zip(indices, norms.unbind(), strict=True)}
+
+    def train(self) -> None:
+        """Perturb the weights now, if a perturbation is due (idempotent).
+
+        With hooks on the model, which is the default, its training forward passes do this.
+        """
+        if self._weights.enabled:
+            self._weights.perturb()
+
+    def eval(self) -> None:
+        """Restore the clean weights now (idempotent)."""
+        self._weights.restore()
+
+    def clean(self) -> AbstractContextManager[None]:
+        """A context in which the weights are clean, whatever runs there."""
+        return self._weights.clean()
+
+    def remove_hooks(self) -> None:
+        """Restore the clean weights and take every hook off the model.
+
+        From then on :meth:`train` and :meth:`eval` perturb and restore; between them,
+        ``state_dict`` of the model holds perturbed weights.
+        """
+        self._weights.remove()
+
+    def _rho_now(self) -> float:
+        value = self._rho(self._steps) if callable(self._rho) else self._rho
+        try:
+            rho = float(value)
+        except (TypeError, ValueError):
+            rho = math.nan
+        if not math.isfinite(rho) or rho < 0:
+            raise ValueError(
+                f"rho: expected a finite number >= 0 or a callable of the step, got {value!r}"
+            )
+        return rho
+
+    def _with_gradients(self) -> PairList:
+        """The pairs that have a gradient; a factor that has none is given zeros."""
+        rows = PairList([], [], [], [], [], [])
+        for index, pair in enumerate(self.pairs):
+            A, B = pair.A, pair.B
+            grad_A, grad_B = A.grad, B.grad
+            if grad_A is None and grad_B is None:
+                continue
+            rows.indices.append(index)
+            rows.A.append(A)
+            rows.B.append(B)
+            rows.grad_A.append(self._no_gradient(A) if grad_A is None else grad_A)
+            rows.grad_B.append(self._no_gradient(B) if grad_B is None else grad_B)
+            rows.scaling.append(pair.scaling)
+        return rows
+
+    def _no_gradient(self, factor: Tensor) -> Tensor:
+        key = (factor.device, factor.dtype)
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros((), dtype=factor.dtype, device=factor.device)
+        return self._zeros[key].expand(factor.shape)
+
+    def _skipped_on(self, device: torch.device) -> Tensor:
+        if self._skipped.device != device:
+            self._skipped = self._skipped.to(device)
+        return self._skipped
+
+    def _warn_clean_gradient(self) -> None:
+        if not self._warned_clean:
+            self._warned_clean = True
+            warnings.warn(
+                "the gradient of this step was taken without the perturbation: no forward pass of "
+                "the model ran in training mode (model.train()), nor optimizer.train()",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    # Checkpoints.
+
+    def _averages(self) -> list[Tensor]:
+        """Moving averages to be saved, one per target; none where a method has no memory."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state, with the averages and counters; ``rho`` is not in it.
+
+        ``state`` holds each average as ``"perturbation_ema"`` beside its target's own entries;
+        each group holds ``"perturbation_steps"`` and ``"perturbation_skipped"``, two ints.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        packed = dict(self.base.state_dict())
+        counters = {_STEPS: self._steps, _SKIPPED: int(self._skipped)}
+        packed["param_groups"] = [{**group, **counters} for group in packed["param_groups"]]
+        packed["state"] = dict(packed["state"])
+        keys = _parameters(packed["param_groups"])
+        for position, average in zip(self._positions, self._averages(), strict=False):
+            key = keys[position]
+            packed["state"][key] = {**packed["state"].get(key, {}), _AVERAGE: average}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            packed = post_hook(self, packed) or packed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore clean weights, then load what :meth:`state_dict` gave.
+
+        A state without averages, such as the plain base optimizer's, loads with zeros.
+
+        Raises:
+            ValueError: groups or shapes do not match; nothing has been loaded then.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        steps, skipped = (
+            next((group[key] for group in groups if key in group), 0) for key in (_STEPS, _SKIPPED)
+        )
+        for group in groups:
+            group.pop(_STEPS, None)
+            group.pop(_SKIPPED, None)
+        state: dict[Any, Any] = {}
+        saved: dict[Any, Tensor] = {}
+        for key, entry in state_dict["state"].items():
+            if isinstance(entry, dict) and _AVERAGE in entry:
+                saved[key] = entry[_AVERAGE]
+                entry = {name: value for name, value in entry.items() if name != _AVERAGE}
+                if not entry:  # many optimizers take any entry for their own, complete state
+                    continue
+            state[key] = entry
+        keys = dict(enumerate(_parameters(groups)))
+        averages = self._averages()
+        values = [saved.get(keys.get(at)) for at, _ in zip(self._positions, averages, strict=False)]
+        for average, value in zip(averages, values, strict=True):
+            if value is not None and value.shape != average.shape:
+                raise ValueError(
+                    f"state_dict: expected a {_AVERAGE} of shape {tuple(average.shape)}, "
+                    f"got {tuple(value.shape)}"
+                )
+        self.eval()
+        self.base.load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        # Copied in place: the base class would cast them to the parameter's type.
+        for average, value in zip(averages, values, strict=True):
+            average.zero_() if value is None else average.copy_(value)
+        self._steps = int(steps)
+        self._skipped.fill_(int(skipped))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled, it is tied to its model: save its "
+            "state_dict() and construct it on the other model"
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rho={self._rho!r}, pairs={len(self.pairs)}, {self.base!r})"
+
+
+def _parameters(groups: Iterable[dict[str, Any]]) -> list[Any]:
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _check_base(base: Optimizer) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base: expected a torch.optim.Optimizer, got {type(base).__name__}")
+    if isinstance(base, PerturbingOptimizer):
+        raise TypeError(f"base: expected a plain optimizer, got {type(base).__name__}")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base: {type(base).__name__} evaluates a closure at several points in one step, the "
+            "perturbation belongs to one point; expected an optimizer whose step needs no closure"
+        )
+
+
+def _perturbed_pairs(
+    pairs: list[LoraPair], base: Optimizer, factors: Sequence[str]
+) -> tuple[list[LoraPair], list[Slot]]:
+    """The pairs that have a target the base optimizer trains, and those targets, each once."""
+    trained = {id(p) for p in _parameters(base.param_groups) if p.requires_grad}
+    kept: list[LoraPair] = []
+    slots: list[Slot] = []
+    left_out: list[str] = []
+    taken: set[int] = set()
+    for pair in pairs:
+        modules = [pair.module_A if factor == "A" else pair.module_B for factor in factors]
+        own = [module for module in modules if id(module.weight) in trained]
+        new = [module for module in own if id(module.weight) not in taken]  # tied: once
+        taken.update(id(module.weight) for module in new)
+        slots += [(module, "weight") for module in new]
+        if new:
+            kept.append(pair)
+        elif not own:
+            left_out.append(pair.name)
+    target = " or ".join(factors)
+    if not kept:
+        raise ValueError(
+            f"base: expected an optimizer over trainable LoRA factors, none of its parameters is "
+            f"factor {target} of a pair that requires a gradient"
+        )
+    if left_out:
+        warnings.warn(
+            f"factor {target} of these pairs is frozen or not among the base optimizer's "
+            f"parameters, they train without a perturbation: {', '.join(left_out)}",
+            UserWarning,
+            stacklevel=4,
+        )
+    return kept, slots

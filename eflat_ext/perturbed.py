@@ -1,0 +1,286 @@
+"""The life cycle of perturbed weights: when they are in the model, and how they come out again.
+
+``PerturbedWeights`` puts a perturbation into some of a model's parameters for training forward
+passes and takes it out for everything else. It keeps a copy of the clean values and copies it
+back: subtracting would not give the same bits, and rebinding ``.data`` would break compiled
+graphs and sharded modules that hold the storage.
+
+Between training forward passes the parameters themselves stay perturbed, since gradients of
+accumulated micro-batches belong to one point and autograd forbids writing to them. So everything
+that reads weights for keeps gets the clean values: ``state_dict`` a copy of them, loading and
+guarded methods (merging) a real restore first. A deep copy or a pickle of the model carries an
+inert object, which restores at the first occasion and never perturbs.
+
+Under ``torch.compile`` the change of the weights is part of the compiled forward pass, but the
+flag that records it is set after it: if that very pass fails half way (out of memory), the
+perturbation may stay in. Where this matters, call ``perturb`` before the forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+Slot = tuple[nn.Module, str]
+
+
+class PerturbedWeights:
+    """Owns a model's perturbed parameters, their clean copies and every hook on the model.
+
+    At every instant either the parameters are clean, or the object knows that they may not be
+    and its copy is complete; an exception or an interrupt between any two steps loses nothing.
+
+    Args:
+        model: whose training flag decides: a forward pass of it, or of a module of it that holds
+            all targets, perturbs in training mode and restores otherwise.
+        targets: the parameters as (module, attribute name); looked up when used, since other
+            libraries replace parameters.
+        perturbation: adds the perturbation in place to the list of target parameters it is given
+            (same order as ``targets``); called without gradients. It must not hold ``owner``.
+        owner: on whose behalf this happens; when it is garbage, forward passes restore.
+        guarded: methods as (module, method name) that find clean weights, always.
+
+    Attributes:
+        enabled: whether training forward passes perturb.
+        visited: whether weights were perturbed since someone last set it to False.
+
+    Raises:
+        RuntimeError: another, living owner perturbs this model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Slot],
+        perturbation: Callable[[list[Tensor]], None],
+        owner: object,
+        guarded: Iterable[Slot] = (),
+    ) -> None:
+        for other in _attached_to(model):
+            if other.alive:
+                raise RuntimeError(
+                    "model: its weights are perturbed by another optimizer already; call that "
+                    "optimizer's remove_hooks() first"
+                )
+            other.remove(model)
+        self.enabled = True
+        self.visited = False
+        self._model: nn.Module | None = model
+        self._slots = list(targets)
+        self._perturbation: Callable[[list[Tensor]], None] | None = perturbation
+        self._suspended = 0
+        self._dirty = False  # the targets may differ from the copies
+        self._applied = False  # the perturbation is in the targets, whole
+        self._held = self._targets()  # the parameters whose values were copied
+        self._clean = [torch.empty_like(target) for target in self._held]
+        self._owner: weakref.ref[Any] | None = weakref.ref(owner, self._disable)
+        self._hook(model, guarded)
+
+    @property
+    def alive(self) -> bool:
+        """Whether hooks are on a model and the owner exists."""
+        return self._owner is not None and self._owner() is not None
+
+    @property
+    def applied(self) -> bool:
+        """Whether the perturbation is in the parameters now."""
+        return self._applied
+
+    def perturb(self) -> None:
+        """Copy the clean values and add the perturbation; nothing if it is in already."""
+        if self._applied or self._suspended or self._perturbation is None:
+            return
+        self.restore()
+        with torch.no_grad():
+            targets = self._targets()
+            copies = self._copies(targets)
+            torch._foreach_copy_(copies, targets)
+            self._held, self._clean = targets, copies
+            self._dirty = True
+            self._perturbation(targets)
+            self._applied = True
+            self.visited = True
+
+    def restore(self) -> None:
+        """Copy the clean values back, bit for bit; nothing if they are there already."""
+        if not self._dirty:
+            return
+        self._applied = False
+        with torch.no_grad():
+            torch._foreach_copy_(self._held, self._clean)
+        self._dirty = False
+
+    @contextmanager
+    def clean(self) -> Iterator[None]:
+        """Clean weights within, whatever runs there; perturbed again afterwards if they were."""
+        applied = self._applied
+        self.restore()
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+            if applied:
+                self.perturb()
+
+    def remove(self, model: nn.Module | None = None) -> None:
+        """Restore, and take every hook off (``model`` where this object was copied with it)."""
+        self.restore()
+        model = model or self._model
+        self._owner = None
+        if model is None:
+            return
+        for module in model.modules():
+            for hooks in (
+                module._forward_pre_hooks,
+                module._state_dict_hooks,
+                module._load_state_dict_pre_hooks,
+            ):
+                for key in [key for key, hook in hooks.items() if _attachment(hook) is self]:
+                    del hooks[key]
+            for name, value in list(vars(module).items()):
+                if isinstance(value, _RestoreFirst) and value.weights is self:
+                    value.uninstall()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a copy of the model needs to become clean; nothing that would perturb it, and no
+        # reference that would make a copied layer drag the whole model along.
+        held = self._held if self._dirty else []
+        return {"held": held, "clean": self._clean[: len(held)]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.enabled = self.visited = False
+        self._model = self._perturbation = self._owner = None
+        self._slots = []
+        self._suspended = 0
+        self._held, self._clean = state["held"], state["clean"]
+        self._dirty = bool(self._held)
+        self._applied = False
+
+    def _disable(self, _: object) -> None:
+        self.enabled = False
+
+    def _targets(self) -> list[Tensor]:
+        return [getattr(module, name) for module, name in self._slots]
+
+    def _copies(self, targets: list[Tensor]) -> list[Tensor]:
+        """The buffers, renewed where a parameter has moved or changed its type."""
+        for index, (copy, target) in enumerate(zip(self._clean, targets, strict=True)):
+            if (
+                copy.dtype != target.dtype
+                or copy.device != target.device
+                or copy.shape != target.shape
+            ):
+                with torch.inference_mode(False):
+                    self._clean[index] = torch.empty_like(target)
+        return self._clean
+
+    def _hook(self, model: nn.Module, guarded: Iterable[Slot]) -> None:
+        for module in _holders(model, [module for module, _ in self._slots]):
+            module.register_forward_pre_hook(self._before_forward, prepend=True)
+        index_of = {id(target): index for index, target in enumerate(self._held)}
+        for module in model.modules():
+            # Not only the slots' own modules: a tied parameter is saved under each of its names.
+            owned = [
+                (name, index_of[id(parameter)])
+                for name, parameter in module._parameters.items()
+                if id(parameter) in index_of
+            ]
+            if owned:
+                hook = functools.partial(self._save_clean, owned)
+                module.register_state_dict_post_hook(hook)
+                module.register_load_state_dict_pre_hook(self._before_load)
+        for module, name in guarded:
+            _RestoreFirst(self, module, name).install()
+
+    def _before_forward(self, module: nn.Module, args: object) -> None:
+        model = self._model
+        if model is not None and model.training and self.enabled and not self._suspended:
+            if not self._applied and getattr(module, "_is_replica", False):
+                raise RuntimeError(
+                    "torch.nn.DataParallel copied the weights before they were perturbed: use "
+                    "DistributedDataParallel, or call optimizer.train() before each forward pass"
+                )
+            self.perturb()
+        else:
+            self.restore()
+
+    def _save_clean(
+        self,
+        owned: list[tuple[str, int]],
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+    ) -> None:
+        if not self._dirty:
+            return
+        for name, index in owned:
+            key, parameter = prefix + name, module._parameters[name]
+            if key in state_dict and parameter is self._held[index]:
+                value = self._clean[index].to(parameter, copy=True)
+                if isinstance(state_dict[key], Parameter):  # keep_vars=True
+                    value = Parameter(value, parameter.requires_grad)
+                state_dict[key] = value
+
+    def _before_load(self, *_: object) -> None:
+        self.restore()
+
+
+class _RestoreFirst:
+    """A method of one module that restores the weights before it runs."""
+
+    def __init__(self, weights: PerturbedWeights, module: nn.Module, name: str) -> None:
+        self.weights, self.module, self.name = weights, module, name
+        self.patched = vars(module).get(name)  # another library's patch of the same method
+
+    def install(self) -> None:
+        setattr(self.module, self.name, self)
+
+    def uninstall(self) -> None:
+        delattr(self.module, self.name)
+        if self.patched is not None:
+            setattr(self.module, self.name, self.patched)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.weights.restore()
+        method = self.patched or getattr(type(self.module), self.name).__get__(self.module)
+        return method(*args, **kwargs)
+
+
+def _attachment(hook: Any) -> PerturbedWeights | None:
+    """The object that a hook on a module belongs to, if it is one of ours."""
+    hook = getattr(hook, "hook", hook)  # torch wraps hooks on loading
+    hook = getattr(hook, "func", hook)  # partial
+    weights = getattr(hook, "__self__", None)
+    return weights if isinstance(weights, PerturbedWeights) else None
+
+
+def _attached_to(model: nn.Module) -> list[PerturbedWeights]:
+    hooks = [hook for module in model.modules() for hook in module._state_dict_hooks.values()]
+    found = {id(weights): weights for hook in hooks if (weights := _attachment(hook))}
+    return list(found.values())
+
+
+def _holders(model: nn.Module, owners: Sequence[nn.Module]) -> list[nn.Module]:
+    """The model and, going inwards, its modules that hold all owners but are none themselves.
+
+    A call may enter at any of them: ``generate`` of a wrapped model enters at the inner one.
+    """
+    wanted, holders = set(owners), [model]
+    if not wanted <= set(model.modules()):
+        raise ValueError("targets: expected modules of the model, got others")
+    while True:
+        for child in holders[-1].children():
+            if child not in wanted and wanted <= set(child.modules()):
+                holders.append(child)
+                break
+        else:
+            return holders

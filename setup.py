@@ -1,0 +1,164 @@
+"""Builds the CPU module always, the CUDA module where there is a CUDA torch and nvcc.
+
+EFLAT_CUDA=auto|0|1 (auto): 1 insists on CUDA; with a CPU build of torch the CUDA module is then
+compiled and linked all the same, to check that it builds; it loads under a CUDA torch only.
+TORCH_CUDA_ARCH_LIST chooses architectures ("8.0;9.0+PTX").
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+
+def fail(message):
+    raise SystemExit(f"eflat_ext: {message}")
+
+
+try:
+    import torch
+except ImportError:
+    fail(
+        "it is built against the installed torch, which was not found: "
+        "pip install torch ninja setuptools wheel, then pip install --no-build-isolation ."
+    )
+
+
+def find_cuda_home():
+    """The toolkit's folder, also where nvcc on the path is a wrapper script; None without nvcc."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        candidates.append(Path(nvcc).resolve().parent.parent)
+        dry_run = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+        output = subprocess.run(dry_run, capture_output=True, text=True, check=False).stderr
+        here = re.search(r"_HERE_=(\S+)", output)
+        candidates.append(here and Path(here.group(1)).parent)
+    for folder in [*candidates, "/usr/local/cuda"]:
+        if folder and Path(folder, "include/cuda_runtime.h").is_file() and Path(folder, "bin/nvcc").is_file():
+            return str(folder)
+    return None
+
+
+MODE = os.environ.get("EFLAT_CUDA", "auto").lower()
+CUDA_HOME = find_cuda_home() if MODE != "0" else None
+CUDA_TORCH = torch.version.cuda is not None
+if MODE not in ("auto", "0", "1"):
+    fail(f"EFLAT_CUDA must be auto, 0 or 1, got {MODE!r}")
+if MODE == "1" and CUDA_HOME is None:
+    fail("EFLAT_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to a folder with bin/nvcc")
+if torch.version.hip is not None and MODE == "1":
+    fail("EFLAT_CUDA=1, but the installed torch is a ROCm build")
+if CUDA_HOME:
+    os.environ["CUDA_HOME"] = CUDA_HOME  # before torch's extension module is imported
+WITH_CUDA = MODE == "1" or (MODE == "auto" and CUDA_TORCH and CUDA_HOME is not None)
+
+TORCH_TARGET = "2.11"  # the oldest torch that the stable ABI is compiled for
+if tuple(int(x) for x in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
+    fail(f"torch >= {TORCH_TARGET} is needed, found {torch.__version__}")
+if WITH_CUDA and CUDA_TORCH:
+    toolkit = re.search(r"release (\d+)\.", subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout)
+    if toolkit and toolkit.group(1) != torch.version.cuda.split(".")[0]:
+        fail(
+            f"nvcc is of CUDA {toolkit.group(1)}, torch of CUDA {torch.version.cuda}: install the "
+            "matching toolkit, set CUDA_HOME to it, or build for the CPU alone with EFLAT_CUDA=0"
+        )
+
+from setuptools import setup  # noqa: E402
+from setuptools.command.build_py import build_py  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
+
+
+def architectures():
+    """As torch spells them; the visible GPUs', else every generation from Ampere on."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if given:
+        return given.replace(" ", ";").split(";")
+    if torch.cuda.is_available():
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
+    return ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+
+
+ARCHITECTURES = architectures() if WITH_CUDA else []
+
+
+class Build(BuildExtension):
+    """Compiles the .cu files of an extension itself: they include no torch header, so torch's
+    nvcc flags are not needed, and torch refuses nvcc altogether where it is a CPU build."""
+
+    def build_extension(self, ext):
+        for source in getattr(ext, "cuda_sources", []):
+            Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+            output = str(Path(self.build_temp, Path(source).name + ".o").resolve())
+            code = []
+            for arch in ARCHITECTURES:
+                number = arch.replace("+PTX", "").replace(".", "")
+                code += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+                if arch.endswith("+PTX"):
+                    code += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+            command = [f"{CUDA_HOME}/bin/nvcc", "-std=c++20", "-O3", "-lineinfo", "--threads", "2"]
+            command += [*code, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", source, "-o", output]
+            print(" ".join(command))
+            try:
+                subprocess.check_call(command)
+            except subprocess.CalledProcessError:
+                fail(f"nvcc could not compile {source} for {ARCHITECTURES}: see its message above")
+            ext.extra_objects.append(output)
+        super().build_extension(ext)
+
+
+class BuildPython(build_py):
+    """Writes what the build knows of itself as a Python constant."""
+
+    def run(self):
+        super().run()
+        compiler = subprocess.run(
+            [os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True, check=False
+        ).stdout.split("\n")[0]
+        info = {
+            "cuda": WITH_CUDA,
+            "cuda_architectures": ARCHITECTURES,
+            "compiler": compiler,
+            "torch_target": TORCH_TARGET,
+            "torch_built_with": torch.__version__,
+        }
+        text = f'"""Written by setup.py."""\n\nBUILD_INFO = {info!r}\n'
+        folder = Path("eflat_ext") if self.editable_mode else Path(self.build_lib, "eflat_ext")
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder, "_build_info.py").write_text(text)
+
+
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-psabi"]
+CXX_FLAGS += ["-Wno-unknown-pragmas", f"-DTORCH_TARGET_VERSION=0x{2:02x}{11:02x}000000000000"]
+
+extensions = [
+    CppExtension(
+        "eflat_ext._C",
+        ["csrc/ops_cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        py_limited_api=True,
+        extra_compile_args=CXX_FLAGS,
+    )
+]
+if WITH_CUDA:
+    cuda = CppExtension(
+        "eflat_ext._C_cuda",
+        ["csrc/ops_cuda.cpp"],
+        py_limited_api=True,
+        include_dirs=[f"{CUDA_HOME}/include"],
+        library_dirs=[f"{CUDA_HOME}/lib64"],
+        extra_compile_args=[*CXX_FLAGS, "-DUSE_CUDA"],
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart"],
+    )
+    cuda.cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    extensions.append(cuda)
+
+setup(
+    packages=["eflat_ext"],
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build, "build_py": BuildPython},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
