@@ -1,3 +1,24 @@
-"""EFlat-LoRA."""
+"""EFlat-LoRA: sharpness-aware LoRA fine-tuning at LoRA's cost.
+
+``import eflat_ext`` needs torch alone; the optimizers need peft when they are created.
+"""
+
+import importlib.util
+
 import torch
-from . import _C
+
+from .ops import foreach_perturb, perturb
+
+if torch.version.cuda is not None and importlib.util.find_spec("eflat_ext._C_cuda") is not None:
+    from . import _C_cuda  # noqa: F401  (registers the CUDA kernels)
+
+
+def build_info() -> dict[str, object]:
+    """What was built: CUDA or not, its architectures, the compiler, the torch target."""
+    from ._build_info import BUILD_INFO
+
+    return dict(BUILD_INFO)
+
+
+__all__ = ["build_info", "foreach_perturb", "perturb"]
+__version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +57,7 @@ def _launch(
         app.config = cyclopts.config.Dict(
             _read_config(config), source=str(config), use_commands_as_keys=False
         )
-    app(tokens, exit_on_error=False, print_error=False)
+    app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -74,17 +75,29 @@ def _read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def main() -> None:
-    """Run the command line; exit with 0, 2 (unusable input, one sentence on stderr) or 130."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: in place of those that the process was started with.
+
+    Returns:
+        The exit code: 0, or 2 if the input cannot be used (with one sentence on standard
+        error), or 130 after Ctrl-C.
+    """
     try:
-        app.meta(exit_on_error=False, print_error=False)
+        app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (cyclopts.CycloptsError, InputError) as error:
         print(f"eflat: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"eflat: {error}: pip install 'eflat_ext[finetune]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("eflat: interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -138,9 +138,15 @@ class FinetuneConfig:
             raise InputError(f"--rtol is {self.rtol}, but must lie between 0 and 1")
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings but the output folder, in types that YAML and JSON know."""
+        """All settings but the output folder, in types that YAML and JSON know.
+
+        Local paths are made absolute, so the settings mean the same from any folder.
+        """
         settings = dataclasses.asdict(self)
         del settings["output_dir"]
+        for name in ("model", "data", "test_data"):
+            if settings[name] and Path(settings[name]).exists():
+                settings[name] = str(Path(settings[name]).resolve())
         return settings
 
 

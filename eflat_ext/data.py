@@ -296,7 +296,8 @@ def split(
         data: at least two classes.
         test: a test set of its own; without it the test part is cut from ``data``.
         train_size: sentences to train on; by default all that remain.
-        validation_size: sentences for validation; by default a tenth, at most 1,000.
+        validation_size: sentences for validation; by default a tenth of what the test part
+            leaves, at most 1,000.
         test_size: sentences to test on; by default a fifth of ``data``, at most 2,000, or
             all of ``test``.
         seed: of the shuffle.

@@ -7,6 +7,7 @@ the grid of methods and seeds with its report.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import time
@@ -54,13 +55,12 @@ class Task:
     steps: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
-    """One run: its figures, the loss of every step, and the trained model."""
+    """The figures of one run and the loss of its every step."""
 
     metrics: dict[str, Any]
     losses: list[float]
-    model: PreTrainedModel | None
 
 
 def prepare(config: FinetuneConfig) -> Task:
@@ -187,7 +187,7 @@ def train(
         metrics["skipped_perturbations"] = int(optimizer.skipped_perturbations)
     if task.device.type == "cuda":
         metrics["peak_memory_mib"] = torch.cuda.max_memory_allocated(task.device) / 2**20
-    return Result(metrics, losses, model)
+    return Result(metrics, losses)
 
 
 @torch.no_grad()
@@ -229,10 +229,17 @@ def run(config: FinetuneConfig) -> Path:
                 # Not before: settings that the model cannot take leave no folder behind.
                 report.create_folder(folder, config, task)
             on_step = bars.start(f"{report.TITLES[method]}, seed {seed}", task.steps)
-            result = train(config, task, method, seed, model, optimizer, on_step)
-            report.save_run(folder, result, task)
+            try:
+                result = train(config, task, method, seed, model, optimizer, on_step)
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"{task.device} ran out of memory; lower --batch-size or --max-length, "
+                    "or take --dtype bfloat16"
+                ) from None
+            report.save_run(folder, result, model, task)
             results.append(result)
-            result.model = None
+            del model, optimizer
+            gc.collect()  # hooks may tie the two in a cycle, and the next run needs the memory
     report.finish(folder, config, results)
     return folder
 

@@ -22,6 +22,7 @@ from eflat_ext.data import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
+    from transformers import PreTrainedModel
 
     from eflat_ext.finetune import Result, Task
 
@@ -187,12 +188,11 @@ def create_folder(folder: Path, config: FinetuneConfig, task: Task) -> None:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
-def save_run(folder: Path, result: Result, task: Task) -> None:
+def save_run(folder: Path, result: Result, model: PreTrainedModel, task: Task) -> None:
     """Write METHOD/seed-N: adapter or model, metrics.json and the loss of every step."""
     metrics = result.metrics
     run = folder / metrics["method"] / f"seed-{metrics['seed']}"
-    assert result.model is not None
-    result.model.save_pretrained(run)
+    model.save_pretrained(run)
     if metrics["method"] == "full":
         task.tokenizer.save_pretrained(run)
     _write_json(run / "metrics.json", metrics)
