@@ -91,7 +91,19 @@ Tensor foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B, std::vector
   return factors;
 }
 
-// Registers the operators of one device; m is a StableLibrary.
+// Schemas and registration; m is a library of STABLE_TORCH_LIBRARY or STABLE_TORCH_LIBRARY_IMPL.
+#define EFLAT_DEFINE(m)                                                                         \
+  m.def("perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, float scaling, float rho, "  \
+        "str onto=\"B\", float? rtol=None) -> (Tensor E, Tensor norm)");                        \
+  m.def("foreach_perturb(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "            \
+        "float[] scaling, float rho, str onto=\"B\", str norm_scope=\"layer\", "                \
+        "float? rtol=None) -> (Tensor[] E, Tensor norms)");                                     \
+  m.def("foreach_perturb_ema_(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "       \
+        "Tensor(a!)[] ema, Tensor(b!) skipped, float[] scaling, float rho, float beta, "        \
+        "str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) -> Tensor norms");         \
+  m.def("foreach_bound(Tensor[] ema, Tensor[] B, float[] scaling, float rho, "                  \
+        "str norm_scope=\"layer\") -> Tensor factors")
+
 #define EFLAT_REGISTER(m, Device)                                                 \
   m.impl("perturb", TORCH_BOX(&eflat::perturb<Device>));                          \
   m.impl("foreach_perturb", TORCH_BOX(&eflat::foreach_perturb<Device>));          \

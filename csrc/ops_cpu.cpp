@@ -73,22 +73,7 @@ Tensor empty_foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B,
 }  // namespace
 }  // namespace eflat
 
-STABLE_TORCH_LIBRARY(eflat, m) {
-  m.def(
-      "perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, float scaling, float rho, "
-      "str onto=\"B\", float? rtol=None) -> (Tensor E, Tensor norm)");
-  m.def(
-      "foreach_perturb(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, float[] scaling, "
-      "float rho, str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) "
-      "-> (Tensor[] E, Tensor norms)");
-  m.def(
-      "foreach_perturb_ema_(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "
-      "Tensor(a!)[] ema, Tensor(b!) skipped, float[] scaling, float rho, float beta, "
-      "str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) -> Tensor norms");
-  m.def(
-      "foreach_bound(Tensor[] ema, Tensor[] B, float[] scaling, float rho, "
-      "str norm_scope=\"layer\") -> Tensor factors");
-}
+STABLE_TORCH_LIBRARY(eflat, m) { EFLAT_DEFINE(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(eflat, CPU, m) { EFLAT_REGISTER(m, eflat::Cpu); }
 

@@ -61,7 +61,7 @@ def _launch(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -55,7 +55,7 @@ class FinetuneConfig:
 
     rank: int = 8
     """Rank r of the adapter."""
-    alpha: float = 16.0
+    alpha: int = 16
     """LoRA's alpha; the update is scaled by alpha/rank."""
     lora_dropout: float = 0.0
     """Dropout before the adapter."""
@@ -66,7 +66,7 @@ class FinetuneConfig:
     rho: float = 0.2
     """Radius of the perturbation (eflat, flat, lora-sam)."""
     beta: float = 0.9
-    """Decay of the moving average of the perturbation (eflat)."""
+    """Weight of the newest perturbation in the moving average (eflat)."""
     onto: Literal["B", "A"] = "B"
     """Factor that carries the perturbation (eflat, flat)."""
     norm_scope: Literal["layer", "global"] = "layer"
@@ -130,12 +130,14 @@ class FinetuneConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{_option(name)} is {value}, but must not be less than 0")
-        for name in ("lora_dropout", "beta", "warmup"):
+        if not 0 < self.beta <= 1:
+            raise InputError(f"--beta is {self.beta}, but must be greater than 0 and at most 1")
+        for name in ("lora_dropout", "warmup"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise InputError(f"{_option(name)} is {value}, but must lie in 0 to 1, without 1")
-        if self.rtol is not None and not 0 < self.rtol < 1:
-            raise InputError(f"--rtol is {self.rtol}, but must lie between 0 and 1")
+        if self.rtol is not None and not 1e-7 <= self.rtol < 1:
+            raise InputError(f"--rtol is {self.rtol}, but must lie in 1e-7 to 1, without 1")
 
     def as_dict(self) -> dict[str, Any]:
         """All settings but the output folder, in types that YAML and JSON know.

@@ -209,7 +209,7 @@ def _read_csv(file: Iterable[str], source: str, delimiter: str) -> list[tuple[in
     try:
         return list(enumerate(reader, start=1))
     except csv.Error as error:
-        raise InputError(f"{source} is no valid CSV at line {reader.line_num}: {error}") from None
+        raise InputError(f"{source} is no valid CSV at line {reader.reader.line_num}: {error}") from None
 
 
 def _read_jsonl(file: Iterable[str], source: str) -> list[tuple[int, dict]]:
@@ -228,7 +228,7 @@ def _read_jsonl(file: Iterable[str], source: str) -> list[tuple[int, dict]]:
 
 def _read_hub(source: str) -> list[tuple[int, dict]]:
     try:
-        import datasets
+        import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise InputError(
             f"{source!r} is no .csv, .tsv or .jsonl file; if it names a data set of the Hugging "
@@ -263,7 +263,8 @@ def _to_table(
         if column not in columns:
             there = ", ".join(str(name) for name in columns)
             raise InputError(f"{source} has no column {column!r}; it has: {there}")
-    texts, labels = [], []
+    texts: list[str] = []
+    labels: list[str] = []
     for number, row in rows:
         for column, values in ((text, texts), (label, labels)):
             value = row.get(column)
@@ -336,15 +337,21 @@ def split(
             + (f"the label {classes[0]!r} alone" if classes else "no sentence")
         )
     number = {name: k for k, name in enumerate(classes)}
-    parts = []
-    for name, part in (("training", train), ("validation", validation), ("test", test)):
+
+    def numbered(name: str, part: Table) -> Part:
         for label in part.labels:
             if label not in number:
                 raise InputError(
                     f"the label {label!r} occurs in the {name} data but not in the training data"
                 )
-        parts.append(Part(part.texts, [number[label] for label in part.labels]))
-    return Splits(*parts, classes=classes)
+        return Part(part.texts, [number[label] for label in part.labels])
+
+    return Splits(
+        numbered("training", train),
+        numbered("validation", validation),
+        numbered("test", test),
+        classes,
+    )
 
 
 def _key(text: str) -> str:

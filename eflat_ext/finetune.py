@@ -25,9 +25,10 @@ from eflat_ext.config import FinetuneConfig, Method
 from eflat_ext.data import InputError, Part, Splits, read, split
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-TWO_GRADIENTS: tuple[Method, ...] = ("flat", "lora-sam")
+    from eflat_ext.loading import Model
+
 TRAIN_LOSS_SENTENCES = 1000
 
 
@@ -96,7 +97,7 @@ def prepare(config: FinetuneConfig) -> Task:
 
 def build(
     config: FinetuneConfig, task: Task, method: Method, seed: int
-) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+) -> tuple[Model, torch.optim.Optimizer]:
     """The model as ``seed`` makes it and the optimizer of ``method``.
 
     Raises:
@@ -106,13 +107,14 @@ def build(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         classes, pad = task.splits.classes, task.tokenizer.pad_token_id
-        model, new_modules = loading.load_model(task.model_path, config, classes, pad, method)
-        if method != "full":
-            model = loading.add_adapter(config, model, new_modules)
+        base, new_modules = loading.load_model(task.model_path, config, classes, pad, method)
+        full = method == "full"
+        model: Model = base if full else loading.add_adapter(config, base, new_modules)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return model.to(task.device), _build_optimizer(config, model, method)
+    model.to(task.device)  # type: ignore[arg-type]
+    return model, _build_optimizer(config, model, method)
 
 
 def train(
@@ -120,7 +122,7 @@ def train(
     task: Task,
     method: Method,
     seed: int,
-    model: PreTrainedModel,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> Result:
@@ -143,30 +145,27 @@ def train(
     if task.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(task.device)
 
+    # Flat-LoRA and LoRA-SAM call this twice in a step, the others once.
+    def closure() -> Any:
+        inputs, labels = batch
+        optimizer.zero_grad()
+        loss = cross_entropy(_logits(config, model, inputs), labels)
+        loss.backward()
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+        return loss.detach()
+
     model.train()
     for _ in range(task.steps):
-        inputs, labels = next(batches)
+        batch = next(batches)
         start = time.perf_counter()
-
-        def closure(inputs: Any = inputs, labels: torch.Tensor = labels) -> torch.Tensor:
-            optimizer.zero_grad()
-            loss = cross_entropy(_logits(config, model, inputs), labels)
-            loss.backward()
-            if config.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
-            return loss.detach()
-
-        if method in TWO_GRADIENTS:
-            loss = optimizer.step(closure)
-        else:
-            loss = closure()
-            optimizer.step()
+        loss = optimizer.step(closure)
         schedule.step()
-        losses.append(loss.item())  # waits for the device, so the clock sees the whole step
+        losses.append(float(loss))  # waits for the device, so the clock sees the whole step
         seconds.append(time.perf_counter() - start)
         on_step(losses[-1])
 
-    loss, accuracy = evaluate(config, task, model, task.held_out)
+    held_out_loss, accuracy = evaluate(config, task, model, task.held_out)
     some = slice(TRAIN_LOSS_SENTENCES)
     train_loss, _ = evaluate(
         config, task, model, Tokens(task.train.inputs[some], task.train.labels[some])
@@ -176,7 +175,7 @@ def train(
         "seed": seed,
         "evaluated_on": config.evaluate_on,
         "accuracy": accuracy,
-        "loss": loss,
+        "loss": held_out_loss,
         "train_loss": train_loss,
         "steps": task.steps,
         "seconds_per_step": statistics.median(seconds),
@@ -192,7 +191,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    config: FinetuneConfig, task: Task, model: PreTrainedModel, tokens: Tokens
+    config: FinetuneConfig, task: Task, model: Model, tokens: Tokens
 ) -> tuple[float, float]:
     """Mean cross-entropy (nats) and accuracy (0 to 1) of ``model`` in eval mode."""
     model.eval()
@@ -221,7 +220,7 @@ def run(config: FinetuneConfig) -> Path:
     folder = report.free_folder(config.output_dir)
     task = prepare(config)
     report.announce(config, task)
-    results = []
+    results: list[Result] = []
     with report.progress() as bars:
         for method, seed in itertools.product(config.method, config.seeds):
             model, optimizer = build(config, task, method, seed)
@@ -244,9 +243,7 @@ def run(config: FinetuneConfig) -> Path:
     return folder
 
 
-def _build_optimizer(
-    config: FinetuneConfig, model: PreTrainedModel, method: Method
-) -> torch.optim.Optimizer:
+def _build_optimizer(config: FinetuneConfig, model: Model, method: Method) -> torch.optim.Optimizer:
     adamw: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if method in ("lora", "full"):
         if method == "full":
@@ -269,9 +266,7 @@ def _build_optimizer(
         raise InputError(f"--method {method}: {loading.first_line(error)}") from None
 
 
-def _logits(
-    config: FinetuneConfig, model: PreTrainedModel, inputs: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def _logits(config: FinetuneConfig, model: Model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     device = next(iter(inputs.values())).device.type
     with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         return model(**inputs).logits.float()

@@ -14,7 +14,10 @@ from eflat_ext.config import MINILM, FinetuneConfig, Method
 from eflat_ext.data import InputError
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model = PreTrainedModel | PeftModel
 
 
 def find_device(config: FinetuneConfig) -> torch.device:
@@ -96,7 +99,7 @@ def load_model(
 
 def add_adapter(
     config: FinetuneConfig, model: PreTrainedModel, new_modules: list[str]
-) -> PreTrainedModel:
+) -> PeftModel:
     """Wrap ``model`` with a fresh LoRA adapter; ``new_modules`` are trained whole.
 
     Raises:

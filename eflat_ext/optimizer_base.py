@@ -38,7 +38,7 @@ class PairList(NamedTuple):
 
 
 class PerturbingOptimizer(Optimizer):
-    """Base class: wraps ``base`` and perturbs ``factors`` ("A", "B" or both) of the pairs of a model.
+    """Base class: wraps ``base`` and perturbs ``factors`` ("A", "B" or both) of a model's pairs.
 
     Learning rate schedulers, step hooks, gradient scalers and the profiler treat it as any
     optimizer. It cannot be copied or pickled: save :meth:`state_dict` and construct it anew.
@@ -49,7 +49,13 @@ class PerturbingOptimizer(Optimizer):
     """
 
     def __init__(
-        self, model: nn.Module, base: Optimizer, *, rho: Rho, norm_scope: str, factors: Sequence[str]
+        self,
+        model: nn.Module,
+        base: Optimizer,
+        *,
+        rho: Rho,
+        norm_scope: str,
+        factors: Sequence[str],
     ) -> None:
         _check_base(base)
         if norm_scope not in ("layer", "global"):
@@ -148,6 +154,7 @@ class PerturbingOptimizer(Optimizer):
         """
         if self._weights.enabled:
             self._weights.perturb()
+            self._weights.visited = True
 
     def eval(self) -> None:
         """Restore the clean weights now (idempotent)."""
@@ -296,6 +303,27 @@ class PerturbingOptimizer(Optimizer):
         return f"{type(self).__name__}(rho={self._rho!r}, pairs={len(self.pairs)}, {self.base!r})"
 
 
+class Addition:
+    """Adds one tensor to each target, or to the targets of some indices."""
+
+    def __init__(self, deltas: list[Tensor]) -> None:
+        self.deltas = deltas
+        self.indices: list[int] | None = None
+
+    def __call__(self, targets: list[Tensor]) -> None:
+        if self.indices is not None:
+            targets = [targets[index] for index in self.indices]
+        if targets:
+            torch._foreach_add_(targets, self.on_devices_of(targets))
+
+    def on_devices_of(self, targets: list[Tensor]) -> list[Tensor]:
+        """The tensors, moved where their targets have moved."""
+        for index, (delta, target) in enumerate(zip(self.deltas, targets, strict=True)):
+            if delta.device != target.device:
+                self.deltas[index] = delta.to(target.device)
+        return self.deltas
+
+
 def _parameters(groups: Iterable[dict[str, Any]]) -> list[Any]:
     return [parameter for group in groups for parameter in group["params"]]
 
@@ -346,3 +374,11 @@ def _perturbed_pairs(
             stacklevel=4,
         )
     return kept, slots
+
+
+def check_transfer(onto: str, rtol: float | None) -> None:
+    """ValueError unless ``onto`` is "A" or "B" and ``rtol`` is None or in [1e-7, 1)."""
+    if onto not in ("A", "B"):
+        raise ValueError(f'onto: expected "A" or "B", got {onto!r}')
+    if rtol is not None and not 1e-7 <= rtol < 1:
+        raise ValueError(f"rtol: expected None or a number in [1e-7, 1), got {rtol!r}")

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
 
 # Variants that change where or how ``s B A`` is used, but not that it is ``s B A``.
 _PLAIN_VARIANTS = {"DoraLinearVariant", "ALoraLinearVariant", "MiCALinearVariant"}
@@ -33,7 +30,7 @@ class LoraPair:
         module_A, module_B: the linear modules whose ``weight`` is A, B.
     """
 
-    layer: LoraLayer
+    layer: Any
     adapter: str
     layer_name: str
     module_A: nn.Linear
@@ -45,12 +42,12 @@ class LoraPair:
         return f"{self.layer_name}.{self.adapter}"
 
     @property
-    def A(self) -> Parameter:
+    def A(self) -> Tensor:
         """The (r, m) factor."""
         return self.module_A.weight
 
     @property
-    def B(self) -> Parameter:
+    def B(self) -> Tensor:
         """The (n, r) factor."""
         return self.module_B.weight
 
@@ -88,19 +85,20 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
         ValueError: no LoRA layer, or none that is a plain pair.
         NotImplementedError: a factor is a DTensor.
     """
-    LoraLayer, MultiheadAttention, ParamWrapper = _peft_classes()
+    LoraLayer, attention_class, experts_class = _peft_classes()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     shared = _shared_memory(model)
     pairs: list[LoraPair] = []
     others: list[str] = []
     attention: tuple[str, ...] = ()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
             continue
+        layer: Any = module
         kind = type(layer).__name__
         inside = name.startswith(attention)
-        if isinstance(layer, MultiheadAttention):
+        if isinstance(layer, attention_class):
             attention += (f"{name}.",)
         for adapter in layer.active_adapters:
             if adapter in layer.lora_embedding_A:
@@ -108,7 +106,7 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
             elif adapter not in layer.lora_A or adapter not in layer.lora_B:
                 continue
             # Attention merges and unmerges in its forward pass: no place for a perturbation.
-            elif isinstance(layer, MultiheadAttention | ParamWrapper) or inside:
+            elif isinstance(layer, (attention_class, experts_class)) or inside:
                 others.append(f"{name} ({kind}{' within attention' if inside else ''})")
             elif reason := _no_plain_pair(layer, adapter, shared):
                 others.append(f"{name} ({kind}: {reason})")
@@ -145,7 +143,7 @@ def _peft_classes() -> tuple[type, type, type]:
     )
 
 
-def _no_plain_pair(layer: LoraLayer, adapter: str, shared: set[int]) -> str:
+def _no_plain_pair(layer: Any, adapter: str, shared: set[int]) -> str:
     """Why this adapter's factors are no plain pair; empty when they are one."""
     A, B = layer.lora_A[adapter], layer.lora_B[adapter]
     if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
@@ -165,7 +163,7 @@ def _no_plain_pair(layer: LoraLayer, adapter: str, shared: set[int]) -> str:
     return ""
 
 
-def _is_dtensor(tensor: torch.Tensor) -> bool:
+def _is_dtensor(tensor: Tensor) -> bool:
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

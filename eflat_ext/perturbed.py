@@ -49,7 +49,8 @@ class PerturbedWeights:
 
     Attributes:
         enabled: whether training forward passes perturb.
-        visited: whether weights were perturbed since someone last set it to False.
+        visited: whether a training forward pass found perturbed weights since someone last set it
+            to False; without hooks, whoever perturbs sets it.
 
     Raises:
         RuntimeError: another, living owner perturbs this model.
@@ -106,7 +107,6 @@ class PerturbedWeights:
             self._dirty = True
             self._perturbation(targets)
             self._applied = True
-            self.visited = True
 
     def restore(self) -> None:
         """Copy the clean values back, bit for bit; nothing if they are there already."""
@@ -145,7 +145,7 @@ class PerturbedWeights:
             ):
                 for key in [key for key, hook in hooks.items() if _attachment(hook) is self]:
                     del hooks[key]
-            for name, value in list(vars(module).items()):
+            for value in list(vars(module).values()):
                 if isinstance(value, _RestoreFirst) and value.weights is self:
                     value.uninstall()
 
@@ -209,6 +209,7 @@ class PerturbedWeights:
                     "DistributedDataParallel, or call optimizer.train() before each forward pass"
                 )
             self.perturb()
+            self.visited = True
         else:
             self.restore()
 

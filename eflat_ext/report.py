@@ -22,9 +22,9 @@ from eflat_ext.data import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
-    from transformers import PreTrainedModel
 
     from eflat_ext.finetune import Result, Task
+    from eflat_ext.loading import Model
 
 TITLES: dict[Method, str] = {
     "lora": "LoRA",
@@ -172,7 +172,7 @@ def free_folder(wanted: Path | None) -> Path:
 
 def create_folder(folder: Path, config: FinetuneConfig, task: Task) -> None:
     """Make the run folder and write config.yaml, which reproduces the run."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     header = (
@@ -188,7 +188,7 @@ def create_folder(folder: Path, config: FinetuneConfig, task: Task) -> None:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
-def save_run(folder: Path, result: Result, model: PreTrainedModel, task: Task) -> None:
+def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
     """Write METHOD/seed-N: adapter or model, metrics.json and the loss of every step."""
     metrics = result.metrics
     run = folder / metrics["method"] / f"seed-{metrics['seed']}"

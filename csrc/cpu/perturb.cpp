@@ -14,16 +14,12 @@
 #include <cstring>
 #include <vector>
 
+#include "../blocks.h"
+
 namespace eflat::cpu {
 namespace {
 
 constexpr int64_t kGroupBytes = 1 << 20;  // of factors, gradients and partial sums
-
-// Rows per block: many enough that writing a partial Gram matrix costs little beside computing it.
-int64_t block_rows(int r) { return std::max(512, 16 * r); }
-int64_t block_count(const Side& side, int r) {
-  return (side.length + block_rows(r) - 1) / block_rows(r);
-}
 
 // Memory that grows and is kept, so that a training loop allocates nothing after its first step.
 double* reserve(std::vector<double>& buffer, int64_t size) {
@@ -54,17 +50,6 @@ struct SideWork {
     return (block_count(side, pair.rank) + 1) * 4 * r * r + 3 * r * r + r;
   }
 };
-
-struct Block {
-  int work;  // index of the side, or of the pair
-  int64_t begin, end;
-};
-
-void append_blocks(std::vector<Block>& blocks, int work, const Side& side, int r) {
-  const int64_t rows = block_rows(r);
-  for (int64_t begin = 0; begin < side.length; begin += rows)
-    blocks.push_back({work, begin, std::min(begin + rows, side.length)});
-}
 
 void sum_partials(const SideWork& work, int64_t size, double* out) {
   std::copy_n(work.partial, size, out);
@@ -149,7 +134,7 @@ class Perturbation {
       append_blocks(blocks, int(i), *sides[i].side, sides[i].r());
     parallel_for_(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
-      const SideWork& w = sides[b.work];
+      const SideWork& w = sides[b.owner];
       const int r = w.r();
       k_.gram(*w.side, w.pair->dtype, r, b.begin, b.end,
               w.partial + b.begin / block_rows(r) * 4 * square(r), thread_scratch(r));
@@ -166,7 +151,7 @@ class Perturbation {
     if (!again.empty()) {
       parallel_for_(blocks.size(), [&](int64_t i) {
         const Block& b = blocks[i];
-        const SideWork& w = sides[b.work];
+        const SideWork& w = sides[b.owner];
         const int rank = w.state.rank;
         k_.second_gram(*w.side, w.pair->dtype, w.r(), rank, w.basis, b.begin, b.end,
                        w.partial + b.begin / block_rows(w.r()) * square(rank),
@@ -237,8 +222,8 @@ class Perturbation {
     }
     parallel_for_(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
-      const Pair& p = problem_.pairs[b.work];
-      k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[b.work], scales_[b.work],
+      const Pair& p = problem_.pairs[b.owner];
+      k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[b.owner], scales_[b.owner],
                problem_.update, p.out, p.out_dtype, thread_scratch(p.rank));
     });
   }

@@ -1,0 +1,115 @@
+// Stage 2: pseudo-inverses, norms and coefficients, one warp per matrix, in device memory.
+//
+// Bytes and flops are those of a few r x r products per pair: nothing beside the other stages. The
+// latency of one warp bounds it.
+#pragma once
+#include "cuda.h"
+
+namespace eflat::cuda {
+
+// gram = sum of the partial ones, in order.
+__device__ inline void sum_partials(const SideTask& task, int size, double* gram) {
+  for (int e = WarpTeam::lane(); e < size; e += WarpTeam::lanes()) {
+    double sum = 0;
+    for (int b = 0; b < task.blocks; ++b) sum += task.partial[int64_t(b) * size + e];
+    gram[e] = sum;
+  }
+  WarpTeam::sync();
+}
+
+// M^+ of each side, or what a second pass over the factor needs.
+__global__ void __launch_bounds__(32) invert_kernel(Tables t) {
+  const SideTask& task = t.sides[blockIdx.x];
+  const int r = task.rank;
+  sum_partials(task, 4 * r * r, task.gram);
+  double* M = task.work;
+  double* work = task.work + r * r;
+  for (int e = WarpTeam::lane(); e < r * r; e += WarpTeam::lanes())
+    M[e] = task.gram[e / r * 2 * r + e % r];
+  WarpTeam::sync();
+  const InversionState state = invert_gram(WarpTeam(), r, M, task.rtol, task.dtype, task.inverse,
+                                           task.rows, task.eigenvalues, work);
+  if (state.kind == Inversion::from_rows) {
+    truncated_inverse(WarpTeam(), state.rank, r, state.shift, task.rtol, task.rows,
+                      task.eigenvalues, task.inverse, work);
+  } else if (state.kind == Inversion::needs_second_pass) {
+    correction_basis(WarpTeam(), state.rank, r, task.rows, task.eigenvalues, task.basis,
+                     state.rank);
+  }
+  if (WarpTeam::lane() == 0) *task.state = state;
+}
+
+// After second_reduce_kernel.
+__global__ void __launch_bounds__(32) correct_kernel(Tables t) {
+  const SideTask& task = t.sides[blockIdx.x];
+  if (task.state->kind != Inversion::needs_second_pass) return;
+  const int r = task.rank, rank = task.state->rank;
+  double* second = task.work;
+  double* work = task.work + r * r;
+  sum_partials(task, rank * rank, second);
+  const int corrected =
+      correct_rows(WarpTeam(), rank, r, second, task.rows, task.eigenvalues, work);
+  truncated_inverse(WarpTeam(), corrected, r, 0, task.rtol, task.rows, task.eigenvalues,
+                    task.inverse, work);
+}
+
+__global__ void __launch_bounds__(32) coefficients_kernel(Tables t, double rho) {
+  const int l = blockIdx.x;
+  const PairTask& pair = t.pairs[l];
+  const SideTask &target = t.sides[pair.target], &other = t.sides[pair.other];
+  const Coefficients c = coefficients(WarpTeam(), target.rank, target.gram, target.inverse,
+                                      other.gram, other.inverse, pair.scaling, pair.out_dtype, rho,
+                                      pair.weights, target.rank, pair.work);
+  if (WarpTeam::lane() == 0) {
+    t.norms[l] = c.norm;
+    t.sizes[l] = c.size;
+  }
+}
+
+struct TableLayers {  // what finish_scales asks
+  Tables t;
+  __device__ double& norm(int l) { return t.norms[l]; }
+  __device__ double& scale(int l) { return t.scales[l]; }
+  __device__ double size(int l) const { return t.sizes[l]; }
+  __device__ double scaling(int l) const { return t.pairs[l].scaling; }
+  __device__ DType dtype(int l) const { return t.pairs[l].out_dtype; }
+};
+
+// One thread: a few flops per layer, in a fixed order.
+__global__ void scales_kernel(Tables t, double rho, bool global_norm, void* norms,
+                              DType norms_dtype, int64_t* skipped) {
+  TableLayers layers{t};
+  finish_scales(layers, t.pair_count, rho, global_norm);
+  for (int l = 0; l < t.pair_count; ++l) {
+    if (norms_dtype == DType::f64) {
+      static_cast<double*>(norms)[l] = t.norms[l];
+    } else {
+      static_cast<float*>(norms)[l] = float(t.norms[l]);
+    }
+    if (skipped && !usable(t.norms[l])) ++*skipped;
+  }
+}
+
+// t.norms = |s| ||B E_A||, from ||B E_A||^2 = tr(B^T B E_A E_A^T).
+__global__ void __launch_bounds__(32) applied_norm_kernel(Tables t) {
+  const PairTask& pair = t.pairs[blockIdx.x];
+  const SideTask &target = t.sides[pair.target], &other = t.sides[pair.other];
+  const int size = target.rank * target.rank;
+  sum_partials(target, size, target.gram);
+  sum_partials(other, size, other.gram);
+  const double square = dot(WarpTeam(), size, target.gram, other.gram);
+  if (WarpTeam::lane() == 0)
+    t.norms[blockIdx.x] = fabs(pair.scaling) * sqrt(square > 0 ? square : 0.0);
+}
+
+// factors = min(1, rho / norm), by layer or for all.
+__global__ void bound_kernel(Tables t, double rho, bool global_norm, float* factors) {
+  double squares = 0;
+  for (int l = 0; l < t.pair_count; ++l) squares += t.norms[l] * t.norms[l];
+  for (int l = 0; l < t.pair_count; ++l) {
+    const double norm = global_norm ? sqrt(squares) : t.norms[l];
+    factors[l] = norm > rho ? float(rho / norm) : 1.0f;
+  }
+}
+
+}  // namespace eflat::cuda

@@ -1,0 +1,57 @@
+// torch.ops.eflat on CUDA: the operators of operators.h on the current stream.
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "cuda/launch.h"
+#include "operators.h"
+
+namespace eflat {
+namespace {
+
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& on) : guard_(on.get_device_index()), on_(on) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
+    const Tensor space = workspace(problem);
+    const DType dtype = norms.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
+    auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
+    STD_CUDA_CHECK(cuda::perturb(problem, space.mutable_data_ptr(), norms.mutable_data_ptr(),
+                                 dtype, count, stream_));
+  }
+
+  void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
+    const Problem problem{pairs.data(), int(pairs.size()), rho, global_norm, {false, 0}};
+    const Tensor space = workspace(problem);
+    STD_CUDA_CHECK(cuda::bound(problem, space.mutable_data_ptr(),
+                               static_cast<float*>(factors.mutable_data_ptr()), stream_));
+  }
+
+ private:
+  // From torch's caching allocator, which keeps it for this stream until the kernels are done.
+  Tensor workspace(const Problem& problem) const {
+    const std::vector<int64_t> size{cuda::workspace_bytes(problem)};
+    return torch::stable::new_empty(on_, size, ScalarType::Byte);
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  const Tensor& on_;
+  cudaStream_t stream_;
+};
+
+}  // namespace
+}  // namespace eflat
+
+STABLE_TORCH_LIBRARY_IMPL(eflat, CUDA, m) { EFLAT_REGISTER(m, eflat::Cuda); }
+
+PyMODINIT_FUNC PyInit__C_cuda(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, 0, nullptr,
+                               nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

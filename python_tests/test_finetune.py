@@ -1,0 +1,270 @@
+"""What eflat_ext.finetune promises: equal terms, repeatable runs, clean and loadable results."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from tiny_model import make_rows, save_tiny_model, write_csv
+
+from eflat_ext import finetune, report
+from eflat_ext.config import FinetuneConfig
+from eflat_ext.data import InputError
+
+METHODS = ["lora", "eflat", "flat", "lora-sam", "full"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("finetune")
+
+
+@pytest.fixture(scope="module")
+def settings(folder):
+    """Settings of a run that takes a second."""
+    return {
+        "model": save_tiny_model(folder / "model"),
+        "data": write_csv(folder / "data.csv", make_rows(400)),
+        "max_length": 32,
+        "steps": 25,
+        "rank": 4,
+        "lr": 5e-3,
+        "device": "cpu",
+    }
+
+
+def one_run(config, method="lora", seed=0):
+    task = finetune.prepare(config)
+    model, optimizer = finetune.build(config, task, method, seed)
+    return finetune.train(config, task, method, seed, model, optimizer), model, task
+
+
+def figures(metrics):
+    return {name: value for name, value in metrics.items() if "seconds" not in name}
+
+
+@pytest.fixture(scope="module")
+def comparison(folder, settings):
+    """A run folder of all methods with two seeds."""
+    config = FinetuneConfig(
+        **settings, method=METHODS, seeds=[0, 1], output_dir=folder / "comparison"
+    )
+    return finetune.run(config)
+
+
+# --- training ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_repeats_bit_for_bit(settings, method):
+    config = FinetuneConfig(**settings)
+    first, model, _ = one_run(config, method, seed=3)
+    second, again, _ = one_run(config, method, seed=3)
+    assert first.losses == second.losses
+    assert figures(first.metrics) == figures(second.metrics)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_seed_is_another_run(settings):
+    config = FinetuneConfig(**settings)
+    assert one_run(config, seed=0)[0].losses != one_run(config, seed=1)[0].losses
+
+
+def test_methods_start_from_the_same_weights_and_batches(settings):
+    config = FinetuneConfig(**settings)
+    task = finetune.prepare(config)
+    plain, _ = finetune.build(config, task, "lora", 5)
+    state = plain.state_dict()
+    for method in ("eflat", "flat", "lora-sam"):
+        other = finetune.build(config, task, method, 5)[0].state_dict()
+        assert other.keys() == state.keys()
+        assert all(torch.equal(other[name], state[name]) for name in state)
+    # B is zero and nothing is averaged yet, so the first loss is the same for all.
+    first = {method: one_run(config, method)[0].losses[0] for method in METHODS}
+    assert len(set(first.values())) == 1, first
+
+
+def test_radius_zero_is_plain_lora(settings):
+    config = FinetuneConfig(**settings, rho=0.0)
+    plain = one_run(config, "lora")[0]
+    for method in ("eflat",):
+        assert one_run(config, method)[0].losses == plain.losses
+
+
+def test_training_learns_the_task(settings):
+    config = FinetuneConfig(**{**settings, "steps": 300}, target_modules=["all-linear"])
+    for method in ("lora", "eflat"):
+        result, _, _ = one_run(config, method)
+        assert result.metrics["accuracy"] > 0.9
+        assert result.metrics["train_loss"] < 0.4
+
+
+def test_evaluation_is_of_clean_weights_in_eval_mode(settings):
+    config = FinetuneConfig(**settings, rho=0.5)
+    result, model, task = one_run(config, "eflat")
+    assert not model.training
+    loss, accuracy = 0.0, 0
+    with torch.no_grad():
+        for row, label in zip(task.held_out.inputs, task.held_out.labels, strict=True):
+            logits = model(**{name: torch.tensor([ids]) for name, ids in row.items()}).logits[0]
+            loss -= float(logits.log_softmax(-1)[label]) / len(task.held_out)
+            accuracy += int(logits.argmax()) == label
+    assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert result.metrics["accuracy"] == accuracy / len(task.held_out)
+
+
+def test_every_sentence_is_seen_once_an_epoch(settings):
+    config = FinetuneConfig(**{**settings, "steps": None}, epochs=2, batch_size=7)
+    task = finetune.prepare(config)
+    assert task.steps == round(2 * len(task.train) / 7)
+    batches = finetune._shuffled_batches(task, 7, seed=0)
+    per_epoch = math.ceil(len(task.train) / 7)
+    epochs = []
+    for _ in range(2):
+        rows = [row for _ in range(per_epoch) for row in rows_of(next(batches))]
+        expected = [(tuple(r["input_ids"]), y) for r, y in zip(*vars(task.train).values())]
+        assert sorted(rows) == sorted(expected)
+        epochs.append(rows)
+    assert epochs[0] != epochs[1]
+
+
+def rows_of(batch):
+    inputs, labels = batch
+    rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), labels.tolist())
+    return [(tuple(ids[: sum(mask)]), label) for ids, mask, label in rows]
+
+
+def test_the_learning_rate_rises_then_falls_to_zero(settings):
+    rate = finetune._warmup_then_linear(FinetuneConfig(warmup=0.2), 50)
+    rates = [rate(step) for step in range(51)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates[50] == 0.0 and rates[30] == pytest.approx(0.5)
+    assert finetune._warmup_then_linear(FinetuneConfig(warmup=0.0), 1)(0) == 1.0
+
+
+def test_bfloat16_keeps_trained_weights_in_float32(settings):
+    config = FinetuneConfig(**settings, dtype="bfloat16")
+    for method in ("eflat", "full"):
+        result, model, _ = one_run(config, method)
+        kinds = {p.requires_grad: p.dtype for p in model.parameters()}
+        assert kinds[True] == torch.float32
+        assert kinds.get(False, torch.bfloat16) == torch.bfloat16
+        assert math.isfinite(result.metrics["loss"])
+
+
+def test_more_than_two_classes_and_a_test_set_of_its_own(tmp_path, settings):
+    train, test = make_rows(300, classes=3), make_rows(80, classes=3, seed=9)
+    paths = [write_csv(tmp_path / f"{k}.csv", rows) for k, rows in enumerate((train, test))]
+    given = {**settings, "data": paths[0], "test_data": paths[1]}
+    result, model, task = one_run(FinetuneConfig(**given))
+    assert len(task.held_out) == 80
+    assert model.config.id2label == {0: "0", 1: "1", 2: "2"}
+    assert model.config.num_labels == 3
+    task = finetune.prepare(FinetuneConfig(**given, evaluate_on="validation"))
+    assert task.held_out.labels == task.splits.validation.labels
+
+
+def test_settings_out_of_range_are_named():
+    wrong = {
+        "method": [],
+        "seeds": [1, 1],
+        "rank": 257,
+        "alpha": 0,
+        "lora_dropout": 1.0,
+        "rho": -0.1,
+        "beta": 0.0,
+        "rtol": 0.0,
+        "lr": math.nan,
+        "full_lr": 0.0,
+        "weight_decay": -1.0,
+        "warmup": 1.0,
+        "max_grad_norm": -1.0,
+        "batch_size": 0,
+        "epochs": 0.0,
+        "steps": 0,
+        "train_size": 0,
+        "validation_size": -1,
+        "test_size": 0,
+        "max_length": 0,
+        "target_modules": [],
+    }
+    for name, value in wrong.items():
+        with pytest.raises(InputError, match="--" + name.replace("_", "-")):
+            FinetuneConfig(**{name: value}).check()
+    with pytest.raises(InputError, match="seed -1"):
+        FinetuneConfig(data_seed=-1).check()
+    FinetuneConfig().check()
+
+
+# --- the run folder ----------------------------------------------------------------------
+
+
+def test_the_run_folder_is_complete(comparison):
+    top = {path.name for path in comparison.iterdir()}
+    assert top == {"config.yaml", "results.json", "results.csv", "loss.png", *METHODS}
+    results = json.loads((comparison / "results.json").read_text())
+    assert [(run["method"], run["seed"]) for run in results["runs"]] == [
+        (method, seed) for method in METHODS for seed in (0, 1)
+    ]
+    for run in results["runs"]:
+        folder = comparison / run["method"] / f"seed-{run['seed']}"
+        assert json.loads((folder / "metrics.json").read_text()) == run
+        with (folder / "loss.csv").open() as file:
+            losses = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in losses] == list(range(1, 26))
+        assert all(math.isfinite(float(row["loss"])) for row in losses)
+    with (comparison / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in rows] == [run["loss"] for run in results["runs"]]
+    assert (comparison / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_runs_load_and_give_the_reported_figures(comparison, settings):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    config = FinetuneConfig(**settings)
+    task = finetune.prepare(config)
+    for method in METHODS:
+        folder = comparison / method / "seed-1"
+        if method == "full":
+            model = Classifier.from_pretrained(folder)
+        else:
+            base = Classifier.from_pretrained(settings["model"], num_labels=2)
+            model = PeftModel.from_pretrained(base, folder)
+        loss, accuracy = finetune.evaluate(config, task, model, task.held_out)
+        reported = json.loads((folder / "metrics.json").read_text())
+        assert (loss, accuracy) == (reported["loss"], reported["accuracy"])
+
+
+def test_the_summary_is_mean_and_standard_error():
+    runs = [
+        {
+            "method": "lora",
+            "accuracy": accuracy,
+            "loss": 0.5,
+            "train_loss": 0.4,
+            "seconds_per_step": seconds,
+        }
+        for accuracy, seconds in ((0.7, 1.0), (0.8, 9.0), (0.9, 2.0))
+    ]
+    (row,) = report.summarize(runs)
+    assert row["accuracy"] == pytest.approx(0.8)
+    assert row["accuracy_standard_error"] == pytest.approx(0.1 / math.sqrt(3))
+    assert row["loss_standard_error"] == 0.0
+    assert row["seconds_per_step"] == 2.0
+    assert "accuracy_standard_error" not in report.summarize(runs[:1])[0]
+
+
+def test_a_loss_that_is_not_finite_still_gives_valid_json(tmp_path):
+    report._write_json(tmp_path / "x.json", {"a": [math.nan, 1.0], "b": -math.inf})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.0], "b": None}
+
+
+def test_default_folders_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = report.free_folder(None)
+    first.mkdir(parents=True)
+    assert report.free_folder(None) != first

@@ -1,0 +1,58 @@
+"""A text classifier that trains in no time: random weights, a hundred words, a made-up task."""
+
+import csv
+import json
+import random
+
+WORDS = [f"word{k}" for k in range(90)]
+
+
+def save_tiny_model(folder):
+    """Save a two-layer BERT of width 32 and its tokenizer; return the folder as a string."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", *WORDS]
+    words = Tokenizer(
+        models.WordLevel({word: k for k, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    ).save_pretrained(folder)
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def make_rows(count, classes=2, seed=0):
+    """Texts of 3 to 12 words with labels "0", "1", …; the first word gives the label away."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = rng.choices(WORDS, k=rng.randint(3, 12))
+        rows.append((" ".join(words), str(WORDS.index(words[0]) % classes)))
+    return rows
+
+
+def write_csv(path, rows, columns=("text", "label")):
+    """Write rows as CSV; return the path as a string."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return str(path)
+
+
+def write_jsonl(path, rows, columns=("text", "label")):
+    """Write rows as JSON lines; return the path as a string."""
+    lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
