@@ -132,7 +132,7 @@ class BuildPython(build_py):
         Path(folder, "_build_info.py").write_text(text)
 
 
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-psabi"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-psabi", "-g0"]
 CXX_FLAGS += [f"-ffile-prefix-map={Path.cwd()}/=", f"-DTORCH_TARGET_VERSION=0x{2:02x}{11:02x}000000000000"]
 
 extensions = [

@@ -14,6 +14,9 @@ from eflat_ext.optimizers import EFlatLoRA, FlatLoRA, LoRASAM
 from eflat_ext.pairs import find_pairs
 
 STEPS = 20
+# Adam's first step makes a B of nearly equal rows: singular value ratios of 1e-7 (seen here), at
+# which every Gram form loses the digits that an exact pseudo-inverse keeps. Cut well above.
+RTOL = 1e-5
 BASES = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
@@ -40,17 +43,19 @@ def errors(
     norm_scope: str = "layer",
     rho: float = 0.1,
     beta: float = 0.7,
+    rtol: float = RTOL,
 ) -> list[float]:
     """Relative difference to the reference loop after each step, weights and losses."""
     model, other = lora_mlp(dtype), lora_mlp(dtype)
     base_of_ours, its_base = BASES[base](trainable(model)), BASES[base](trainable(other))
     pairs = [(pair.A, pair.B, pair.scaling) for pair in find_pairs(other)]
-    ema = [torch.zeros_like(b if onto == "B" else a) for a, b, _ in pairs]
+    ema = [torch.zeros_like(b if onto == "B" else a, dtype=torch.float64) for a, b, _ in pairs]
     if method == "eflat":
-        kwargs = {"rho": rho, "beta": beta, "onto": onto, "norm_scope": norm_scope}
-        ours = EFlatLoRA(model, base_of_ours, **kwargs)
+        ours = EFlatLoRA(
+            model, base_of_ours, rho=rho, beta=beta, onto=onto, norm_scope=norm_scope, rtol=rtol
+        )
     elif method == "flat":
-        ours = FlatLoRA(model, base_of_ours, rho=rho, onto=onto, norm_scope=norm_scope)
+        ours = FlatLoRA(model, base_of_ours, rho=rho, onto=onto, norm_scope=norm_scope, rtol=rtol)
     else:
         ours = LoRASAM(model, base_of_ours, rho=rho, norm_scope=norm_scope)
     found = []
@@ -59,25 +64,52 @@ def errors(
         closure = closure_for(other, its_base, batch)
         if method == "eflat":
             expected = reference.eflat_lora_step(
-                pairs, its_base, closure, ema, rho, beta, onto, norm_scope
+                pairs, its_base, closure, ema, rho, beta, onto, norm_scope, rtol
             )
         elif method == "flat":
-            expected = reference.flat_lora_step(pairs, its_base, closure, rho, onto, norm_scope)
+            expected = reference.flat_lora_step(
+                pairs, its_base, closure, rho, onto, norm_scope, rtol
+            )
         else:
             expected = reference.lora_sam_step(pairs, its_base, closure, rho, norm_scope)
-        found.append(max(relative_error(model, other), abs(float(loss / expected) - 1)))
+        found.append(max(relative_error(model, other), abs(loss.item() / expected.item() - 1)))
     return found
+
+
+METHODS = [("eflat", "B"), ("eflat", "A"), ("flat", "B"), ("flat", "A"), ("lora-sam", "B")]
 
 
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
-@pytest.mark.parametrize(
-    ("method", "onto"),
-    [("eflat", "B"), ("eflat", "A"), ("flat", "B"), ("flat", "A"), ("lora-sam", "B")],
-)
+@pytest.mark.parametrize(("method", "onto"), METHODS)
 def test_float64(method: str, onto: str, base: str, norm_scope: str) -> None:
-    found = errors(method, base, onto=onto, norm_scope=norm_scope)
-    print(method, onto, base, norm_scope, found[11], found[-1])
-    assert max(found[:12]) <= 1e-7
-    # Rounding errors grow with the steps, fastest onto A, where (B^T)^+ is large at first.
-    assert max(found) <= 1e-6
+    assert max(errors(method, base, onto=onto, norm_scope=norm_scope)) <= 1e-9
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize(("method", "onto"), METHODS)
+def test_float32(method: str, onto: str, base: str) -> None:
+    """Rounding of 1e-7 per step, which Adam's first steps and a small B magnify."""
+    found = errors(method, base, dtype=torch.float32, onto=onto, rtol=1e-3)
+    print(method,onto,base,max(found[:12]),max(found))
+    assert max(found) <= 1e-3
+
+
+def test_the_bounds_tell_methods_apart() -> None:
+    """The differences between the methods are far larger than what the tests above allow."""
+    paths = {}
+    for name, make in {
+        "plain": lambda model, base: base,
+        "eflat": EFlatLoRA,
+        "flat": FlatLoRA,
+        "lora-sam": LoRASAM,
+    }.items():
+        paths[name] = lora_mlp()
+        base = BASES["sgd"](trainable(paths[name]))
+        optimizer = make(paths[name], base)
+        for batch in batches(STEPS):
+            optimizer.step(closure_for(paths[name], optimizer, batch))
+    names = list(paths)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            assert relative_error(paths[one], paths[other]) > 1e-2, (one, other)
