@@ -122,8 +122,8 @@ struct Arguments {
     STD_TORCH_CHECK(A.dim() == 2, a, " must be 2-d, (r, m), got shape ", shape_of(A));
     STD_TORCH_CHECK(B.dim() == 2, b, " must be 2-d, (n, r), got shape ", shape_of(B));
     const int64_t r = A.size(0), m = A.size(1), n = B.size(0);
-    STD_TORCH_CHECK(B.size(1) == r, b, " must be (n, r) for ", a, " of shape (r, m) = ",
-                    shape_of(A), ", got shape ", shape_of(B));
+    STD_TORCH_CHECK(B.size(1) == r, b, " must be (n, r) for ", a,
+                    " of shape (r, m) = ", shape_of(A), ", got shape ", shape_of(B));
     STD_TORCH_CHECK(r >= 1 && r <= kMaxRank, "the rank of ", a, " must be 1 to ", kMaxRank,
                     ", got ", r);
     STD_TORCH_CHECK(n >= 1 && m >= 1, a, " and ", b, " must not be empty, got shapes ", shape_of(A),
@@ -144,15 +144,21 @@ struct Arguments {
     pairs.push_back(p);
   }
 
+  static void check_lengths(const std::vector<Tensor>& A, const std::vector<Tensor>& B,
+                            const std::vector<Tensor>& grad_A, const std::vector<Tensor>& grad_B,
+                            const std::vector<double>& scaling) {
+    check_length("B", B.size(), A.size());
+    check_length("grad_A", grad_A.size(), A.size());
+    check_length("grad_B", grad_B.size(), A.size());
+    check_length("scaling", scaling.size(), A.size());
+  }
+
   // Checks and appends every pair of a list that is not empty; returns a tensor for the norms.
   Tensor add_all(const std::vector<Tensor>& A, const std::vector<Tensor>& B,
                  const std::vector<Tensor>& grad_A, const std::vector<Tensor>& grad_B,
                  const std::vector<double>& scaling, std::optional<double> rtol) {
+    check_lengths(A, B, grad_A, grad_B, scaling);
     const int64_t count = A.size();
-    check_length("B", B.size(), count);
-    check_length("grad_A", grad_A.size(), count);
-    check_length("grad_B", grad_B.size(), count);
-    check_length("scaling", scaling.size(), count);
     kept.reserve(4 * count);
     for (int64_t l = 0; l < count; ++l) {
       STD_TORCH_CHECK(A[l].device() == A[0].device(), argument("A", l),

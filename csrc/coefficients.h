@@ -39,12 +39,12 @@ inline namespace EFLAT_TARGET {
 // gram_t, gram_o: (2r, 2r), symmetric. P_t, P_o: (r, r). weights: out, (2r, stride), the matrix
 // [Q; P_o]. work: 2 r^2.
 template <class Team>
-EFLAT_HD Coefficients coefficients(const Team& team, int r, const double* gram_t,
-                                   const double* P_t, const double* gram_o, const double* P_o,
-                                   double scaling, DType dtype, double rho, double* weights,
-                                   int stride, double* work) {
+EFLAT_HD Coefficients coefficients(const Team& team, int r, const double* gram_t, const double* P_t,
+                                   const double* gram_o, const double* P_o, double scaling,
+                                   DType dtype, double rho, double* weights, int stride,
+                                   double* work) {
   const int d = 2 * r;
-  double* FP = work;         // F_o^T P_o
+  double* FP = work;  // F_o^T P_o
   double* Q = work + r * r;
   for (int i = 0; i < r; ++i) {
     for (int j = team.lane(); j < r; j += team.lanes()) FP[i * r + j] = 0;
@@ -66,7 +66,8 @@ EFLAT_HD Coefficients coefficients(const Team& team, int r, const double* gram_t
       weight += q * q + p * p;
     }
   }
-  for (int i = team.lane(); i < d; i += team.lanes()) trace += gram_t[i * d + i] + gram_o[i * d + i];
+  for (int i = team.lane(); i < d; i += team.lanes())
+    trace += gram_t[i * d + i] + gram_o[i * d + i];
   square = team.sum(square);
   trace = team.sum(trace);
   weight = team.sum(weight);

@@ -89,8 +89,6 @@ EFLAT_HD double largest_finite(DType dtype) {
   }
 }
 
-EFLAT_HD int size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+EFLAT_HD int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 }  // namespace eflat

@@ -36,9 +36,8 @@ Norms foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B,
-                                   double scaling, double rho, std::string onto,
-                                   std::optional<double> rtol) {
+std::tuple<Tensor, Tensor> perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, double scaling,
+                                   double rho, std::string onto, std::optional<double> rtol) {
   Arguments arguments(onto, "layer", rho, rtol);
   arguments.add(A, B, grad_A, grad_B, scaling, rtol, -1);
   Device device(A);
@@ -63,6 +62,10 @@ Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
                   "skipped must be an int64 tensor without dimensions, got shape ",
                   shape_of(skipped));
   check_length("ema", ema.size(), A.size());
+  if (A.empty()) {  // the counter alone has brought the call here
+    arguments.check_lengths(A, B, grad_A, grad_B, scaling);
+    return torch::stable::new_empty(skipped, {0}, ScalarType::Float);
+  }
   const Tensor norms = arguments.add_all(A, B, grad_A, grad_B, scaling, rtol);
   STD_TORCH_CHECK(skipped.device() == A[0].device(), "skipped must be on the device of A[0]");
   for (size_t l = 0; l < A.size(); ++l) {
@@ -92,21 +95,25 @@ Tensor foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B, std::vector
 }
 
 // Schemas and registration; m is a library of STABLE_TORCH_LIBRARY or STABLE_TORCH_LIBRARY_IMPL.
-#define EFLAT_DEFINE(m)                                                                         \
-  m.def("perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, float scaling, float rho, "  \
-        "str onto=\"B\", float? rtol=None) -> (Tensor E, Tensor norm)");                        \
-  m.def("foreach_perturb(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "            \
-        "float[] scaling, float rho, str onto=\"B\", str norm_scope=\"layer\", "                \
-        "float? rtol=None) -> (Tensor[] E, Tensor norms)");                                     \
-  m.def("foreach_perturb_ema_(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "       \
-        "Tensor(a!)[] ema, Tensor(b!) skipped, float[] scaling, float rho, float beta, "        \
-        "str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) -> Tensor norms");         \
-  m.def("foreach_bound(Tensor[] ema, Tensor[] B, float[] scaling, float rho, "                  \
-        "str norm_scope=\"layer\") -> Tensor factors")
+#define EFLAT_DEFINE(m)                                                                      \
+  m.def(                                                                                     \
+      "perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, float scaling, float rho, " \
+      "str onto=\"B\", float? rtol=None) -> (Tensor E, Tensor norm)");                       \
+  m.def(                                                                                     \
+      "foreach_perturb(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "           \
+      "float[] scaling, float rho, str onto=\"B\", str norm_scope=\"layer\", "               \
+      "float? rtol=None) -> (Tensor[] E, Tensor norms)");                                    \
+  m.def(                                                                                     \
+      "foreach_perturb_ema_(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "      \
+      "Tensor(a!)[] ema, Tensor(b!) skipped, float[] scaling, float rho, float beta, "       \
+      "str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) -> Tensor norms");        \
+  m.def(                                                                                     \
+      "foreach_bound(Tensor[] ema, Tensor[] B, float[] scaling, float rho, "                 \
+      "str norm_scope=\"layer\") -> Tensor factors")
 
-#define EFLAT_REGISTER(m, Device)                                                 \
-  m.impl("perturb", TORCH_BOX(&eflat::perturb<Device>));                          \
-  m.impl("foreach_perturb", TORCH_BOX(&eflat::foreach_perturb<Device>));          \
+#define EFLAT_REGISTER(m, Device)                                                  \
+  m.impl("perturb", TORCH_BOX(&eflat::perturb<Device>));                           \
+  m.impl("foreach_perturb", TORCH_BOX(&eflat::foreach_perturb<Device>));           \
   m.impl("foreach_perturb_ema_", TORCH_BOX(&eflat::foreach_perturb_ema_<Device>)); \
   m.impl("foreach_bound", TORCH_BOX(&eflat::foreach_bound<Device>))
 

@@ -60,8 +60,8 @@ Norms empty_foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B,
                             std::vector<double> scaling, double rho, std::string onto,
                             std::string norm_scope, std::optional<double> rtol) {
   Arguments(onto, norm_scope, rho, rtol);
-  return {std::vector<Tensor>{}, no_pairs(A.size() + B.size() + grad_A.size() + grad_B.size() +
-                                          scaling.size())};
+  return {std::vector<Tensor>{},
+          no_pairs(A.size() + B.size() + grad_A.size() + grad_B.size() + scaling.size())};
 }
 
 Tensor empty_foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B,
@@ -83,7 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(eflat, CompositeExplicitAutograd, m) {
 }
 
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

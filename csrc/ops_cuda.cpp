@@ -22,8 +22,8 @@ class Cuda {
     const Tensor space = workspace(problem);
     const DType dtype = norms.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
-    STD_CUDA_CHECK(cuda::perturb(problem, space.mutable_data_ptr(), norms.mutable_data_ptr(),
-                                 dtype, count, stream_));
+    STD_CUDA_CHECK(cuda::perturb(problem, space.mutable_data_ptr(), norms.mutable_data_ptr(), dtype,
+                                 count, stream_));
   }
 
   void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
@@ -51,7 +51,7 @@ class Cuda {
 STABLE_TORCH_LIBRARY_IMPL(eflat, CUDA, m) { EFLAT_REGISTER(m, eflat::Cuda); }
 
 PyMODINIT_FUNC PyInit__C_cuda(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, 0, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -58,8 +58,8 @@ EFLAT_HD void truncated_inverse(const Team& team, int k, int r, double shift, do
 // work: 2 r^2 + r.
 template <class Team>
 EFLAT_HD InversionState invert_gram(const Team& team, int r, const double* M, double rtol,
-                                    DType dtype, double* inverse, double* rows,
-                                    double* eigenvalues, double* work) {
+                                    DType dtype, double* inverse, double* rows, double* eigenvalues,
+                                    double* work) {
   const double precise = inversion_tolerance(dtype) / kEps64, above_cutoff = 0.25 / (rtol * rtol);
   const double limit = precise < above_cutoff ? precise : above_cutoff;
   if (inverse_if_well_conditioned(team, r, M, limit, inverse, work)) return {Inversion::done, r, 0};
@@ -97,7 +97,7 @@ EFLAT_HD void correction_basis(const Team& team, int k, int r, const double* row
 template <class Team>
 EFLAT_HD int correct_rows(const Team& team, int k, int r, const double* second, double* rows,
                           double* eigenvalues, double* work) {
-  double* inner = work;          // second = inner^T inner
+  double* inner = work;  // second = inner^T inner
   double* corrected = work + r * r;
   const int rank = pivoted_cholesky(team, k, second, inner, work + 2 * r * r);
   multiply(team, rank, k, r, inner, rows, corrected);

@@ -163,7 +163,8 @@ template <class Team>
 EFLAT_HD void orthogonalise_rows(const Team& team, int k, int r, double* rows,
                                  double* eigenvalues) {
   constexpr int kMaxSweeps = 40;
-  const double tolerance = (4 + 2 * sqrt(double(r))) * kEps64;  // above the rounding of a dot product
+  const double tolerance =
+      (4 + 2 * sqrt(double(r))) * kEps64;  // above the rounding of a dot product
   bool rotated = true;
   for (int sweep = 0; rotated && sweep < kMaxSweeps; ++sweep) {
     rotated = false;

@@ -79,4 +79,6 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def relative_error(model: nn.Module, reference: nn.Module) -> float:
     """Largest relative difference of a parameter in the Frobenius norm."""
     pairs = zip(model.parameters(), reference.parameters(), strict=True)
-    return max(float((p - q).detach().norm() / q.detach().norm().clamp_min(1e-300)) for p, q in pairs)
+    return max(
+        float((p - q).detach().norm() / q.detach().norm().clamp_min(1e-300)) for p, q in pairs
+    )

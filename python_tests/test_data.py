@@ -82,7 +82,7 @@ def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
 def test_an_unusable_cache_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("EFLAT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="cannot write to the cache folder .*EFLAT_CACHE"):
+    with pytest.raises(InputError, match=r"cannot write to the cache folder .*EFLAT_CACHE"):
         movie_reviews()
 
 
@@ -156,7 +156,7 @@ def test_bad_files_are_named(tmp_path, name, content, sentence):
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    with pytest.raises(InputError, match="cannot read nowhere.csv: No such file"):
+    with pytest.raises(InputError, match=r"cannot read nowhere\.csv: No such file"):
         read("nowhere.csv")
     with pytest.raises(InputError, match="is of no known format"):
         read(str(tmp_path))
@@ -178,9 +178,7 @@ def test_a_hub_name_goes_to_the_datasets_package(monkeypatch):
         assert (arguments, options) == (("glue", "sst2"), {"split": "validation"})
         return FakeHub([{"text": "good", "label": 1}, {"text": "bad", "label": 0}])
 
-    monkeypatch.setitem(
-        sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset)
-    )
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert read("glue:sst2@validation") == Table(["good", "bad"], ["positive", "negative"])
 
 
@@ -200,7 +198,7 @@ def test_trouble_with_the_hub_is_one_sentence(monkeypatch):
     with pytest.raises(InputError, match="row 1: column 'label' is empty"):
         read("some/set")
     hub(no_such_set)
-    with pytest.raises(InputError, match="cannot load the hub data set 'some/set': no such set$"):
+    with pytest.raises(InputError, match=r"cannot load the hub data set 'some/set': no such set$"):
         read("some/set")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="install the package 'datasets'"):

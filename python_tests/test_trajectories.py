@@ -89,10 +89,9 @@ def test_float64(method: str, onto: str, base: str, norm_scope: str) -> None:
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize(("method", "onto"), METHODS)
 def test_float32(method: str, onto: str, base: str) -> None:
-    """Rounding of 1e-7 per step, which Adam's first steps and a small B magnify."""
+    """Rounding of 1e-7 per step; onto A, the pseudo-inverse of a small B magnifies it."""
     found = errors(method, base, dtype=torch.float32, onto=onto, rtol=1e-3)
-    print(method,onto,base,max(found[:12]),max(found))
-    assert max(found) <= 1e-3
+    assert max(found) <= (5e-6 if onto == "B" else 5e-4)
 
 
 def test_the_bounds_tell_methods_apart() -> None:

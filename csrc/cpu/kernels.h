@@ -39,9 +39,9 @@ struct Kernels {
                       double* work);
   void (*truncated_inverse)(int k, int r, double shift, double rtol, const double* rows,
                             const double* eigenvalues, double* inverse, double* work);
-  Coefficients (*coefficients)(int r, const double* gram_t, const double* P_t,
-                               const double* gram_o, const double* P_o, double scaling,
-                               DType dtype, double rho, double* weights, double* work);
+  Coefficients (*coefficients)(int r, const double* gram_t, const double* P_t, const double* gram_o,
+                               const double* P_o, double scaling, DType dtype, double rho,
+                               double* weights, double* work);
 };
 
 extern const Kernels kBaseline;

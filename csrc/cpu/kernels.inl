@@ -277,16 +277,16 @@ void truncate(int k, int r, double shift, double rtol, const double* rows,
               const double* eigenvalues, double* inverse, double* work) {
   truncated_inverse(SerialTeam(), k, r, shift, rtol, rows, eigenvalues, inverse, work);
 }
-Coefficients make_coefficients(int r, const double* gram_t, const double* P_t,
-                               const double* gram_o, const double* P_o, double scaling,
-                               DType dtype, double rho, double* weights, double* work) {
+Coefficients make_coefficients(int r, const double* gram_t, const double* P_t, const double* gram_o,
+                               const double* P_o, double scaling, DType dtype, double rho,
+                               double* weights, double* work) {
   return coefficients(SerialTeam(), r, gram_t, P_t, gram_o, P_o, scaling, dtype, rho, weights, r,
                       work);
 }
 
 constexpr cpu::Kernels table(const char* name) {
-  return {name,       kLanes,  &gram,     &second_gram,      &apply, &invert,
-          &make_basis, &correct, &truncate, &make_coefficients};
+  return {name,    kLanes,      &gram,    &second_gram, &apply,
+          &invert, &make_basis, &correct, &truncate,    &make_coefficients};
 }
 
 }  // namespace

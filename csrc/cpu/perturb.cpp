@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "../blocks.h"
@@ -22,9 +23,13 @@ namespace {
 constexpr int64_t kGroupBytes = 1 << 20;  // of factors, gradients and partial sums
 
 // Memory that grows and is kept, so that a training loop allocates nothing after its first step.
+// Aligned to a cache line: a vector load that crosses one costs two.
 double* reserve(std::vector<double>& buffer, int64_t size) {
-  if (int64_t(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
+  constexpr int64_t kLine = 64;
+  if (int64_t(buffer.size()) < size + kLine) buffer.resize(size + kLine);
+  void* aligned = buffer.data();
+  size_t space = buffer.size() * sizeof(double);
+  return static_cast<double*>(std::align(kLine, size * sizeof(double), aligned, space));
 }
 double* thread_scratch(int r) {
   static thread_local std::vector<double> buffer;
@@ -178,8 +183,8 @@ class Perturbation {
     double* M = thread_scratch(r);
     double* work = M + square(r);
     for (int i = 0; i < r; ++i) std::copy_n(w.gram + i * 2 * r, r, M + i * r);
-    w.state = k_.invert_gram(r, M, w.pair->rtol, w.pair->dtype, w.inverse, w.rows, w.eigenvalues,
-                             work);
+    w.state =
+        k_.invert_gram(r, M, w.pair->rtol, w.pair->dtype, w.inverse, w.rows, w.eigenvalues, work);
     if (w.state.kind == Inversion::from_rows) {
       k_.truncated_inverse(w.state.rank, r, w.state.shift, w.pair->rtol, w.rows, w.eigenvalues,
                            w.inverse, work);

@@ -7,8 +7,7 @@
 namespace eflat::cpu {
 
 // Calls body(0) ... body(count - 1), perhaps from several threads, in any order.
-using ParallelFor =
-    std::function<void(int64_t count, const std::function<void(int64_t)>& body)>;
+using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t)>& body)>;
 
 // E, or its moving average, for every pair; norms[l] = ||G_hat|| of pair l. Returns how many pairs
 // were left alone (norm zero or not finite, or E too large for its type): their E is zero, their

@@ -6,7 +6,7 @@
 #include EFLAT_HOST_CUDA
 #else
 #include <cuda_runtime.h>
-#define EFLAT_SHARED_DYNAMIC(T, name)                                    \
+#define EFLAT_SHARED_DYNAMIC(T, name)                                  \
   extern __shared__ __align__(16) unsigned char eflat_shared_memory[]; \
   T* name = reinterpret_cast<T*>(eflat_shared_memory)
 #define EFLAT_LAUNCH(kernel, grid, block, shared, stream, ...) \
@@ -48,8 +48,8 @@ __device__ inline double element(const void* x, DType dtype, int64_t i) {
   }
 }
 
-// z[k * width + j]: rows begin ... begin + count of [factor | grad], or of factor alone, in float64.
-// Neighbouring threads read neighbouring addresses.
+// z[k * width + j]: rows begin ... begin + count of [factor | grad], or of factor alone, in
+// float64. Neighbouring threads read neighbouring addresses.
 __device__ inline void stage(const Side& side, DType dtype, int r, int width, int64_t begin,
                              int count, double* z) {
   for (int matrix = 0; matrix * r < width; ++matrix) {

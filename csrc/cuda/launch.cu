@@ -1,8 +1,7 @@
 // Builds the tables of a call and enqueues its kernels.
-#include "launch.h"
-
 #include "../blocks.h"
 #include "apply.cuh"
+#include "launch.h"
 #include "reduce.cuh"
 #include "solve.cuh"
 
@@ -109,8 +108,8 @@ cudaError_t perturb(const Problem& problem, void* workspace, void* norms, DType 
   EFLAT_LAUNCH(second_reduce_kernel, t.reduce_count, kThreads, kSharedBytes, stream, t);
   EFLAT_LAUNCH(correct_kernel, t.side_count, 32, 0, stream, t);
   EFLAT_LAUNCH(coefficients_kernel, t.pair_count, 32, 0, stream, t, problem.rho);
-  EFLAT_LAUNCH(scales_kernel, 1, 1, 0, stream, t, problem.rho, problem.global_norm, norms, norms_dtype,
-                                     skipped);
+  EFLAT_LAUNCH(scales_kernel, 1, 1, 0, stream, t, problem.rho, problem.global_norm, norms,
+               norms_dtype, skipped);
   EFLAT_LAUNCH(apply_kernel, t.apply_count, kThreads, kSharedBytes, stream, t, problem.update);
   return cudaGetLastError();
 }

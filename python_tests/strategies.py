@@ -1,0 +1,198 @@
+"""Random LoRA pairs, and how far an operator's result is from the reference.
+
+Factors are made from their singular values, so that a test can say how ill-conditioned they are.
+Gradients are either consistent, ``G_A = s B^T G_W`` and ``G_B = s G_W A^T`` as back-propagation
+gives them, or independent of each other. The consistent ones are the harder: they are small along
+a factor's small singular directions, where the pseudo-inverse is large.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import eflat_ext
+from eflat_ext import reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SCALINGS = (1.0, 2.0, 0.25, -1.5, 16.0)
+RHO = 0.05
+
+
+class Pair(NamedTuple):
+    A: Tensor
+    B: Tensor
+    grad_A: Tensor
+    grad_B: Tensor
+    scaling: float
+
+    def to(self, dtype: torch.dtype) -> Pair:
+        return Pair(*(t.to(dtype) for t in self[:4]), self.scaling)
+
+    def clone(self) -> Pair:
+        return Pair(*(t.clone() for t in self[:4]), self.scaling)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def factor(
+    g: torch.Generator, rows: int, columns: int, condition: float = 10.0, rank: int | None = None
+) -> Tensor:
+    """A float64 matrix with singular values from 1 down to ``1 / condition``, then zeros."""
+    full = min(rows, columns)
+    rank = full if rank is None else min(rank, full)
+    left = torch.linalg.qr(normal(g, rows, rank)).Q
+    right = torch.linalg.qr(normal(g, columns, rank)).Q
+    exponents = torch.linspace(0, 1, rank, dtype=torch.float64) if rank > 1 else torch.zeros(rank)
+    return (left * float(condition) ** -exponents) @ right.T
+
+
+def make_pair(
+    seed: int,
+    n: int,
+    m: int,
+    r: int,
+    dtype: torch.dtype = torch.float32,
+    condition_A: float = 10.0,
+    condition_B: float = 10.0,
+    scaling: float = 2.0,
+    consistent: bool = True,
+) -> Pair:
+    g = generator(seed)
+    A = factor(g, r, m, condition_A).to(dtype)
+    B = factor(g, n, r, condition_B).to(dtype)
+    if consistent:
+        gradient = normal(g, n, m)
+        grad_A = scaling * (B.double().T @ gradient)
+        grad_B = scaling * (gradient @ A.double().T)
+    else:
+        grad_A, grad_B = normal(g, r, m), normal(g, n, r)
+    return Pair(A, B, grad_A.to(dtype), grad_B.to(dtype), scaling)
+
+
+sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 511, 512, 513, 700]))
+ranks = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 48, 64]))
+dtypes = st.sampled_from(DTYPES)
+sides = st.sampled_from(["B", "A"])
+scopes = st.sampled_from(["layer", "global"])
+seeds = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def pairs(
+    draw: st.DrawFn,
+    dtype: st.SearchStrategy[torch.dtype] = dtypes,
+    max_condition: float = 1e3,
+    sizes: st.SearchStrategy[int] = sizes,
+    ranks: st.SearchStrategy[int] = ranks,
+) -> Pair:
+    """A pair of factors whose condition numbers are 1 to ``max_condition``."""
+    conditions = st.floats(0, 1).map(lambda x: max_condition**x)
+    return make_pair(
+        draw(seeds),
+        draw(sizes),
+        draw(sizes),
+        draw(ranks),
+        draw(dtype),
+        draw(conditions),
+        draw(conditions),
+        draw(st.sampled_from(SCALINGS)),
+        draw(st.booleans()),
+    )
+
+
+def full_rank_pairs(dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Pair]:
+    """Pairs whose factors have rank r: n, m >= r."""
+    shapes = st.tuples(st.integers(1, 12), st.integers(0, 30), st.integers(0, 30), seeds)
+    return shapes.map(lambda s: make_pair(s[3], s[0] + s[1], s[0] + s[2], s[0], dtype))
+
+
+def lists(pairs: list[Pair]) -> tuple[list, list, list, list, list]:
+    """A list of pairs as the arguments of a foreach operator."""
+    return tuple(list(column) for column in zip(*pairs, strict=True))
+
+
+def ambiguous(pair: Pair, rtol: float | None = None) -> bool:
+    """Whether the reference's own answer is a matter of luck: a singular value within 5 % of the
+    cutoff (either rank is right), or two terms of equation (1) that nearly cancel."""
+    rtol = reference.default_rtol(pair.A, pair.B) if rtol is None else rtol
+    for t in (pair.A, pair.B):
+        values = torch.linalg.svdvals(t.double())
+        if bool(((values / (rtol * values[0])).sub(1).abs() < 0.05).any()):
+            return True
+    terms = [
+        reference.full_space_gradient(
+            pair.A, pair.B, pair.grad_A * a, pair.grad_B * b, pair.scaling, rtol
+        ).norm()
+        for a, b in ((1, 1), (1, 0), (0, 1))
+    ]
+    return bool(terms[0] < 0.03 * (terms[1] + terms[2]))
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    """Relative error in the Frobenius norm; absolute where nothing is expected."""
+    size = float(expected.double().norm())
+    return float((value.double() - expected.double()).norm()) / (size if size > 0 else 1.0)
+
+
+def rounding_errors(value: Tensor, expected: Tensor) -> float:
+    """Largest elementwise error in units of the half step of ``value``'s dtype there, after an
+    allowance of 1e-6 of the largest element for the arithmetic itself."""
+    info = torch.finfo(value.dtype)
+    half_step = torch.maximum(
+        expected.abs() * info.eps / 2, torch.tensor(info.smallest_normal * info.eps / 2)
+    )
+    return float(
+        ((value.double() - expected).abs() / (half_step + 1e-6 * expected.abs().max())).max()
+    )
+
+
+def poison(*tensors: Tensor) -> None:
+    """Leaves NaN in memory that the allocator is likely to hand out next for such tensors."""
+    for t in tensors:
+        held = [torch.full(t.shape, torch.nan, dtype=t.dtype) for _ in range(3)]
+        del held
+
+
+def perturb(
+    pair: Pair, rho: float = RHO, onto: str = "B", rtol: float | None = None
+) -> tuple[Tensor, Tensor]:
+    poison(pair.B if onto == "B" else pair.A)
+    E, norm = eflat_ext.perturb(*pair, rho, onto, rtol)
+    target = pair.B if onto == "B" else pair.A
+    assert E.shape == target.shape and E.dtype == target.dtype and E.is_contiguous()
+    assert norm.shape == ()
+    assert norm.dtype == (torch.float64 if target.dtype == torch.float64 else torch.float32)
+    assert bool(E.isfinite().all())
+    return E, norm
+
+
+def foreach_perturb(
+    pairs: list[Pair],
+    rho: float = RHO,
+    onto: str = "B",
+    norm_scope: str = "layer",
+    rtol: float | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    poison(*(p.B if onto == "B" else p.A for p in pairs))
+    E, norms = eflat_ext.foreach_perturb(*lists(pairs), rho, onto, norm_scope, rtol)
+    assert norms.shape == (len(pairs),)
+    assert all(bool(e.isfinite().all()) for e in E)
+    return E, norms
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Equality of every bit; NaNs of equal bits are equal."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    x, y = x.contiguous(), y.contiguous()
+    return bool((x.reshape(-1).view(torch.uint8) == y.reshape(-1).view(torch.uint8)).all())

@@ -1,0 +1,307 @@
+"""How far the operators are from equations (1)-(3) in float64, and what must hold of them.
+
+The bounds, for the same rtol, B and A onto: float32 1e-6 up to condition number 1e3, 5e-5 up to the
+cutoff; float64 1e-10 up to condition number 1e4; 16-bit types the rounding of E. Singular values
+within 5 % of the cutoff are left out: there the rank may go either way.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from strategies import (
+    DTYPES,
+    RHO,
+    Pair,
+    ambiguous,
+    dtypes,
+    error,
+    factor,
+    foreach_perturb,
+    full_rank_pairs,
+    generator,
+    lists,
+    make_pair,
+    normal,
+    pairs,
+    perturb,
+    rounding_errors,
+    same_bits,
+    scopes,
+    seeds,
+    sides,
+)
+
+from eflat_ext import reference
+
+F32, F64 = st.just(torch.float32), st.just(torch.float64)
+
+
+def check(pair: Pair, onto: str, bound: float, rtol: float | None = None) -> None:
+    E, norm = perturb(pair, RHO, onto, rtol)
+    expected, expected_norm = reference.perturb(*pair, RHO, onto, rtol)
+    assert error(norm, expected_norm) <= max(bound, 2e-7 if norm.dtype == torch.float32 else 0)
+    if E.dtype in (torch.float32, torch.float64):
+        assert error(E, expected) <= bound
+    else:
+        assert rounding_errors(E, expected) <= 1.001
+
+
+# Ranks around and beyond every multiple of a vector, factors taller and flatter than r, and lengths
+# around the size of a block.
+SHAPES = [
+    *[(1, 1, r) for r in (1, 2, 5, 16)],
+    *[(37, 50, r) for r in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 36, 37, 38, 50, 51)],
+    *[(130, 90, r) for r in (63, 64, 65, 100, 127, 128)],
+    *[(300, 260, r) for r in (200, 255, 256)],
+    *[(1, 300, r) for r in (1, 4, 40)],
+    *[(300, 1, r) for r in (1, 4, 40)],
+    *[(n, n + 1, 5) for n in (255, 256, 511, 512, 513, 1024, 1537)],
+    (60, 70, 256),
+    (4200, 20, 8),
+    (20, 4200, 8),
+]
+
+
+@pytest.mark.parametrize("n, m, r", SHAPES)
+def test_every_shape(n, m, r):
+    for dtype in DTYPES:
+        seed = int(torch.randint(2**31, ()))
+        pair = make_pair(seed, n, m, r, dtype)
+        if ambiguous(pair):
+            continue
+        for onto in "BA":
+            check(pair, onto, 1e-10 if dtype == torch.float64 else 1e-6)
+
+
+@given(pairs(F32, max_condition=1e3), sides)
+def test_float32(pair, onto):
+    assume(not ambiguous(pair))
+    check(pair, onto, 1e-6)
+
+
+small_sizes = st.one_of(st.integers(1, 12), st.sampled_from([40, 600]))
+
+
+@settings(max_examples=100)
+@given(pairs(F32, max_condition=1e8, sizes=small_sizes, ranks=st.integers(1, 16)), sides)
+def test_float32_up_to_the_cutoff(pair, onto):
+    assume(not ambiguous(pair))
+    check(pair, onto, 5e-5)
+
+
+@pytest.mark.parametrize("consistent", [True, False])
+@pytest.mark.parametrize("condition_B", [1.0, 1e3, 1e5])
+@pytest.mark.parametrize("condition_A", [1.0, 1e3, 1e5])
+def test_float32_small_and_ill_conditioned(condition_A, condition_B, consistent):
+    for n, m, r in [(2, 3, 4), (6, 7, 4), (12, 9, 2)]:
+        seed = int(torch.randint(2**31, ()))
+        pair = make_pair(
+            seed, n, m, r, torch.float32, condition_A, condition_B, consistent=consistent
+        )
+        if not ambiguous(pair):
+            for onto in "BA":
+                check(pair, onto, 5e-5)
+
+
+@given(pairs(F64, max_condition=1e4), sides)
+@example(make_pair(0, 21, 14, 2, torch.float64, 1e4, 1e4), "B")
+@example(make_pair(0, 20, 30, 6, torch.float64, 1.0, 1e4), "A")
+@example(make_pair(0, 20, 30, 6, torch.float64, 1e4, 1.0), "B")
+def test_float64(pair, onto):
+    assume(not ambiguous(pair))
+    check(pair, onto, 1e-10)
+
+
+@given(pairs(st.sampled_from([torch.bfloat16, torch.float16]), max_condition=100), sides)
+def test_16_bit_types_within_their_rounding(pair, onto):
+    assume(not ambiguous(pair))
+    check(pair, onto, 1e-6)
+
+
+@given(pairs(F32, max_condition=1e6), sides, st.sampled_from([1e-7, 1e-5, 1e-3, 0.03, 0.3, 0.9]))
+def test_a_cutoff_of_the_users_own(pair, onto, rtol):
+    assume(not ambiguous(pair, rtol))
+    check(pair, onto, 5e-5, rtol)
+
+
+@pytest.mark.parametrize("scaling", [-1.0, -1e-3, 1e-8, 1e-3, 3.0, 1e8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaling_of_any_sign_and_size(scaling, dtype):
+    pair = make_pair(int(torch.randint(2**31, ())), 40, 30, 5, dtype)._replace(scaling=scaling)
+    for onto in "BA":
+        check(pair, onto, 1e-6 if dtype == torch.float32 else 1e-10)
+
+
+mixed_lists = st.lists(pairs(max_condition=50), min_size=1, max_size=8)
+
+
+@given(mixed_lists, sides)
+def test_foreach_is_perturb_pair_by_pair(listed, onto):
+    E, norms = foreach_perturb(listed, RHO, onto)
+    for i, pair in enumerate(listed):
+        alone, norm = perturb(pair, RHO, onto)
+        assert same_bits(E[i], alone)
+        assert norms[i].to(norm.dtype) == norm or norms.dtype == torch.float32
+        assert float(norms[i]) == float(norm.to(norms.dtype))
+    expected = all(p.A.dtype == torch.float64 for p in listed)
+    assert norms.dtype == (torch.float64 if expected else torch.float32)
+
+
+@given(mixed_lists, sides)
+def test_global_norm(listed, onto):
+    assume(not any(ambiguous(p) for p in listed))
+    E, norms = foreach_perturb(listed, RHO, onto, "global")
+    expected, expected_norms = reference.foreach_perturb(*lists(listed), RHO, onto, "global")
+    layer_norms = foreach_perturb(listed, RHO, onto, "layer")[1]
+    assert same_bits(norms, layer_norms)
+    for e, x, norm, expected_norm in zip(E, expected, norms, expected_norms, strict=True):
+        assert error(norm, expected_norm) <= 1e-6
+        assert rounding_errors(e, x) <= 1.01 if e.dtype.itemsize == 2 else error(e, x) <= 1e-6
+
+
+def test_many_layers_in_one_call():
+    # More than one group of the cache, ragged.
+    sizes = torch.randint(1, 900, (60, 2)).tolist()
+    listed = [make_pair(i, n, m, 1 + i % 20) for i, (n, m) in enumerate(sizes)]
+    for scope in ("layer", "global"):
+        E, norms = foreach_perturb(listed, RHO, "B", scope)
+        expected, expected_norms = reference.foreach_perturb(*lists(listed), RHO, "B", scope)
+        assert error(norms, expected_norms) <= 1e-6
+        assert max(error(e, x) for e, x in zip(E, expected, strict=True)) <= 1e-6
+
+
+# What must hold whatever the reference says.
+
+
+@given(pairs(st.sampled_from([torch.float32, torch.float64])), sides)
+def test_scale_of_the_gradients_does_not_matter(pair, onto):
+    E, norm = perturb(pair, RHO, onto)
+    for power in (-60, -3, 5, 60):  # of two: the products are exact
+        scale = 2.0**power
+        scaled = pair._replace(grad_A=pair.grad_A * scale, grad_B=pair.grad_B * scale)
+        E_scaled, norm_scaled = perturb(scaled, RHO, onto)
+        assert error(E_scaled, E) <= 1e-6
+        assert error(norm_scaled, norm * scale) <= 1e-6
+
+
+@given(pairs(F64), sides)
+def test_radius_is_kept(pair, onto):
+    E, _ = perturb(pair, RHO, onto)
+    W_change = pair.scaling * (E @ pair.A if onto == "B" else pair.B @ E)
+    assert W_change.norm() <= RHO * (1 + 1e-9)
+
+
+@given(seeds, sides)
+def test_radius_is_reached_inside_the_carrying_space(seed, onto):
+    # Square A: every row is in its row space; square B: every column in its column space.
+    n, m = (40, 6) if onto == "B" else (6, 40)
+    pair = make_pair(seed, n, m, 6, torch.float64)
+    E, _ = perturb(pair, RHO, onto)
+    W_change = pair.scaling * (E @ pair.A if onto == "B" else pair.B @ E)
+    assert float(W_change.norm()) == pytest.approx(RHO, rel=1e-9)
+
+
+@given(full_rank_pairs(), seeds, sides)
+def test_perturbation_belongs_to_W_not_to_its_factors(pair, seed, onto):
+    r = pair.A.shape[0]
+    R = normal(generator(seed), r, r) / r + 2 * torch.eye(r, dtype=torch.float64)
+    other = Pair(
+        torch.linalg.solve(R, pair.A),
+        pair.B @ R,
+        R.T @ pair.grad_A,
+        torch.linalg.solve(R, pair.grad_B.T).T,
+        pair.scaling,
+    )
+    E, norm = perturb(pair, RHO, onto)
+    E_other, norm_other = perturb(other, RHO, onto)
+    assert error(norm_other, norm) <= 1e-9
+    if onto == "B":
+        assert error(E_other @ other.A, E @ pair.A) <= 1e-8
+    else:
+        assert error(other.B @ E_other, pair.B @ E) <= 1e-8
+
+
+@given(pairs(st.sampled_from([torch.float32, torch.float64])))
+def test_frozen_factor_leaves_the_other_term_alone(pair):
+    # One gradient zero: (1) has one term, with the pseudo-inverse of the other factor.
+    for name in ("grad_A", "grad_B"):
+        frozen = pair._replace(**{name: torch.zeros_like(getattr(pair, name))})
+        assume(not ambiguous(frozen))
+        for onto in "BA":
+            check(frozen, onto, 1e-6)
+
+
+# The averaging operator and the bound.
+
+
+def average_arguments(listed, onto, seed):
+    g = generator(seed)
+    targets = [p.B if onto == "B" else p.A for p in listed]
+    ema = [
+        normal(g, *t.shape).to(torch.float64 if t.dtype == torch.float64 else torch.float32)
+        for t in targets
+    ]
+    A, B, grad_A, grad_B, scaling = lists(listed)
+    return A, B, grad_A, grad_B, ema, torch.tensor(5), scaling
+
+
+@given(mixed_lists, sides, scopes, st.sampled_from([0.0, 0.1, 0.9, 1.0]), seeds)
+def test_moving_average(listed, onto, scope, beta, seed):
+    listed[0] = listed[0].clone()
+    listed[0].grad_B[0, 0] = math.nan
+    assume(not any(ambiguous(p) for p in listed[1:]))
+    A, B, grad_A, grad_B, ema, skipped, scaling = average_arguments(listed, onto, seed)
+    before = [e.clone() for e in ema]
+    norms = torch.ops.eflat.foreach_perturb_ema_(
+        A, B, grad_A, grad_B, ema, skipped, scaling, RHO, beta, onto, scope
+    )
+    E, expected_norms = reference.foreach_perturb(A, B, grad_A, grad_B, scaling, RHO, onto, scope)
+    same_norms = foreach_perturb(listed, RHO, onto, scope)[1]
+    assert same_bits(norms, same_norms)
+    assert int(skipped) == 5 + sum(not (0 < x < math.inf) for x in expected_norms.tolist())
+    assert same_bits(ema[0], before[0])  # the NaN layer
+    for mean, old, e, norm in zip(ema, before, E, expected_norms, strict=True):
+        if 0 < norm < math.inf:
+            expected = (1 - beta) * old.double() + beta * e
+            # float32 averages of 16-bit factors keep what E's own type would round away
+            assert error(mean, expected) <= (1e-10 if mean.dtype == torch.float64 else 1e-6)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 600), st.integers(1, 40), st.integers(1, 12), dtypes),
+        min_size=1,
+        max_size=5,
+    ),
+    seeds,
+    scopes,
+    st.floats(-3, 3),
+)
+def test_bound_of_averages_onto_A(shapes, seed, scope, exponent):
+    g = generator(seed)
+    pairs = [
+        (None, normal(g, n, r).to(dtype), 0.5 + i) for i, (n, _, r, dtype) in enumerate(shapes)
+    ]
+    ema = [
+        normal(g, r, m).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for _, m, r, dtype in shapes
+    ]
+    rho = 10.0**exponent
+    factors = torch.ops.eflat.foreach_bound(
+        ema, [b for _, b, _ in pairs], [s for _, _, s in pairs], rho, scope
+    )
+    assert factors.dtype == torch.float32 and bool((factors <= 1).all())
+    expected = reference.bounded(pairs, [e.double() for e in ema], rho, scope)
+    for f, e, x in zip(factors, ema, expected, strict=True):
+        assert error(e.double() * f.double(), x) <= 2e-7
+
+
+def test_bound_of_zero_is_one():
+    ema, B = torch.zeros(3, 8), factor(generator(0), 9, 3).float()
+    for scope in ("layer", "global"):
+        assert torch.ops.eflat.foreach_bound([ema], [B], [2.0], 0.0, scope).tolist() == [1.0]
+        assert torch.ops.eflat.foreach_bound([ema + 1], [B], [2.0], 0.0, scope).tolist() == [0.0]

@@ -1,0 +1,464 @@
+"""When perturbed weights are in a model, and that clean ones come out of it, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from models import Mlp, assert_same_bits, same_bits, weights
+from torch import Tensor, nn
+
+from eflat_ext import perturbed
+from eflat_ext.perturbed import PerturbedWeights
+
+X = torch.linspace(-1, 1, 24).reshape(2, 12)
+NAMES = ("up.weight", "down.weight")
+
+
+def add_one(targets: list[Tensor]) -> None:
+    torch._foreach_add_(targets, [torch.ones_like(target) for target in targets])
+
+
+class Owner:
+    """Something that can be referenced weakly."""
+
+
+class Case:
+    """An MLP inside two wrappers, its ``up`` and ``down`` weights perturbed by 1."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.inner = Mlp()
+        self.model = nn.Sequential(nn.Sequential(self.inner))
+        self.before = weights(self.inner)
+        self.owner = Owner()
+        slots = [(self.inner.up, "weight"), (self.inner.down, "weight")]
+        guarded = [(self.inner, "extra_repr")]
+        self.weights = PerturbedWeights(self.model, slots, add_one, self.owner, guarded)
+
+    def assert_clean(self) -> None:
+        assert_same_bits(weights(self.inner), self.before)
+        assert not self.weights.applied
+
+    def assert_perturbed(self) -> None:
+        now = weights(self.inner)
+        for name, value in self.before.items():
+            assert same_bits(now[name], value + 1 if name in NAMES else value), name
+        assert self.weights.applied
+
+
+def test_perturb_and_restore_are_idempotent() -> None:
+    case = Case()
+    case.assert_clean()
+    for _ in range(2):
+        case.weights.perturb()
+        case.assert_perturbed()
+    for _ in range(2):
+        case.weights.restore()
+        case.assert_clean()
+
+
+def test_training_forward_perturbs_and_evaluation_restores() -> None:
+    case = Case()
+    expected = case.model.eval()(X)
+    case.assert_clean()
+    perturbed_output = case.model.train()(X)
+    case.assert_perturbed()
+    assert not torch.equal(perturbed_output, expected)
+    assert torch.equal(case.model(X), perturbed_output)
+    assert torch.equal(case.model.eval()(X), expected)
+    case.assert_clean()
+
+
+def test_gradients_are_those_of_the_perturbed_point() -> None:
+    case = Case()
+    case.model(X).square().sum().backward()
+    other = Mlp()
+    other.load_state_dict({k: v + 1 if k in NAMES else v for k, v in case.before.items()})
+    other(X).square().sum().backward()
+    for p, q in zip(case.inner.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_a_call_may_enter_at_an_inner_module() -> None:
+    """As ``generate`` of a wrapped model does."""
+    case = Case()
+    case.inner(X)
+    case.assert_perturbed()
+    case.model.eval()
+    case.inner(X)
+    case.assert_clean()
+
+
+def test_no_forward_pass_within_a_target_owner_decides() -> None:
+    """Gradient checkpointing runs parts of a model again, in whatever mode they are."""
+    case = Case()
+    case.model(X)
+    case.inner.up.eval()(X)
+    case.assert_perturbed()
+
+
+def test_inference_mode_in_between() -> None:
+    case = Case()
+    for _ in range(2):
+        case.model.train()(X).sum().backward()
+        with torch.inference_mode():
+            case.model.eval()(X)
+        case.assert_clean()
+    case.model.double().train()
+    with torch.inference_mode():
+        case.model(X.double())  # the buffers are made anew, of another type
+    case.weights.restore()
+    case.model(X.double()).sum().backward()
+
+
+def test_the_value_found_is_the_one_perturbed() -> None:
+    case = Case()
+    case.model(X)
+    case.weights.restore()
+    with torch.no_grad():
+        case.inner.up.weight.mul_(2)
+    case.before = weights(case.inner)
+    case.model(X)
+    case.assert_perturbed()
+
+
+@pytest.mark.parametrize("moved_while", ["clean", "perturbed"])
+def test_a_model_that_changes_its_type(moved_while: str) -> None:
+    case = Case()
+    if moved_while == "perturbed":
+        case.model(X)
+    case.model.double()
+    case.before = {name: value.double() for name, value in case.before.items()}
+    assert_same_bits(dict(case.inner.state_dict()), case.before)
+    case.weights.restore()
+    case.assert_clean()
+    case.model(X.double())
+    case.assert_perturbed()
+
+
+def test_state_dict_is_clean_and_leaves_the_model_alone() -> None:
+    case = Case()
+    case.model(X)
+    versions = [p._version for p in case.inner.parameters()]
+    assert_same_bits(dict(case.inner.state_dict()), case.before)
+    kept = case.inner.state_dict(keep_vars=True)
+    assert all(isinstance(value, nn.Parameter) and value.requires_grad for value in kept.values())
+    assert_same_bits(dict(kept), case.before)
+    assert_same_bits(
+        dict(case.inner.up.state_dict(prefix="up.")),
+        {name: value for name, value in case.before.items() if name.startswith("up.")},
+    )
+    case.assert_perturbed()
+    assert [p._version for p in case.inner.parameters()] == versions
+    # What was saved does not change when the weights do.
+    saved = case.inner.state_dict()
+    case.weights.restore()
+    case.weights.perturb()
+    assert_same_bits(dict(saved), case.before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_replaces_the_clean_values(assign: bool) -> None:
+    case = Case()
+    case.model(X)
+    case.before = {name: value * 3 for name, value in case.before.items()}
+    case.inner.load_state_dict(copy.deepcopy(case.before), assign=assign)
+    case.assert_clean()
+    case.model(X)
+    case.assert_perturbed()
+    assert_same_bits(dict(case.inner.state_dict()), case.before)
+    case.weights.restore()
+    case.assert_clean()
+
+
+def test_a_tied_parameter_is_saved_clean_under_every_name() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.two.weight = self.one.weight
+
+    model, owner = Tied(), Owner()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    held = PerturbedWeights(model, [(model.one, "weight")], add_one, owner)
+    held.perturb()
+    assert not torch.equal(model.two.weight, before["two.weight"])
+    assert_same_bits(dict(model.state_dict()), before)
+
+
+def test_functional_call_touches_its_own_tensors_alone() -> None:
+    case = Case()
+    other = {f"0.0.{name}": value * 2 for name, value in case.before.items()}
+    torch.func.functional_call(case.model, other, (X,))
+    case.weights.restore()
+    case.assert_clean()
+    assert torch.equal(other["0.0.up.weight"], case.before["up.weight"] * 2)
+
+
+def test_clean_context() -> None:
+    case = Case()
+    case.model(X)
+    with case.weights.clean():
+        case.assert_clean()
+        with case.weights.clean():
+            case.model(X)
+            case.weights.perturb()
+            case.assert_clean()
+    case.assert_perturbed()
+    with pytest.raises(KeyError), case.weights.clean():
+        raise KeyError
+    case.assert_perturbed()
+    case.weights.restore()
+    with case.weights.clean():
+        pass
+    case.assert_clean()
+
+
+def test_guarded_methods_find_clean_weights() -> None:
+    class Merging(Mlp):
+        def merge(self, factor: float, *, plus: float) -> Tensor:
+            return self.up.weight.detach() * factor + plus
+
+    torch.manual_seed(0)
+    model, owner = Merging(), Owner()
+    before = model.up.weight.detach().clone()
+    model.patched = lambda: model.up.weight.detach().clone()
+    patched = model.patched
+    guarded = [(model, "merge"), (model, "patched")]
+    held = PerturbedWeights(model, [(model.up, "weight")], add_one, owner, guarded)
+    model(X)
+    assert torch.equal(model.merge(2.0, plus=0.0), before * 2)
+    model(X)
+    assert torch.equal(model.patched(), before)
+    held.perturb()
+    held.remove()
+    assert "merge" not in vars(model) and model.patched is patched
+    assert torch.equal(model.merge(1.0, plus=0.0), before)
+
+
+def assert_no_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._state_dict_hooks
+        assert not module._load_state_dict_pre_hooks
+        assert not {"merge", "extra_repr"} & vars(module).keys()
+
+
+def copies_of(model: nn.Module) -> list[nn.Module]:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    return [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded]
+
+
+@pytest.mark.parametrize("copied_while", ["clean", "perturbed"])
+@pytest.mark.parametrize("first", ["forward", "train forward", "state_dict", "guarded", "attach"])
+def test_a_copied_model_is_inert_and_clean(copied_while: str, first: str) -> None:
+    case = Case()
+    if copied_while == "perturbed":
+        case.model(X)
+    for other in copies_of(case.model):
+        inner = other[0][0]
+        if first == "forward":
+            other.eval()(X)
+        elif first == "train forward":
+            other.train()(X)
+        elif first == "state_dict":
+            assert_same_bits(dict(inner.state_dict()), case.before)
+            continue
+        elif first == "guarded":
+            inner.extra_repr()
+        else:
+            owner = Owner()
+            again = PerturbedWeights(other, [(inner.up, "weight")], add_one, owner)
+            assert_same_bits(weights(inner), case.before)
+            other.train()(X)
+            assert again.applied
+            again.remove()
+            assert_no_hooks(other)
+        assert_same_bits(weights(inner), case.before)
+    if copied_while == "perturbed":
+        case.assert_perturbed()
+    else:
+        case.assert_clean()
+
+
+def test_copying_one_layer_does_not_drag_the_model_along() -> None:
+    case = Case()
+    case.model(X)
+    assert len(pickle.dumps(case.inner.up)) < len(pickle.dumps(case.inner)) + 4000
+    big = nn.Parameter(torch.zeros(10**6))
+    case.inner.register_parameter("big", big)
+    assert len(pickle.dumps(case.inner.up)) < 10**5
+
+
+def test_one_owner_at_a_time() -> None:
+    case = Case()
+    slots = [(case.inner.up, "weight")]
+    for model in (case.model, case.inner):
+        with pytest.raises(RuntimeError, match="remove_hooks"):
+            PerturbedWeights(model, slots, add_one, Owner())
+    case.model(X)
+    case.weights.remove()
+    case.assert_clean()
+    owner = Owner()
+    second = PerturbedWeights(case.model, slots, add_one, owner)
+    assert second.alive and not case.weights.alive
+
+
+def test_a_dead_owner_leaves_clean_weights_and_its_place() -> None:
+    case = Case()
+    case.model(X)
+    case.assert_perturbed()
+    case.owner = None
+    gc.collect()
+    assert not case.weights.alive
+    case.model(X)
+    case.assert_clean()
+    owner = Owner()
+    PerturbedWeights(case.model, [(case.inner.up, "weight")], add_one, owner)
+
+
+def test_owner_and_model_are_not_kept_alive() -> None:
+    case = Case()
+    case.model.owner = case.owner  # a cycle
+    seen = [weakref.ref(case.model), weakref.ref(case.owner)]
+    del case
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None]
+
+
+def test_removed_hooks_are_all_gone() -> None:
+    case = Case()
+    case.model(X)
+    case.weights.remove()
+    case.assert_clean()
+    assert_no_hooks(case.model)
+    case.model(X)
+    case.assert_clean()
+    case.weights.perturb()
+    case.assert_perturbed()
+
+
+def test_targets_outside_the_model() -> None:
+    stranger = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="targets"):
+        PerturbedWeights(Mlp(), [(stranger, "weight")], add_one, Owner())
+
+
+def test_data_parallel_replicas_are_refused() -> None:
+    case = Case()
+    replica = case.model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(X)
+    case.weights.perturb()
+    replica(X)
+
+
+def test_an_exception_in_the_perturbation_loses_nothing() -> None:
+    case = Case()
+
+    def half(targets: list[Tensor]) -> None:
+        targets[0].add_(1)
+        raise MemoryError
+
+    case.weights._perturbation = half
+    with pytest.raises(MemoryError):
+        case.model(X)
+    assert_same_bits(dict(case.inner.state_dict()), case.before)
+    case.model.eval()(X)
+    case.assert_clean()
+
+
+@pytest.mark.parametrize("action", ["perturb", "restore", "forward", "clean", "load"])
+def test_an_interrupt_at_any_line_loses_nothing(action: str) -> None:
+    """KeyboardInterrupt before every single line of the module that the action runs through."""
+    source = Path(perturbed.__file__).resolve()
+
+    def act(case: Case) -> None:
+        if action == "forward":
+            case.model(X)
+            case.model.eval()(X)
+            case.model.train()(X)
+        elif action == "clean":
+            with case.weights.clean():
+                case.assert_clean()
+        elif action == "load":
+            case.inner.load_state_dict(case.before)
+        else:
+            getattr(case.weights, action)()
+
+    interrupted = 0
+    for line in range(1, 1000):
+        case, count = Case(), 0
+        if action in ("restore", "clean", "load"):
+            case.weights.perturb()
+
+        def trace(frame, event, _, line=line):  # type: ignore[no-untyped-def]
+            nonlocal count
+            if Path(frame.f_code.co_filename) != source:
+                return None
+            if event == "line":
+                count += 1
+                if count == line:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            act(case)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+            torch.set_grad_enabled(True)  # an interrupted ``with`` may not have left its block
+        assert_same_bits(dict(case.inner.state_dict()), case.before)
+        case.weights._suspended = 0
+        case.model.train()(X)
+        case.assert_perturbed()
+        case.model.eval()(X)
+        case.assert_clean()
+        if count < line:
+            break
+    assert interrupted >= 5 and count < line
+
+
+@pytest.mark.parametrize("around", ["model", "function"])
+def test_compiled_whole_equals_eager(around: str) -> None:
+    """Accumulation, evaluation between, restoring by hand: no graph break, the eager numbers."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        case = Case()
+        step = case.model if around == "model" else lambda x, model=case.model: model(x)
+        if compiled:
+            step = torch.compile(step, fullgraph=True, backend="aot_eager")
+        outputs = []
+        for scale in range(1, 4):
+            case.model.train()
+            for _ in range(2):
+                outputs.append(step(X * scale))
+                outputs[-1].square().sum().backward()
+                case.assert_perturbed()
+            case.model.eval()
+            outputs.append(step(X * scale))
+            case.assert_clean()
+            case.model.train()
+            outputs.append(step(X * scale))
+            case.weights.restore()
+        with case.weights.clean():
+            outputs.append(step(X))
+            case.assert_clean()
+        gradients = [p.grad for p in case.inner.parameters()]
+        results.append([t.detach() for t in outputs + gradients])
+    for eager, traced in zip(*results, strict=True):
+        assert same_bits(eager, traced)
