@@ -21,11 +21,6 @@
 
 namespace eflat {
 
-struct Coefficients {
-  double norm;  // ||G_hat||; NaN or infinite when the input is
-  double size;  // ||E|| ||G_hat|| / rho, or an upper bound of it
-};
-
 // c of one layer, 0 for a layer to be left alone. `scope_norm` is ||G_hat|| of the layer, or of
 // all of them.
 EFLAT_HD double scale_of(double scaling, double rho, double scope_norm) {
@@ -36,16 +31,15 @@ EFLAT_HD bool usable(double norm) { return norm > 0 && norm <= 1.797693134862315
 
 inline namespace EFLAT_TARGET {
 
-// gram_t, gram_o: (2r, 2r), symmetric. P_t, P_o: (r, r). weights: out, (2r, stride), the matrix
-// [Q; P_o]. work: 2 r^2.
+// ||G_hat|| of a pair (NaN or infinite when its input is) and the weights [Q; P_o], (2r, r).
+// gram_t, gram_o: (2r, 2r), symmetric; P_t, P_o: (r, r). work: r^2.
 template <class Team>
-EFLAT_HD Coefficients coefficients(const Team& team, int r, const double* gram_t, const double* P_t,
-                                   const double* gram_o, const double* P_o, double scaling,
-                                   DType dtype, double rho, double* weights, int stride,
-                                   double* work) {
+EFLAT_HD double norm_and_weights(const Team& team, int r, const double* gram_t, const double* P_t,
+                                 const double* gram_o, const double* P_o, double scaling,
+                                 double* weights, double* work) {
   const int d = 2 * r;
+  double* Q = weights;
   double* FP = work;  // F_o^T P_o
-  double* Q = work + r * r;
   for (int i = 0; i < r; ++i) {
     for (int j = team.lane(); j < r; j += team.lanes()) FP[i * r + j] = 0;
     for (int k = 0; k < r; ++k) {
@@ -55,59 +49,66 @@ EFLAT_HD Coefficients coefficients(const Team& team, int r, const double* gram_t
   }
   team.sync();
   multiply(team, r, r, r, P_t, FP, Q);
+  copy(team, r * r, P_o, weights + r * r);
 
-  double square = 0, trace = 0, weight = 0;
+  double square = 0, trace = 0;
   for (int i = 0; i < r; ++i) {
-    EFLAT_SUM_OVER(square, weight)
-    for (int j = team.lane(); j < r; j += team.lanes()) {
-      const double q = Q[i * r + j], p = P_o[i * r + j];
-      square += p * gram_t[(r + i) * d + r + j] + P_t[i * r + j] * gram_o[(r + i) * d + r + j] +
-                2 * q * gram_t[i * d + r + j];
-      weight += q * q + p * p;
-    }
+    EFLAT_SUM_OVER(square)
+    for (int j = team.lane(); j < r; j += team.lanes())
+      square += P_o[i * r + j] * gram_t[(r + i) * d + r + j] +
+                P_t[i * r + j] * gram_o[(r + i) * d + r + j] +
+                2 * Q[i * r + j] * gram_t[i * d + r + j];
   }
   for (int i = team.lane(); i < d; i += team.lanes())
     trace += gram_t[i * d + i] + gram_o[i * d + i];
   square = team.sum(square);
   trace = team.sum(trace);
-  weight = team.sum(weight);
-
-  for (int i = 0; i < r; ++i) {
-    for (int j = team.lane(); j < r; j += team.lanes()) {
-      weights[i * stride + j] = Q[i * r + j];
-      weights[(r + i) * stride + j] = P_o[i * r + j];
-    }
-  }
-  team.sync();
-
   // A factor or gradient that is not finite shows in a trace, whatever became of it above.
   const double finite_or_not = trace - trace;
-  const double norm = sqrt(square < 0 ? 0 : square) / (2 * fabs(scaling)) + finite_or_not;
+  return sqrt(square < 0 ? 0 : square) / (2 * fabs(scaling)) + finite_or_not;
+}
 
-  // ||Z W|| <= ||Z|| ||W|| settles nearly always that E can be represented in its type; the exact
-  // norm is computed where it does not.
-  double size = sqrt(trace) * sqrt(weight) / (2 * scaling * scaling);
-  if (usable(norm) && !(rho * size <= largest_finite(dtype) * norm)) {
-    double exact = 0;
-    for (int i = 0; i < d; ++i) {
-      for (int j = team.lane(); j < r; j += team.lanes()) {
-        double v = 0;
-        for (int k = 0; k < d; ++k) v += gram_t[i * d + k] * weights[k * stride + j];
-        exact += v * weights[i * stride + j];
-      }
-    }
-    exact = team.sum(exact);
-    size = sqrt(exact < 0 ? 0 : exact) / (2 * scaling * scaling);
+// Weights made in the bases T_t, T_o of pseudo_inverse.h, for the factors and gradients as they
+// are: [T_t Q T_o^T; T_o P_o T_o^T]. work: r^2.
+template <class Team>
+EFLAT_HD void leave_bases(const Team& team, int r, const double* T_t, const double* T_o,
+                          double* weights, double* work) {
+  for (int half = 0; half < 2; ++half) {
+    double* w = weights + half * r * r;
+    multiply_transposed(team, r, r, r, w, T_o, work);
+    multiply(team, r, r, r, half == 0 ? T_t : T_o, work, w);
   }
-  return {norm, size};
+}
+
+// ||E|| ||G_hat|| / rho, or an upper bound of it where E is then certain to be finite in `dtype`:
+// ||Z W|| <= ||Z|| ||W|| settles it nearly always.
+template <class Team>
+EFLAT_HD double perturbation_size(const Team& team, int r, const double* gram_t, double scaling,
+                                  const double* weights, double norm, double rho, DType dtype) {
+  const int d = 2 * r;
+  double trace = 0;
+  for (int i = 0; i < d; ++i) trace += gram_t[i * d + i];
+  const double bound =
+      sqrt(trace) * sqrt(dot(team, d * r, weights, weights)) / (2 * scaling * scaling);
+  if (!usable(norm) || rho * bound <= largest_finite(dtype) * norm) return bound;
+  double square = 0;
+  for (int i = 0; i < d; ++i) {
+    for (int j = team.lane(); j < r; j += team.lanes()) {
+      double v = 0;
+      for (int k = 0; k < d; ++k) v += gram_t[i * d + k] * weights[k * r + j];
+      square += v * weights[i * r + j];
+    }
+  }
+  square = team.sum(square);
+  return sqrt(square < 0 ? 0 : square) / (2 * scaling * scaling);
 }
 
 }  // namespace EFLAT_TARGET
 
-// Turns layers' norms into their factors c. A layer whose norm is zero or not finite, or whose E
-// would not be finite in its type (its norm becomes infinite then), gets c = 0. With one norm for
-// all layers, the root of the sum of squares runs over the layers that are left.
-// Layers: norm(l), size(l), scaling(l), dtype(l) by index; norm is written, c is written.
+// Turns layers' norms and sizes into their factors c. A layer whose norm is zero or not finite, or
+// whose E would not be finite in its type (its norm becomes infinite then), gets c = 0. With one
+// norm for all layers, the root of the sum of squares runs over the layers that are left. Layers:
+// norm(l), size(l), scaling(l), dtype(l) by index; norm is written, c is written.
 template <class Layers>
 EFLAT_HD void finish_scales(Layers& layers, int count, double rho, bool global) {
   for (bool changed = true; changed;) {

@@ -60,8 +60,8 @@ Norms empty_foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B,
                             std::vector<double> scaling, double rho, std::string onto,
                             std::string norm_scope, std::optional<double> rtol) {
   Arguments(onto, norm_scope, rho, rtol);
-  return {std::vector<Tensor>{},
-          no_pairs(A.size() + B.size() + grad_A.size() + grad_B.size() + scaling.size())};
+  Arguments::check_lengths(A, B, grad_A, grad_B, scaling);
+  return {std::vector<Tensor>{}, no_pairs(A.size())};
 }
 
 Tensor empty_foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B,

@@ -1,31 +1,24 @@
-// M^+ for the r x r Gram matrix M of a factor, as accurate as if the factor itself had been used.
+// M^+ for the r x r Gram matrix M = X^T X of a factor X, and the change of basis that keeps the
+// rest of the algebra accurate where X is ill-conditioned.
 //
-// A Gram matrix has the square of its factor's condition number, so M alone gives M^+ to
-// eps64 * cond^2. That is enough for most factors. Where it is not, the factor is read once more.
-// With R^T R = M, nearly, the Gram matrix of factor * R^-1 is nearly the identity; computed as it
-// is, it corrects R to eps64 * cond (the idea of CholeskyQR2), and settles which directions are
-// above the cutoff when the cutoff is near the rounding of M. A small multiple of the identity is
-// added to M first, so that R is invertible also where M is not.
+// A Gram matrix has the square of its factor's condition number: M alone gives M^+ to
+// eps64 cond^2, and the products of one side's M^+ with the other's lose eps64 cond_A cond_B. That
+// is enough for most pairs. Where it is not, factors and gradients are read once more in better
+// bases. With R^T R = M, nearly, and T = R^-1, the columns of X T are nearly orthonormal, and so
+// are all Gram matrices of the pair well-conditioned when its sides are taken as
 //
-//   invert_gram ── well conditioned ────────────────────────────────► M^+
-//        └─ rows, eigenvalues ── accurate enough ── truncated_inverse ► M^+
-//                └─ correction_basis ► second pass ► correct_rows ──┘
+//     [ X_t T_t | G_t T_o ]   and   [ X_o T_o | G_o T_t ]
+//
+// (the idea of CholeskyQR2). The second M corrects R to eps64 cond and settles which directions
+// are above the cutoff when the cutoff is near the rounding of the first. A small multiple of the
+// identity is added to the first M, so that R is invertible also where M is not.
 #pragma once
 #include "small_matrix.h"
 
 namespace eflat {
-
-enum class Inversion { done, from_rows, needs_second_pass };
-
-struct InversionState {
-  Inversion kind;
-  int rank;      // number of rows
-  double shift;  // rows^T rows = M + shift
-};
-
 inline namespace EFLAT_TARGET {
 
-// What may be lost to rounding before the factor is read again, relative to M^+.
+// What may be lost to rounding before a pair is read again, relative to M^+.
 EFLAT_HD double inversion_tolerance(DType dtype) { return dtype == DType::f64 ? 1e-12 : 1e-8; }
 
 EFLAT_HD double largest_of(int k, const double* values) {
@@ -53,58 +46,80 @@ EFLAT_HD void truncated_inverse(const Team& team, int k, int r, double shift, do
   gram_of_rows(team, kept, r, work, inverse);
 }
 
-// First attempt. M: (r, r). On `done`, inverse (r, r) holds M^+. Otherwise rows (rank, r) and
-// eigenvalues (rank) hold M's decomposition, to be used as it is or corrected by a second pass.
-// work: 2 r^2 + r.
+// First pass. M: (r, r); inverse: out, M^+; R, T: out, (r, r), R T = 1. Returns whether a second
+// pass is needed; where it is not, R and T are the identity.
+// eigenvalues: r; work: 2 r^2 + r.
 template <class Team>
-EFLAT_HD InversionState invert_gram(const Team& team, int r, const double* M, double rtol,
-                                    DType dtype, double* inverse, double* rows, double* eigenvalues,
-                                    double* work) {
+EFLAT_HD bool invert_gram(const Team& team, int r, const double* M, double rtol, DType dtype,
+                          double* inverse, double* R, double* T, double* eigenvalues,
+                          double* work) {
   const double precise = inversion_tolerance(dtype) / kEps64, above_cutoff = 0.25 / (rtol * rtol);
   const double limit = precise < above_cutoff ? precise : above_cutoff;
-  if (inverse_if_well_conditioned(team, r, M, limit, inverse, work)) return {Inversion::done, r, 0};
-  team.sync();
-  double* shifted = work;
-  double shift = 0;
-  for (int j = 0; j < r; ++j) shift += 4 * kEps64 * M[j * r + j];
-  for (int e = team.lane(); e < r * r; e += team.lanes())
-    shifted[e] = M[e] + (e % (r + 1) == 0 ? shift : 0);
-  team.sync();
-  const int k = pivoted_cholesky(team, r, shifted, rows, work + r * r);
-  orthogonalise_rows(team, k, r, rows, eigenvalues);
-  const double largest = largest_of(k, eigenvalues) - shift;
-  double smallest = largest;  // that counts, or that might after correction
-  for (int p = 0; p < k; ++p) {
-    const double value = eigenvalues[p] - shift;
-    if (value > 0.25 * rtol * rtol * largest && value < smallest) smallest = value;
+  bool again = false;
+  if (!inverse_if_well_conditioned(team, r, M, limit, inverse, work)) {
+    team.sync();
+    double* shifted = work;
+    double shift = 0;
+    for (int j = 0; j < r; ++j) shift += 16 * kEps64 * M[j * r + j];
+    for (int e = team.lane(); e < r * r; e += team.lanes())
+      shifted[e] = M[e] + (e % (r + 1) == 0 ? shift : 0);
+    team.sync();
+    const int k = pivoted_cholesky(team, r, shifted, R, work + r * r);
+    orthogonalise_rows(team, k, r, R, eigenvalues);
+    const double largest = largest_of(k, eigenvalues) - shift;
+    double smallest = largest;  // that counts, or that might after correction
+    for (int p = 0; p < k; ++p) {
+      const double value = eigenvalues[p] - shift;
+      if (value > 0.25 * rtol * rtol * largest && value < smallest) smallest = value;
+    }
+    // k < r: the factor is zero or not finite.
+    again = k == r && largest * kEps64 > inversion_tolerance(dtype) * smallest;
+    truncated_inverse(team, k, r, shift, rtol, R, eigenvalues, inverse, work);
   }
-  const bool precise_enough = largest * kEps64 <= inversion_tolerance(dtype) * smallest;
-  return {precise_enough ? Inversion::from_rows : Inversion::needs_second_pass, k, shift};
+  for (int j = 0; j < r; ++j) {
+    for (int p = team.lane(); p < r; p += team.lanes()) {
+      if (again) {
+        T[j * r + p] = R[p * r + j] / eigenvalues[p];
+      } else {
+        T[j * r + p] = R[j * r + p] = j == p;
+      }
+    }
+  }
+  team.sync();
+  return again;
 }
 
-// basis (r, k): the inverse of `rows`, by columns, where k = r.
+// After the second pass. second: (2r, 2r), the Gram matrix of [X T | ...]; again: as invert_gram
+// returned for this side; inverse: M^+ of the first pass, replaced by that in the basis T.
+// work: 3 r^2 + 2 r.
 template <class Team>
-EFLAT_HD void correction_basis(const Team& team, int k, int r, const double* rows,
-                               const double* eigenvalues, double* basis, int stride) {
-  for (int j = 0; j < r; ++j)
-    for (int p = team.lane(); p < k; p += team.lanes())
-      basis[j * stride + p] = rows[p * r + j] / eigenvalues[p];
+EFLAT_HD void correct_inverse(const Team& team, int r, bool again, const double* second,
+                              double rtol, const double* R, double* inverse, double* work) {
+  if (!again) return;  // T is the identity
+  double* M = work;
+  double* root = work + r * r;
+  double* corrected = work + 2 * r * r;  // corrected^T corrected = X^T X
+  double* eigenvalues = work + 3 * r * r;
+  for (int i = 0; i < r; ++i)
+    for (int j = team.lane(); j < r; j += team.lanes()) M[i * r + j] = second[i * 2 * r + j];
   team.sync();
-}
-
-// second: (k, k), the Gram matrix of factor * T. Replaces rows and eigenvalues; returns the rank.
-// work: 2 r^2 + r.
-template <class Team>
-EFLAT_HD int correct_rows(const Team& team, int k, int r, const double* second, double* rows,
-                          double* eigenvalues, double* work) {
-  double* inner = work;  // second = inner^T inner
-  double* corrected = work + r * r;
-  const int rank = pivoted_cholesky(team, k, second, inner, work + 2 * r * r);
-  multiply(team, rank, k, r, inner, rows, corrected);
-  for (int e = team.lane(); e < rank * r; e += team.lanes()) rows[e] = corrected[e];
+  const int rank = pivoted_cholesky(team, r, M, root, eigenvalues + r);
+  multiply(team, rank, r, r, root, R, corrected);
+  orthogonalise_rows(team, rank, r, corrected, eigenvalues);
+  // R M^+ R^T, from its roots: M^+ itself would lose cond^2 here.
+  const double largest = largest_of(rank, eigenvalues);
+  int kept = 0;
+  for (int p = 0; p < rank; ++p) {
+    if (!(eigenvalues[p] > rtol * rtol * largest)) continue;
+    for (int j = team.lane(); j < r; j += team.lanes()) {
+      double sum = 0;
+      for (int i = 0; i < r; ++i) sum += corrected[p * r + i] * R[j * r + i];
+      work[kept * r + j] = sum / eigenvalues[p];
+    }
+    ++kept;
+  }
   team.sync();
-  orthogonalise_rows(team, rank, r, rows, eigenvalues);
-  return rank;
+  gram_of_rows(team, kept, r, work, inverse);
 }
 
 }  // namespace EFLAT_TARGET

@@ -61,6 +61,26 @@ EFLAT_HD void multiply(const Team& team, int p, int q, int r, const double* x, c
   team.sync();
 }
 
+// out (p, r) = x (p, q) * y^T, y (r, q).
+template <class Team>
+EFLAT_HD void multiply_transposed(const Team& team, int p, int q, int r, const double* x,
+                                  const double* y, double* out) {
+  for (int i = 0; i < p; ++i) {
+    for (int j = team.lane(); j < r; j += team.lanes()) {
+      double sum = 0;
+      for (int k = 0; k < q; ++k) sum += x[i * q + k] * y[j * q + k];
+      out[i * r + j] = sum;
+    }
+  }
+  team.sync();
+}
+
+template <class Team>
+EFLAT_HD void copy(const Team& team, int n, const double* x, double* out) {
+  for (int e = team.lane(); e < n; e += team.lanes()) out[e] = x[e];
+  team.sync();
+}
+
 // out (r, r) = x^T x for x of shape (p, r).
 template <class Team>
 EFLAT_HD void gram_of_rows(const Team& team, int p, int r, const double* x, double* out) {

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import cyclopts
-from cyclopts import App, Parameter
+try:
+    import cyclopts
+    from cyclopts import App, Parameter
+except ModuleNotFoundError as missing:
+    sys.exit(f"eflat: {missing}: pip install 'eflat_ext[finetune]'")
 
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
@@ -28,6 +31,9 @@ app = App(
     suppress_keyboard_interrupt=False,
     default_parameter=Parameter(consume_multiple=True, negative=()),
 )
+
+
+app.meta.suppress_keyboard_interrupt = False
 
 
 @app.command
@@ -53,6 +59,7 @@ def _launch(
         config: YAML file of settings, such as the config.yaml of a run folder; options on
             the command line win over it.
     """
+    app.config = ()
     if config is not None:
         app.config = cyclopts.config.Dict(
             _read_config(config), source=str(config), use_commands_as_keys=False

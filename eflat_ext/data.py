@@ -209,7 +209,9 @@ def _read_csv(file: Iterable[str], source: str, delimiter: str) -> list[tuple[in
     try:
         return list(enumerate(reader, start=1))
     except csv.Error as error:
-        raise InputError(f"{source} is no valid CSV at line {reader.reader.line_num}: {error}") from None
+        raise InputError(
+            f"{source} is no valid CSV at line {reader.reader.line_num}: {error}"
+        ) from None
 
 
 def _read_jsonl(file: Iterable[str], source: str) -> list[tuple[int, dict]]:

@@ -142,7 +142,7 @@ def train(
     trainable = [p for p in model.parameters() if p.requires_grad]
     batches = _shuffled_batches(task, config.batch_size, seed)
     losses, seconds = [], []
-    if task.device.type == "cuda":
+    if cuda := task.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(task.device)
 
     # Flat-LoRA and LoRA-SAM call this twice in a step, the others once.
@@ -165,6 +165,7 @@ def train(
         seconds.append(time.perf_counter() - start)
         on_step(losses[-1])
 
+    peak_memory = torch.cuda.max_memory_allocated(task.device) if cuda else None
     held_out_loss, accuracy = evaluate(config, task, model, task.held_out)
     some = slice(TRAIN_LOSS_SENTENCES)
     train_loss, _ = evaluate(
@@ -184,8 +185,8 @@ def train(
     }
     if hasattr(optimizer, "skipped_perturbations"):
         metrics["skipped_perturbations"] = int(optimizer.skipped_perturbations)
-    if task.device.type == "cuda":
-        metrics["peak_memory_mib"] = torch.cuda.max_memory_allocated(task.device) / 2**20
+    if peak_memory:
+        metrics["peak_memory_mib"] = peak_memory / 2**20
     return Result(metrics, losses)
 
 

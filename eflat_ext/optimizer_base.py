@@ -75,7 +75,8 @@ class PerturbingOptimizer(Optimizer):
         self._zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._warned_clean = False
         self._weights: PerturbedWeights
-        self.rho = rho
+        self._rho = rho
+        self._rho_now(rho)
 
     def _perturb_with(self, model: nn.Module, perturbation: Callable[[list[Tensor]], None]) -> None:
         guarded = [(pair.layer, name) for pair in self.pairs for name in ("merge", "unmerge")]
@@ -127,8 +128,9 @@ class PerturbingOptimizer(Optimizer):
 
     @rho.setter
     def rho(self, rho: Rho) -> None:
+        self._rho_now(rho)
         self._rho = rho
-        self._rho_now()
+        self._rho_changed()
 
     @property
     def skipped_perturbations(self) -> Tensor:
@@ -154,7 +156,7 @@ class PerturbingOptimizer(Optimizer):
         """
         if self._weights.enabled:
             self._weights.perturb()
-            self._weights.visited = True
+            self._weights.visited |= not self._weights.alive
 
     def eval(self) -> None:
         """Restore the clean weights now (idempotent)."""
@@ -172,32 +174,36 @@ class PerturbingOptimizer(Optimizer):
         """
         self._weights.remove()
 
-    def _rho_now(self) -> float:
-        value = self._rho(self._steps) if callable(self._rho) else self._rho
+    def _rho_changed(self) -> None:
+        """For methods whose training forward passes need rho."""
+
+    def _rho_now(self, rho: Rho | None = None) -> float:
+        rho = self._rho if rho is None else rho
+        value = rho(self._steps) if callable(rho) else rho
         try:
-            rho = float(value)
+            radius = float(value)
         except (TypeError, ValueError):
-            rho = math.nan
-        if not math.isfinite(rho) or rho < 0:
+            radius = math.nan
+        if not math.isfinite(radius) or radius < 0:
             raise ValueError(
                 f"rho: expected a finite number >= 0 or a callable of the step, got {value!r}"
             )
-        return rho
+        return radius
 
     def _with_gradients(self) -> PairList:
-        """The pairs that have a gradient; a factor that has none is given zeros."""
+        """The pairs that have a gradient and a scaling; a factor without a gradient gets zeros."""
         rows = PairList([], [], [], [], [], [])
         for index, pair in enumerate(self.pairs):
             A, B = pair.A, pair.B
-            grad_A, grad_B = A.grad, B.grad
-            if grad_A is None and grad_B is None:
+            grad_A, grad_B, scaling = A.grad, B.grad, pair.scaling
+            if (grad_A is None and grad_B is None) or scaling == 0:
                 continue
             rows.indices.append(index)
             rows.A.append(A)
             rows.B.append(B)
             rows.grad_A.append(self._no_gradient(A) if grad_A is None else grad_A)
             rows.grad_B.append(self._no_gradient(B) if grad_B is None else grad_B)
-            rows.scaling.append(pair.scaling)
+            rows.scaling.append(scaling)
         return rows
 
     def _no_gradient(self, factor: Tensor) -> Tensor:
@@ -218,7 +224,7 @@ class PerturbingOptimizer(Optimizer):
                 "the gradient of this step was taken without the perturbation: no forward pass of "
                 "the model ran in training mode (model.train()), nor optimizer.train()",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     # Checkpoints.

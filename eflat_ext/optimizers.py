@@ -82,7 +82,7 @@ class EFlatLoRA(PerturbingOptimizer):
             if onto == "A"
             else Addition(averages)
         )
-        self._bound()
+        self._rho_changed()
         self._perturb_with(model, self._perturbation)
 
     @property
@@ -107,7 +107,8 @@ class EFlatLoRA(PerturbingOptimizer):
         loss = None
         try:
             if closure is not None:
-                self.train()
+                if not self._weights.alive:
+                    self.train()
                 with torch.enable_grad():
                     loss = closure()
             self._fold_in()
@@ -116,12 +117,12 @@ class EFlatLoRA(PerturbingOptimizer):
         self._weights.visited = False
         self.base.step()
         self._steps += 1
-        self._bound()
+        self._rho_changed()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._bound()
+        self._rho_changed()
 
     def _fold_in(self) -> None:
         rho = self._rho_now()
@@ -152,7 +153,7 @@ class EFlatLoRA(PerturbingOptimizer):
         targets = [getattr(*slot) for slot in self._targets]
         return self._perturbation.on_devices_of(targets)
 
-    def _bound(self) -> None:
+    def _rho_changed(self) -> None:
         if isinstance(self._perturbation, _BoundedAverages):
             self._perturbation.rho.fill_(self._rho_now())
 
@@ -168,29 +169,42 @@ class _BoundedAverages(Addition):
         # A tensor on the host: a compiled forward pass would be compiled anew for each number.
         self.rho = torch.zeros((), dtype=torch.float64)
         self._pairs = pairs
-        self._norm_scope = norm_scope
+        self._scope = norm_scope
 
     def __call__(self, targets: list[Tensor]) -> None:
-        torch.ops.eflat_ext.add_bounded_(
-            targets,
-            self.on_devices_of(targets),
-            [pair.B for pair in self._pairs],
-            [pair.scaling for pair in self._pairs],
-            self.rho,
-            self._norm_scope,
-        )
+        averages = self.on_devices_of(targets)
+        # A layer scaled by zero has no full-space norm, and adds nothing to the model either.
+        rows = [i for i, pair in enumerate(self._pairs) if pair.scaling != 0]
+        if not rows:
+            return
+        chosen = [averages[i] for i in rows]
+        B = [self._pairs[i].B for i in rows]
+        scaling = [self._pairs[i].scaling for i in rows]
+        factors = torch.ops.eflat_ext.bound(chosen, B, scaling, self.rho, self._scope)
+        scaled = torch._foreach_mul(chosen, list(factors.unbind()))
+        torch._foreach_add_([targets[i] for i in rows], scaled)
 
 
-@torch.library.custom_op("eflat_ext::add_bounded_", mutates_args=("targets",))
-def _add_bounded_(
-    targets: Sequence[Tensor],
+@torch.library.custom_op("eflat_ext::bound", mutates_args=())
+def _bound(
     averages: Sequence[Tensor],
     B: Sequence[Tensor],
     scaling: Sequence[float],
     rho: Tensor,
     norm_scope: str,
-) -> None:
-    torch.ops.eflat.foreach_add_bounded_(targets, averages, B, scaling, rho.item(), norm_scope)
+) -> Tensor:
+    return torch.ops.eflat.foreach_bound(averages, B, scaling, rho.item(), norm_scope)
+
+
+@_bound.register_fake
+def _(
+    averages: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rho: Tensor,
+    norm_scope: str,
+) -> Tensor:
+    return torch.ops.eflat.foreach_bound(averages, B, scaling, 1.0, norm_scope)
 
 
 def create_eflat_optimizer(

@@ -11,8 +11,8 @@ that reads weights for keeps gets the clean values: ``state_dict`` a copy of the
 guarded methods (merging) a real restore first. A deep copy or a pickle of the model carries an
 inert object, which restores at the first occasion and never perturbs.
 
-Under ``torch.compile`` the change of the weights is part of the compiled forward pass, but the
-flag that records it is set after it: if that very pass fails half way (out of memory), the
+``torch.compile`` traces the change of the weights into the forward pass and sets the flag that
+records it after that pass: if the compiled code itself fails half way (out of memory), the
 perturbation may stay in. Where this matters, call ``perturb`` before the forward pass.
 """
 
@@ -120,13 +120,13 @@ class PerturbedWeights:
     @contextmanager
     def clean(self) -> Iterator[None]:
         """Clean weights within, whatever runs there; perturbed again afterwards if they were."""
-        applied = self._applied
+        applied, suspended = self._applied, self._suspended
         self.restore()
-        self._suspended += 1
         try:
+            self._suspended = suspended + 1
             yield
         finally:
-            self._suspended -= 1
+            self._suspended = suspended
             if applied:
                 self.perturb()
 

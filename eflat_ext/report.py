@@ -58,14 +58,15 @@ class Bars:
         self._progress = progress
 
     def __enter__(self) -> Bars:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # else it would print an empty line
+            self._progress.stop()
 
     def start(self, title: str, steps: int) -> Callable[[float], None]:
         """Add a bar; the function returned moves it by one step, given the step's loss."""
+        self._progress.start()
         bar = self._progress.add_task(title, total=steps, loss=math.nan, speed=0.0)
         smooth = math.nan
         task = next(task for task in self._progress.tasks if task.id == bar)
@@ -240,7 +241,8 @@ def plot_losses(path: Path, results: Sequence[Result]) -> None:
         axes.plot(steps, smooth, color=f"C{k}", linewidth=2, label=TITLES[method])
     axes.set_xlabel("step")
     axes.set_ylabel("training loss of the batch (nats)")
-    axes.set_title("Training loss (EFlat-LoRA: at its perturbed weights)", fontsize="medium")
+    if any(result.metrics["method"] == "eflat" for result in results):
+        axes.set_title("EFlat-LoRA: the loss at its perturbed weights", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

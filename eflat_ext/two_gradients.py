@@ -63,7 +63,7 @@ class TwoGradients(PerturbingOptimizer):
                 raise
         unperturbed = self._weights.alive and not self._weights.visited
         self.abandon_step()
-        if unperturbed:
+        if unperturbed and self._with_gradients().indices:
             self._warn_clean_gradient()
         self.base.step()
         self._steps += 1

@@ -2,7 +2,12 @@
 
 import os
 
+import torch
 from hypothesis import HealthCheck, settings
+
+# Threads that wait for each other on busy cores make the suite several times slower. What depends
+# on their number is tested by changing it.
+torch.set_num_threads(1)
 
 settings.register_profile(
     "default",

@@ -35,6 +35,24 @@ def lora_mlp(dtype: torch.dtype = torch.float64, seed: int = 0, **config: object
     return get_peft_model(Mlp(), LoraConfig(**config)).to(dtype).train()
 
 
+def lora_gpt2(**config: object) -> nn.Module:
+    """A two-layer GPT-2 of width 16 with random weights, LoRA on attention (a Conv1D) and head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = GPT2Config(
+        vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0
+    )
+    config = {
+        "r": 4,
+        "target_modules": ["c_attn", "c_proj"],
+        "fan_in_fan_out": True,
+        "task_type": "CAUSAL_LM",
+        **config,
+    }
+    return get_peft_model(GPT2LMHeadModel(shape), LoraConfig(**config)).train()
+
+
 def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
@@ -66,7 +84,7 @@ def lora_weights(model: nn.Module, factor: str = "B") -> list[nn.Parameter]:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    as_bytes = [t.detach().contiguous().view(torch.uint8) for t in (a, b)]
+    as_bytes = [t.detach().reshape(-1).view(torch.uint8) for t in (a, b)]
     return bool(torch.equal(*as_bytes))
 
 

@@ -15,15 +15,6 @@ from eflat_ext.data import InputError
 METHODS = ["lora", "eflat", "flat", "lora-sam", "full"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads only slow a tiny model down, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("finetune")

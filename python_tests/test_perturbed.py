@@ -3,55 +3,17 @@
 from __future__ import annotations
 
 import copy
-import gc
-import io
-import pickle
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from models import Mlp, assert_same_bits, same_bits, weights
+from perturbed_case import NAMES, Case, Owner, X, add_one
 from torch import Tensor, nn
 
 from eflat_ext import perturbed
 from eflat_ext.perturbed import PerturbedWeights
-
-X = torch.linspace(-1, 1, 24).reshape(2, 12)
-NAMES = ("up.weight", "down.weight")
-
-
-def add_one(targets: list[Tensor]) -> None:
-    torch._foreach_add_(targets, [torch.ones_like(target) for target in targets])
-
-
-class Owner:
-    """Something that can be referenced weakly."""
-
-
-class Case:
-    """An MLP inside two wrappers, its ``up`` and ``down`` weights perturbed by 1."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.inner = Mlp()
-        self.model = nn.Sequential(nn.Sequential(self.inner))
-        self.before = weights(self.inner)
-        self.owner = Owner()
-        slots = [(self.inner.up, "weight"), (self.inner.down, "weight")]
-        guarded = [(self.inner, "extra_repr")]
-        self.weights = PerturbedWeights(self.model, slots, add_one, self.owner, guarded)
-
-    def assert_clean(self) -> None:
-        assert_same_bits(weights(self.inner), self.before)
-        assert not self.weights.applied
-
-    def assert_perturbed(self) -> None:
-        now = weights(self.inner)
-        for name, value in self.before.items():
-            assert same_bits(now[name], value + 1 if name in NAMES else value), name
-        assert self.weights.applied
 
 
 def test_perturb_and_restore_are_idempotent() -> None:
@@ -242,111 +204,6 @@ def test_guarded_methods_find_clean_weights() -> None:
     held.remove()
     assert "merge" not in vars(model) and model.patched is patched
     assert torch.equal(model.merge(1.0, plus=0.0), before)
-
-
-def assert_no_hooks(model: nn.Module) -> None:
-    for module in model.modules():
-        assert not module._forward_pre_hooks
-        assert not module._state_dict_hooks
-        assert not module._load_state_dict_pre_hooks
-        assert not {"merge", "extra_repr"} & vars(module).keys()
-
-
-def copies_of(model: nn.Module) -> list[nn.Module]:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
-    return [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded]
-
-
-@pytest.mark.parametrize("copied_while", ["clean", "perturbed"])
-@pytest.mark.parametrize("first", ["forward", "train forward", "state_dict", "guarded", "attach"])
-def test_a_copied_model_is_inert_and_clean(copied_while: str, first: str) -> None:
-    case = Case()
-    if copied_while == "perturbed":
-        case.model(X)
-    for other in copies_of(case.model):
-        inner = other[0][0]
-        if first == "forward":
-            other.eval()(X)
-        elif first == "train forward":
-            other.train()(X)
-        elif first == "state_dict":
-            assert_same_bits(dict(inner.state_dict()), case.before)
-            continue
-        elif first == "guarded":
-            inner.extra_repr()
-        else:
-            owner = Owner()
-            again = PerturbedWeights(other, [(inner.up, "weight")], add_one, owner)
-            assert_same_bits(weights(inner), case.before)
-            other.train()(X)
-            assert again.applied
-            again.remove()
-            assert_no_hooks(other)
-        assert_same_bits(weights(inner), case.before)
-    if copied_while == "perturbed":
-        case.assert_perturbed()
-    else:
-        case.assert_clean()
-
-
-def test_copying_one_layer_does_not_drag_the_model_along() -> None:
-    case = Case()
-    case.model(X)
-    assert len(pickle.dumps(case.inner.up)) < len(pickle.dumps(case.inner)) + 4000
-    big = nn.Parameter(torch.zeros(10**6))
-    case.inner.register_parameter("big", big)
-    assert len(pickle.dumps(case.inner.up)) < 10**5
-
-
-def test_one_owner_at_a_time() -> None:
-    case = Case()
-    slots = [(case.inner.up, "weight")]
-    for model in (case.model, case.inner):
-        with pytest.raises(RuntimeError, match="remove_hooks"):
-            PerturbedWeights(model, slots, add_one, Owner())
-    case.model(X)
-    case.weights.remove()
-    case.assert_clean()
-    owner = Owner()
-    second = PerturbedWeights(case.model, slots, add_one, owner)
-    assert second.alive and not case.weights.alive
-
-
-def test_a_dead_owner_leaves_clean_weights_and_its_place() -> None:
-    case = Case()
-    case.model(X)
-    case.assert_perturbed()
-    case.owner = None
-    gc.collect()
-    assert not case.weights.alive
-    case.model(X)
-    case.assert_clean()
-    owner = Owner()
-    PerturbedWeights(case.model, [(case.inner.up, "weight")], add_one, owner)
-
-
-def test_owner_and_model_are_not_kept_alive() -> None:
-    case = Case()
-    case.model.owner = case.owner  # a cycle
-    seen = [weakref.ref(case.model), weakref.ref(case.owner)]
-    del case
-    gc.collect()
-    assert [ref() for ref in seen] == [None, None]
-
-
-def test_removed_hooks_are_all_gone() -> None:
-    case = Case()
-    case.model(X)
-    case.weights.remove()
-    case.assert_clean()
-    assert_no_hooks(case.model)
-    case.model(X)
-    case.assert_clean()
-    case.weights.perturb()
-    case.assert_perturbed()
 
 
 def test_targets_outside_the_model() -> None:

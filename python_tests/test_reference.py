@@ -1,4 +1,4 @@
-"""The reference page itself: equations (1)-(3) and the training loops, against independent algebra."""
+"""The reference itself: equations (1)-(3) and the training loops, against independent algebra."""
 
 import math
 

@@ -22,8 +22,8 @@ struct Kernels {
   void (*gram)(const Side& side, DType dtype, int r, int64_t begin, int64_t end, double* gram,
                double* scratch);
 
-  // gram (k, k) of rows [begin, end) of factor * basis, basis (r, k).
-  void (*second_gram)(const Side& side, DType dtype, int r, int k, const double* basis,
+  // gram (2r, 2r) of rows [begin, end) of [factor * T | grad * T_grad], T and T_grad (r, r).
+  void (*second_gram)(const Side& side, DType dtype, int r, const double* T, const double* T_grad,
                       int64_t begin, int64_t end, double* gram, double* scratch);
 
   // out[begin, end) = scale * [factor | grad] * weights, weights (2r, r), or its moving average.
@@ -31,17 +31,16 @@ struct Kernels {
                 const double* weights, double scale, Update update, void* out, DType out_dtype,
                 double* scratch);
 
-  InversionState (*invert_gram)(int r, const double* M, double rtol, DType dtype, double* inverse,
-                                double* rows, double* eigenvalues, double* work);
-  void (*correction_basis)(int k, int r, const double* rows, const double* eigenvalues,
-                           double* basis);
-  int (*correct_rows)(int k, int r, const double* second, double* rows, double* eigenvalues,
-                      double* work);
-  void (*truncated_inverse)(int k, int r, double shift, double rtol, const double* rows,
-                            const double* eigenvalues, double* inverse, double* work);
-  Coefficients (*coefficients)(int r, const double* gram_t, const double* P_t, const double* gram_o,
-                               const double* P_o, double scaling, DType dtype, double rho,
-                               double* weights, double* work);
+  // Of pseudo_inverse.h and coefficients.h.
+  bool (*invert_gram)(int r, const double* M, double rtol, DType dtype, double* inverse, double* R,
+                      double* T, double* eigenvalues, double* work);
+  void (*correct_inverse)(int r, bool again, const double* second, double rtol, const double* R,
+                          double* inverse, double* work);
+  double (*norm_and_weights)(int r, const double* gram_t, const double* P_t, const double* gram_o,
+                             const double* P_o, double scaling, double* weights, double* work);
+  void (*leave_bases)(int r, const double* T_t, const double* T_o, double* weights, double* work);
+  double (*perturbation_size)(int r, const double* gram_t, double scaling, const double* weights,
+                              double norm, double rho, DType dtype);
 };
 
 extern const Kernels kBaseline;

@@ -197,23 +197,28 @@ void gram(const Side& side, DType dtype, int r, int64_t begin, int64_t end, doub
   symmetrise(padded, ld, width, out);
 }
 
-void second_gram(const Side& side, DType dtype, int r, int k, const double* basis, int64_t begin,
-                 int64_t end, double* out, double* scratch) {
-  const Side factor = {side.factor, nullptr, side.length, side.transposed};
-  const int ld = pad(r), ldk = pad(k), chunk = chunk_rows(ld);
+void second_gram(const Side& side, DType dtype, int r, const double* T, const double* T_grad,
+                 int64_t begin, int64_t end, double* out, double* scratch) {
+  const int ld = pad(2 * r), chunk = chunk_rows(ld);
   double* z = scratch;
   double* y = z + int64_t(chunk) * ld;
-  double* w = y + int64_t(chunk) * ldk;
-  double* padded = w + int64_t(r) * ldk;
-  zero(padded, int64_t(ldk) * ldk);
-  pad_rows(basis, r, k, ldk, w);
-  for (int64_t at_row = begin; at_row < end; at_row += chunk) {
-    const int count = int(end - at_row < chunk ? end - at_row : chunk);
-    pack(factor, dtype, r, at_row, count, z, ld);
-    product(z, ld, count, r, w, ldk, y);
-    add_gram(y, ldk, count, padded);
+  double* bases = y + int64_t(chunk) * ld;  // T and T_grad on the diagonal
+  double* padded = bases + int64_t(2 * r) * ld;
+  zero(bases, int64_t(2 * r) * ld);
+  for (int i = 0; i < r; ++i) {
+    for (int j = 0; j < r; ++j) {
+      bases[i * ld + j] = T[i * r + j];
+      bases[(r + i) * ld + r + j] = T_grad[i * r + j];
+    }
   }
-  symmetrise(padded, ldk, k, out);
+  zero(padded, int64_t(ld) * ld);
+  for (int64_t k = begin; k < end; k += chunk) {
+    const int count = int(end - k < chunk ? end - k : chunk);
+    pack(side, dtype, r, k, count, z, ld);
+    product(z, ld, count, 2 * r, bases, ld, y);
+    add_gram(y, ld, count, padded);
+  }
+  symmetrise(padded, ld, 2 * r, out);
 }
 
 template <class T>
@@ -263,30 +268,19 @@ void apply(const Side& side, DType dtype, int r, int64_t begin, int64_t end, con
   }
 }
 
-InversionState invert(int r, const double* M, double rtol, DType dtype, double* inverse,
-                      double* rows, double* eigenvalues, double* work) {
-  return invert_gram(SerialTeam(), r, M, rtol, dtype, inverse, rows, eigenvalues, work);
-}
-void make_basis(int k, int r, const double* rows, const double* eigenvalues, double* basis) {
-  correction_basis(SerialTeam(), k, r, rows, eigenvalues, basis, k);
-}
-int correct(int k, int r, const double* second, double* rows, double* eigenvalues, double* work) {
-  return correct_rows(SerialTeam(), k, r, second, rows, eigenvalues, work);
-}
-void truncate(int k, int r, double shift, double rtol, const double* rows,
-              const double* eigenvalues, double* inverse, double* work) {
-  truncated_inverse(SerialTeam(), k, r, shift, rtol, rows, eigenvalues, inverse, work);
-}
-Coefficients make_coefficients(int r, const double* gram_t, const double* P_t, const double* gram_o,
-                               const double* P_o, double scaling, DType dtype, double rho,
-                               double* weights, double* work) {
-  return coefficients(SerialTeam(), r, gram_t, P_t, gram_o, P_o, scaling, dtype, rho, weights, r,
-                      work);
-}
-
 constexpr cpu::Kernels table(const char* name) {
-  return {name,    kLanes,      &gram,    &second_gram, &apply,
-          &invert, &make_basis, &correct, &truncate,    &make_coefficients};
+  return {
+      name,
+      kLanes,
+      &gram,
+      &second_gram,
+      &apply,
+      [](auto... x) { return invert_gram(SerialTeam(), x...); },
+      [](auto... x) { correct_inverse(SerialTeam(), x...); },
+      [](auto... x) { return norm_and_weights(SerialTeam(), x...); },
+      [](auto... x) { leave_bases(SerialTeam(), x...); },
+      [](auto... x) { return perturbation_size(SerialTeam(), x...); },
+  };
 }
 
 }  // namespace

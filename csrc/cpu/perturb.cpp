@@ -1,8 +1,8 @@
 // Reduce, solve, apply over a list of pairs.
 //
 //   reduce   blocks of rows of each side → partial Gram matrices → their sum in a fixed order
-//   solve    M^+ of both sides (with a second pass over a side where M is too ill-conditioned),
-//            then norm and coefficients
+//   solve    M^+ of both sides (and a second pass over a pair where one is too ill-conditioned),
+//            then norm and weights
 //   apply    blocks of rows of the target → E
 //
 // Pairs are taken in groups small enough that apply finds in the cache what reduce has read. Blocks
@@ -40,23 +40,25 @@ double* thread_scratch(int r) {
 struct SideWork {
   const Side* side;
   const Pair* pair;
-  double* partial;      // blocks x gram
+  double* partial;      // blocks x (2r, 2r)
   double* gram;         // (2r, 2r)
-  double* inverse;      // (r, r)
-  double* rows;         // (r, r)
+  double* second;       // (2r, 2r), of the second pass
+  double* inverse;      // (r, r), M^+, in the basis T after a second pass
+  double* R;            // (r, r)
+  double* T;            // (r, r)
   double* eigenvalues;  // r
-  double* basis;        // (r, r)
-  InversionState state;
+  bool again;           // this side is why the pair needs a second pass
 
   int r() const { return pair->rank; }
   int64_t blocks() const { return block_count(*side, r()); }
   static int64_t doubles(const Pair& pair, const Side& side) {
     const int64_t r = pair.rank;
-    return (block_count(side, pair.rank) + 1) * 4 * r * r + 3 * r * r + r;
+    return (block_count(side, pair.rank) + 2) * 4 * r * r + 3 * r * r + r;
   }
 };
 
-void sum_partials(const SideWork& work, int64_t size, double* out) {
+void sum_partials(const SideWork& work, double* out) {
+  const int64_t size = 4 * int64_t(work.r()) * work.r();
   std::copy_n(work.partial, size, out);
   for (int64_t b = 1; b < work.blocks(); ++b)
     for (int64_t e = 0; e < size; ++e) out[e] += work.partial[b * size + e];
@@ -118,14 +120,17 @@ class Perturbation {
       const Pair& p = problem_.pairs[l];
       const int64_t rr = square(p.rank);
       for (const Side* side : {&p.target, &p.other}) {
-        SideWork w{side, &p, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, {}};
         auto take = [&next](int64_t n) { return (next += n) - n; };
+        SideWork w{};
+        w.side = side;
+        w.pair = &p;
         w.partial = take(w.blocks() * 4 * rr);
         w.gram = take(4 * rr);
+        w.second = take(4 * rr);
         w.inverse = take(rr);
-        w.rows = take(rr);
+        w.R = take(rr);
+        w.T = take(rr);
         w.eigenvalues = take(p.rank);
-        w.basis = take(rr);
         sides.push_back(w);
       }
     }
@@ -145,61 +150,55 @@ class Perturbation {
               w.partial + b.begin / block_rows(r) * 4 * square(r), thread_scratch(r));
     });
     parallel_for_(sides.size(), [&](int64_t i) { invert(sides[i]); });
-
-    blocks.clear();
-    std::vector<int> again;
-    for (size_t i = 0; i < sides.size(); ++i) {
-      if (sides[i].state.kind != Inversion::needs_second_pass) continue;
-      again.push_back(int(i));
-      append_blocks(blocks, int(i), *sides[i].side, sides[i].r());
-    }
-    if (!again.empty()) {
-      parallel_for_(blocks.size(), [&](int64_t i) {
-        const Block& b = blocks[i];
-        const SideWork& w = sides[b.owner];
-        const int rank = w.state.rank;
-        k_.second_gram(*w.side, w.pair->dtype, w.r(), rank, w.basis, b.begin, b.end,
-                       w.partial + b.begin / block_rows(w.r()) * square(rank),
-                       thread_scratch(w.r()));
-      });
-      parallel_for_(again.size(), [&](int64_t i) { correct(sides[again[i]]); });
-    }
-
+    second_pass(sides);
     parallel_for_(last - first, [&](int64_t i) {
       const int l = first + int(i);
       const Pair& p = problem_.pairs[l];
+      const int r = p.rank;
       const SideWork &t = sides[2 * i], &o = sides[2 * i + 1];
-      const Coefficients c =
-          k_.coefficients(p.rank, t.gram, t.inverse, o.gram, o.inverse, p.scaling, p.out_dtype,
-                          problem_.rho, weights_[l], thread_scratch(p.rank));
-      norms_[l] = c.norm;
-      sizes_[l] = c.size;
+      double* work = thread_scratch(r);
+      const bool again = t.again || o.again;
+      norms_[l] =
+          k_.norm_and_weights(r, again ? t.second : t.gram, t.inverse, again ? o.second : o.gram,
+                              o.inverse, p.scaling, weights_[l], work);
+      if (again) k_.leave_bases(r, t.T, o.T, weights_[l], work);
+      sizes_[l] = k_.perturbation_size(r, t.gram, p.scaling, weights_[l], norms_[l], problem_.rho,
+                                       p.out_dtype);
     });
   }
 
   void invert(SideWork& w) {
     const int r = w.r();
-    sum_partials(w, 4 * square(r), w.gram);
+    sum_partials(w, w.gram);
     double* M = thread_scratch(r);
     double* work = M + square(r);
     for (int i = 0; i < r; ++i) std::copy_n(w.gram + i * 2 * r, r, M + i * r);
-    w.state =
-        k_.invert_gram(r, M, w.pair->rtol, w.pair->dtype, w.inverse, w.rows, w.eigenvalues, work);
-    if (w.state.kind == Inversion::from_rows) {
-      k_.truncated_inverse(w.state.rank, r, w.state.shift, w.pair->rtol, w.rows, w.eigenvalues,
-                           w.inverse, work);
-    } else if (w.state.kind == Inversion::needs_second_pass) {
-      k_.correction_basis(w.state.rank, r, w.rows, w.eigenvalues, w.basis);
-    }
+    w.again =
+        k_.invert_gram(r, M, w.pair->rtol, w.pair->dtype, w.inverse, w.R, w.T, w.eigenvalues, work);
   }
 
-  void correct(SideWork& w) {
-    const int r = w.r();
-    double* second = thread_scratch(r);
-    double* work = second + square(r);
-    sum_partials(w, square(w.state.rank), second);
-    const int rank = k_.correct_rows(w.state.rank, r, second, w.rows, w.eigenvalues, work);
-    k_.truncated_inverse(rank, r, 0, w.pair->rtol, w.rows, w.eigenvalues, w.inverse, work);
+  // Both sides of the pairs that need it, in the bases that the first pass has found.
+  void second_pass(std::vector<SideWork>& sides) {
+    std::vector<Block> blocks;
+    std::vector<int> chosen;
+    for (size_t i = 0; i < sides.size(); ++i) {
+      if (!sides[i].again && !sides[i ^ 1].again) continue;
+      chosen.push_back(int(i));
+      append_blocks(blocks, int(i), *sides[i].side, sides[i].r());
+    }
+    parallel_for_(blocks.size(), [&](int64_t i) {
+      const Block& b = blocks[i];
+      const SideWork& w = sides[b.owner];
+      const int r = w.r();
+      k_.second_gram(*w.side, w.pair->dtype, r, w.T, sides[b.owner ^ 1].T, b.begin, b.end,
+                     w.partial + b.begin / block_rows(r) * 4 * square(r), thread_scratch(r));
+    });
+    parallel_for_(chosen.size(), [&](int64_t i) {
+      SideWork& w = sides[chosen[i]];
+      sum_partials(w, w.second);
+      k_.correct_inverse(w.r(), w.again, w.second, w.pair->rtol, w.R, w.inverse,
+                         thread_scratch(w.r()));
+    });
   }
 
   // What finish_scales asks of the layers from `first` on.

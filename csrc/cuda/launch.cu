@@ -36,7 +36,7 @@ struct HostTables {
       const Pair& p = problem.pairs[l];
       const int64_t rr = int64_t(p.rank) * p.rank;
       pairs.push_back({2 * l, 2 * l + 1, p.scaling, p.out, p.out_dtype, arena.take<double>(2 * rr),
-                       arena.take<double>(2 * rr)});
+                       arena.take<double>(rr)});
       add_side(p.target, p, p.dtype, arena);
       // A bare factor (of foreach_bound) has the type of the moving average.
       add_side(p.other, p, p.other.grad ? p.dtype : p.out_dtype, arena);
@@ -81,10 +81,18 @@ struct HostTables {
   void add_side(const Side& side, const Pair& p, DType dtype, Arena& arena) {
     const int64_t r = p.rank, rr = r * r, blocks = block_count(side, p.rank);
     add_blocks(reduce_blocks, int(sides.size()), side, p.rank);
-    sides.push_back({side, p.rank, dtype, p.rtol, int(blocks), arena.take<double>(blocks * 4 * rr),
-                     arena.take<double>(4 * rr), arena.take<double>(rr), arena.take<double>(rr),
-                     arena.take<double>(r), arena.take<double>(rr), arena.take<double>(3 * rr + r),
-                     arena.take<InversionState>(1)});
+    const int index = int(sides.size());
+    SideTask task{side, p.rank, dtype, p.rtol, int(blocks), index ^ 1};
+    task.partial = arena.take<double>(blocks * 4 * rr);
+    task.gram = arena.take<double>(4 * rr);
+    task.second = arena.take<double>(4 * rr);
+    task.inverse = arena.take<double>(rr);
+    task.R = arena.take<double>(rr);
+    task.T = arena.take<double>(rr);
+    task.eigenvalues = arena.take<double>(r);
+    task.work = arena.take<double>(3 * rr + 2 * r);
+    task.again = arena.take<bool>(1);
+    sides.push_back(task);
   }
 };
 
@@ -107,7 +115,7 @@ cudaError_t perturb(const Problem& problem, void* workspace, void* norms, DType 
   EFLAT_LAUNCH(invert_kernel, t.side_count, 32, 0, stream, t);
   EFLAT_LAUNCH(second_reduce_kernel, t.reduce_count, kThreads, kSharedBytes, stream, t);
   EFLAT_LAUNCH(correct_kernel, t.side_count, 32, 0, stream, t);
-  EFLAT_LAUNCH(coefficients_kernel, t.pair_count, 32, 0, stream, t, problem.rho);
+  EFLAT_LAUNCH(weights_kernel, t.pair_count, 32, 0, stream, t, problem.rho);
   EFLAT_LAUNCH(scales_kernel, 1, 1, 0, stream, t, problem.rho, problem.global_norm, norms,
                norms_dtype, skipped);
   EFLAT_LAUNCH(apply_kernel, t.apply_count, kThreads, kSharedBytes, stream, t, problem.update);

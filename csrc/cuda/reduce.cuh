@@ -36,30 +36,39 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Tables t) {
   }
 }
 
-// partial[block] = Gram matrix of the block's rows of factor * basis, for the sides that need it.
+__device__ inline bool pair_again(const Tables& t, const SideTask& task) {
+  return *task.again || *t.sides[task.partner].again;
+}
+
+// partial[block] = Gram matrix of the block's rows of [factor * T | grad * T of the partner], for
+// the pairs that need it.
 __global__ void __launch_bounds__(kThreads) second_reduce_kernel(Tables t) {
   EFLAT_SHARED_DYNAMIC(double, shared);
   const BlockTask block = t.reduce_blocks[blockIdx.x];
   const SideTask& task = t.sides[block.owner];
-  if (task.state->kind != Inversion::needs_second_pass) return;
-  const int r = task.rank, rank = task.state->rank;
-  const int chunk = kSharedBytes / int(sizeof(double)) / (2 * r);
+  if (!pair_again(t, task)) return;
+  const int r = task.rank, width = 2 * r;
+  const int chunk = kSharedBytes / int(sizeof(double)) / (2 * width);
   double* z = shared;
-  double* y = shared + chunk * r;
-  double* out = task.partial + int64_t(block.index) * rank * rank;
-  for (int e = threadIdx.x; e < rank * rank; e += blockDim.x) out[e] = 0;
+  double* y = shared + chunk * width;
+  const double* T = task.T;
+  const double* T_grad = t.sides[task.partner].T;
+  double* out = task.partial + int64_t(block.index) * width * width;
+  for (int e = threadIdx.x; e < width * width; e += blockDim.x) out[e] = 0;
   for (int64_t k = block.begin; k < block.end; k += chunk) {
     const int count = int(block.end - k < chunk ? block.end - k : chunk);
-    stage(task.side, task.dtype, r, r, k, count, z);
+    stage(task.side, task.dtype, r, width, k, count, z);
     __syncthreads();
-    for (int e = threadIdx.x; e < count * rank; e += blockDim.x) {
-      const int row = e / rank, p = e % rank;
+    for (int e = threadIdx.x; e < count * width; e += blockDim.x) {
+      const int column = e % width, half = column / r;
+      const double* row = z + e / width * width + half * r;
+      const double* basis = (half == 0 ? T : T_grad) + column % r;
       double sum = 0;
-      for (int j = 0; j < r; ++j) sum += z[row * r + j] * task.basis[j * rank + p];
+      for (int j = 0; j < r; ++j) sum += row[j] * basis[j * r];
       y[e] = sum;
     }
     __syncthreads();
-    add_gram(y, count, rank, out);
+    add_gram(y, count, width, out);
     __syncthreads();
   }
 }

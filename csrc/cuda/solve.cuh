@@ -3,7 +3,7 @@
 // Bytes and flops are those of a few r x r products per pair: nothing beside the other stages. The
 // latency of one warp bounds it.
 #pragma once
-#include "cuda.h"
+#include "reduce.cuh"
 
 namespace eflat::cuda {
 
@@ -17,52 +17,45 @@ __device__ inline void sum_partials(const SideTask& task, int size, double* gram
   WarpTeam::sync();
 }
 
-// M^+ of each side, or what a second pass over the factor needs.
+// M^+ of each side, and the bases of a second pass.
 __global__ void __launch_bounds__(32) invert_kernel(Tables t) {
   const SideTask& task = t.sides[blockIdx.x];
   const int r = task.rank;
   sum_partials(task, 4 * r * r, task.gram);
-  double* M = task.work;
-  double* work = task.work + r * r;
+  double* M = task.second;  // free until the second pass
   for (int e = WarpTeam::lane(); e < r * r; e += WarpTeam::lanes())
     M[e] = task.gram[e / r * 2 * r + e % r];
   WarpTeam::sync();
-  const InversionState state = invert_gram(WarpTeam(), r, M, task.rtol, task.dtype, task.inverse,
-                                           task.rows, task.eigenvalues, work);
-  if (state.kind == Inversion::from_rows) {
-    truncated_inverse(WarpTeam(), state.rank, r, state.shift, task.rtol, task.rows,
-                      task.eigenvalues, task.inverse, work);
-  } else if (state.kind == Inversion::needs_second_pass) {
-    correction_basis(WarpTeam(), state.rank, r, task.rows, task.eigenvalues, task.basis,
-                     state.rank);
-  }
-  if (WarpTeam::lane() == 0) *task.state = state;
+  const bool again = invert_gram(WarpTeam(), r, M, task.rtol, task.dtype, task.inverse, task.R,
+                                 task.T, task.eigenvalues, task.work);
+  if (WarpTeam::lane() == 0) *task.again = again;
 }
 
 // After second_reduce_kernel.
 __global__ void __launch_bounds__(32) correct_kernel(Tables t) {
   const SideTask& task = t.sides[blockIdx.x];
-  if (task.state->kind != Inversion::needs_second_pass) return;
-  const int r = task.rank, rank = task.state->rank;
-  double* second = task.work;
-  double* work = task.work + r * r;
-  sum_partials(task, rank * rank, second);
-  const int corrected =
-      correct_rows(WarpTeam(), rank, r, second, task.rows, task.eigenvalues, work);
-  truncated_inverse(WarpTeam(), corrected, r, 0, task.rtol, task.rows, task.eigenvalues,
-                    task.inverse, work);
+  if (!pair_again(t, task)) return;
+  const int r = task.rank;
+  sum_partials(task, 4 * r * r, task.second);
+  correct_inverse(WarpTeam(), r, *task.again, task.second, task.rtol, task.R, task.inverse,
+                  task.work);
 }
 
-__global__ void __launch_bounds__(32) coefficients_kernel(Tables t, double rho) {
+__global__ void __launch_bounds__(32) weights_kernel(Tables t, double rho) {
   const int l = blockIdx.x;
   const PairTask& pair = t.pairs[l];
   const SideTask &target = t.sides[pair.target], &other = t.sides[pair.other];
-  const Coefficients c =
-      coefficients(WarpTeam(), target.rank, target.gram, target.inverse, other.gram, other.inverse,
-                   pair.scaling, pair.out_dtype, rho, pair.weights, target.rank, pair.work);
+  const int r = target.rank;
+  const bool again = pair_again(t, target);
+  const double norm = norm_and_weights(WarpTeam(), r, again ? target.second : target.gram,
+                                       target.inverse, again ? other.second : other.gram,
+                                       other.inverse, pair.scaling, pair.weights, pair.work);
+  if (again) leave_bases(WarpTeam(), r, target.T, other.T, pair.weights, pair.work);
+  const double size = perturbation_size(WarpTeam(), r, target.gram, pair.scaling, pair.weights,
+                                        norm, rho, pair.out_dtype);
   if (WarpTeam::lane() == 0) {
-    t.norms[l] = c.norm;
-    t.sizes[l] = c.size;
+    t.norms[l] = norm;
+    t.sizes[l] = size;
   }
 }
 

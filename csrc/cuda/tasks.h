@@ -2,7 +2,6 @@
 // host, with pointers into one device workspace.
 #pragma once
 #include "../pairs.h"
-#include "../pseudo_inverse.h"
 
 namespace eflat::cuda {
 
@@ -12,14 +11,16 @@ struct SideTask {
   DType dtype;
   double rtol;
   int blocks;
+  int partner;          // the pair's other SideTask
   double* partial;      // blocks x (width, width), width = 2 rank with a gradient, else rank
   double* gram;         // (width, width)
-  double* inverse;      // (rank, rank)
-  double* rows;         // (rank, rank)
+  double* second;       // (width, width), of the second pass
+  double* inverse;      // (rank, rank), M^+, in the basis T after a second pass
+  double* R;            // (rank, rank)
+  double* T;            // (rank, rank)
   double* eigenvalues;  // rank
-  double* basis;        // (rank, rank)
-  double* work;         // 3 rank^2 + rank
-  InversionState* state;
+  double* work;         // 3 rank^2 + 2 rank
+  bool* again;          // this side is why the pair needs a second pass
 };
 
 struct PairTask {
@@ -28,7 +29,7 @@ struct PairTask {
   void* out;
   DType out_dtype;
   double* weights;  // (2 rank, rank)
-  double* work;     // 2 rank^2
+  double* work;     // rank^2
 };
 
 // A block of rows, and its number among the blocks of its side.

@@ -1,0 +1,233 @@
+"""Optimizer checkpoints: complete, loadable with weights_only, resumed bit for bit."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same_bits, batches, lora_mlp, loss_of, same_bits, trainable, weights
+from torch import Tensor, nn
+
+from eflat_ext.optimizers import (
+    create_eflat_optimizer,
+    create_flat_optimizer,
+    create_lora_sam_optimizer,
+)
+
+CREATE = {
+    "eflat": create_eflat_optimizer,
+    "flat": create_flat_optimizer,
+    "lora-sam": create_lora_sam_optimizer,
+}
+BASES: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer_cls": torch.optim.AdamW, "lr": 1e-2},
+    "sgd": {"optimizer_cls": torch.optim.SGD, "lr": 0.1, "momentum": 0.9},
+    "plain sgd": {"optimizer_cls": torch.optim.SGD, "lr": 0.1},
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def radius(step: int) -> float:
+    return 0.05 + 0.01 * step
+
+
+def train(model: nn.Module, optimizer: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+    for batch in data:
+
+        def closure(batch=batch):  # type: ignore[no-untyped-def]
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+def test_resume_is_bit_exact(create: Callable, base: dict[str, Any], dtype: torch.dtype) -> None:
+    data = batches(10, dtype)
+    whole = lora_mlp(dtype)
+    uninterrupted = create(whole, rho=radius, **base)
+    train(whole, uninterrupted, data)
+
+    first = lora_mlp(dtype)
+    optimizer = create(first, rho=radius, **base)
+    train(first, optimizer, data[:5])
+    saved = through_a_file({"model": first.state_dict(), "optimizer": optimizer.state_dict()})
+    second = lora_mlp(dtype, seed=7)
+    second.load_state_dict(saved["model"])
+    resumed = create(second, rho=radius, **base)
+    resumed.load_state_dict(saved["optimizer"])
+    train(second, resumed, data[5:])
+
+    assert_same_bits(weights(second), weights(whole))
+    assert int(resumed.skipped_perturbations) == int(uninterrupted.skipped_perturbations)
+    if create is create_eflat_optimizer:
+        assert_same_bits(resumed.averages, uninterrupted.averages)
+        assert all(average.any() for average in resumed.averages.values())
+
+
+def test_resume_in_the_middle_of_accumulation() -> None:
+    """Saved between two micro-batches: the clean weights, and a point that is found again."""
+    model = lora_mlp()
+    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    data = batches(6)
+    train(model, optimizer, data[:3])
+    optimizer.zero_grad()
+    loss_of(model, data[3]).backward()
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    loss_of(model, data[4]).backward()
+    optimizer.step()
+
+    other = lora_mlp(seed=3)
+    other.load_state_dict(saved["model"])
+    resumed = create_eflat_optimizer(other, torch.optim.AdamW, lr=1e-2)
+    resumed.load_state_dict(saved["optimizer"])
+    for batch in data[3:5]:
+        loss_of(other, batch).backward()
+    resumed.step()
+    assert_same_bits(weights(other), weights(model))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_checkpoint_holds(dtype: torch.dtype) -> None:
+    model = lora_mlp(dtype)
+    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2, rho=radius)
+    train(model, optimizer, batches(3, dtype))
+    state = optimizer.state_dict()
+    assert state.keys() == {"state", "param_groups"}
+    (group,) = state["param_groups"]
+    assert group["perturbation_steps"] == 3 and group["perturbation_skipped"] == 0
+    assert "rho" not in group
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    holders = [names[key] for key, entry in state["state"].items() if "perturbation_ema" in entry]
+    assert holders == [n for n in names if "lora_B" in n]
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    for entry in state["state"].values():
+        assert {"step", "exp_avg", "exp_avg_sq"} <= entry.keys()
+        if "perturbation_ema" in entry:
+            assert entry["perturbation_ema"].dtype == expected
+    # The live groups and the base's state know nothing of it.
+    assert "perturbation_steps" not in optimizer.param_groups[0]
+    assert not any("perturbation_ema" in entry for entry in optimizer.state.values())
+    loads = torch.optim.AdamW(trainable(lora_mlp(dtype)), lr=1.0)
+    loads.load_state_dict(through_a_file(state))
+    assert loads.param_groups[0]["lr"] == 1e-2
+
+
+def test_averages_keep_their_type_and_place() -> None:
+    model = lora_mlp(torch.bfloat16)
+    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    train(model, optimizer, batches(2, torch.bfloat16))
+    state = through_a_file(optimizer.state_dict())
+    live = optimizer.averages
+    before = {name: average.clone() for name, average in live.items()}
+    train(model, optimizer, batches(2, torch.bfloat16))
+    optimizer.load_state_dict(state)
+    assert all(optimizer.averages[name] is live[name] for name in live)
+    assert_same_bits(live, before)
+    assert all(average.dtype == torch.float32 for average in live.values())
+    # Digits that bfloat16 does not have came back.
+    assert any(not same_bits(a, a.bfloat16().float()) for a in live.values())
+
+
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+def test_a_plain_checkpoint_loads(create: Callable) -> None:
+    plain = lora_mlp()
+    base = torch.optim.AdamW(trainable(plain), lr=1e-3)
+    train(plain, base, batches(2))
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.AdamW, lr=1e-2)
+    train(model, optimizer, batches(2))
+    optimizer.load_state_dict(base.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    for mine, its in zip(trainable(model), trainable(plain), strict=True):
+        assert same_bits(optimizer.state[mine]["exp_avg"], base.state[its]["exp_avg"])
+    assert optimizer.state_dict()["param_groups"][0]["perturbation_steps"] == 0
+    assert not any(average.any() for average in getattr(optimizer, "averages", {}).values())
+
+
+def test_another_methods_checkpoint_loads() -> None:
+    model, other = lora_mlp(), lora_mlp()
+    eflat = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1)
+    train(model, eflat, batches(2))
+    flat = create_flat_optimizer(other, torch.optim.SGD, lr=0.2)
+    flat.load_state_dict(through_a_file(eflat.state_dict()))
+    assert flat.param_groups[0]["lr"] == 0.1 and not flat.state
+    assert flat.state_dict()["param_groups"][0]["perturbation_steps"] == 2
+
+
+def test_what_does_not_fit_changes_nothing() -> None:
+    model = lora_mlp()
+    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    train(model, optimizer, batches(2))
+    before = through_a_file(optimizer.state_dict())
+    wide = lora_mlp(r=5)
+    other = create_eflat_optimizer(wide, torch.optim.AdamW, lr=0.5)
+    train(wide, other, batches(2))
+    with pytest.raises(ValueError, match="perturbation_ema of shape"):
+        optimizer.load_state_dict(other.state_dict())
+    fewer = through_a_file(before)
+    fewer["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(fewer)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, entry in before["state"].items():
+        assert_same_bits(
+            {k: v for k, v in after["state"][key].items() if isinstance(v, Tensor)}, entry
+        )
+
+
+def test_loading_while_perturbed_leaves_clean_weights() -> None:
+    model = lora_mlp()
+    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    train(model, optimizer, batches(2))
+    before, state = weights(model), through_a_file(optimizer.state_dict())
+    model(batches(1)[0][0])
+    optimizer.load_state_dict(state)
+    assert_same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+def test_state_dict_hooks(create: Callable) -> None:
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
+    calls: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("pre"))
+    optimizer.register_state_dict_post_hook(lambda o, state: {**state, "mine": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: calls.append(state["mine"]))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("post"))
+    state = optimizer.state_dict()
+    assert state["mine"] == 1
+    optimizer.load_state_dict(state)
+    assert calls == ["pre", 1, "post"]
+
+
+def test_distributed_checkpoint_reads_and_writes_it() -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model, other = lora_mlp(), lora_mlp()
+    optimizer, fresh = (
+        create_eflat_optimizer(m, torch.optim.AdamW, lr=1e-2) for m in (model, other)
+    )
+    train(model, optimizer, batches(3))
+    state = get_optimizer_state_dict(model, optimizer)
+    set_optimizer_state_dict(other, fresh, state)
+    assert_same_bits(fresh.averages, optimizer.averages)
+    assert fresh.state_dict()["param_groups"][0]["perturbation_steps"] == 3

@@ -1,0 +1,284 @@
+"""Whatever leaves a model leaves it clean: every way to save or merge, at every moment."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same_bits, lora_gpt2, weights
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from eflat_ext.optimizers import (
+    EFlatLoRA,
+    create_eflat_optimizer,
+    create_flat_optimizer,
+    create_lora_sam_optimizer,
+)
+
+TOKENS = torch.arange(2 * 8).reshape(2, 8)
+METHODS = {
+    "eflat B": (create_eflat_optimizer, {"onto": "B"}),
+    "eflat A": (create_eflat_optimizer, {"onto": "A"}),
+    "flat": (create_flat_optimizer, {}),
+    "lora-sam": (create_lora_sam_optimizer, {}),
+}
+
+
+def loss(model: nn.Module) -> Tensor:
+    return model(input_ids=TOKENS, labels=TOKENS).loss
+
+
+def trained(method: str) -> tuple[nn.Module, Any, dict[str, Tensor]]:
+    """A GPT-2 after two steps, its optimizer and its clean weights; the perturbation is large."""
+    model = lora_gpt2()
+    create, kwargs = METHODS[method]
+    optimizer = create(model, torch.optim.AdamW, lr=1e-2, rho=1.0, **kwargs)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model)
+        value.backward()
+        return value
+
+    for _ in range(2):
+        optimizer.step(closure)
+    return model, optimizer, weights(model)
+
+
+def after_step(model: nn.Module, optimizer: Any) -> None:
+    optimizer.zero_grad()
+
+
+def mid_accumulation(model: nn.Module, optimizer: Any) -> None:
+    optimizer.zero_grad()
+    loss(model).backward()
+    if not isinstance(optimizer, EFlatLoRA):
+        optimizer.first_step()
+        loss(model).backward()
+
+
+def skipped_step(model: nn.Module, optimizer: Any) -> None:
+    """As a gradient scaler does it: gradients overflow, and step is not called."""
+    mid_accumulation(model, optimizer)
+    for pair in optimizer.pairs:
+        pair.B.grad.fill_(torch.inf)
+
+
+def failed_forward(model: nn.Module, optimizer: Any) -> None:
+    mid_accumulation(model, optimizer)
+    handle = model.get_base_model().lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss(model)
+    handle.remove()
+
+
+def saved_adapter(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    model.save_pretrained(folder)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def saved_by_torch(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+WAYS: dict[str, Callable[[nn.Module, Path], dict[str, Tensor]]] = {
+    "state_dict": lambda model, _: model.state_dict(),
+    "peft": lambda model, _: get_peft_model_state_dict(model),
+    "save_pretrained": saved_adapter,
+    "torch.save": saved_by_torch,
+    "deepcopy": lambda model, _: copy.deepcopy(model).state_dict(),
+    "pickle": lambda model, _: pickle.loads(pickle.dumps(model)).state_dict(),
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+every_moment = pytest.mark.parametrize(
+    "moment", [after_step, mid_accumulation, skipped_step, failed_forward]
+)
+
+
+@every_moment
+@every_method
+def test_saved_weights_are_clean(method: str, moment: Callable, tmp_path: Path) -> None:
+    model, optimizer, clean = trained(method)
+    moment(model, optimizer)
+    assert optimizer._weights.applied == (moment is not after_step)
+    held = weights(model)
+    for name, way in WAYS.items():
+        saved = way(model, tmp_path / name)
+        lora = {key: value for key, value in saved.items() if "lora_" in key}
+        assert len(lora) == 2 * len(optimizer.pairs)
+        for key, value in lora.items():
+            found = clean[key if key in clean else key.replace(".weight", ".default.weight")]
+            assert_same_bits({key: value}, {key: found})
+    assert_same_bits(weights(model), held)  # saving left the model alone
+
+
+def merged_reference(clean: dict[str, Tensor]) -> dict[str, Tensor]:
+    other = lora_gpt2()
+    other.load_state_dict(clean, strict=False)
+    return weights(other.merge_and_unload())
+
+
+@every_moment
+@every_method
+def test_merged_weights_are_clean(method: str, moment: Callable) -> None:
+    model, optimizer, clean = trained(method)
+    moment(model, optimizer)
+    expected = merged_reference(clean)
+
+    model.merge_adapter()
+    merged = weights(model)
+    assert_same_bits(
+        {n.replace(".base_layer", ""): p for n, p in merged.items() if ".base_layer" in n},
+        {f"base_model.model.{n}": p for n, p in expected.items() if "c_attn" in n or "c_proj" in n},
+    )
+    model(input_ids=TOKENS)  # perturbs again: unmerging must subtract what was added
+    model.unmerge_adapter()
+    now = weights(model)
+    for name, value in clean.items():
+        if "lora_" in name:
+            assert_same_bits({name: now[name]}, {name: value})
+        else:
+            torch.testing.assert_close(now[name], value, rtol=0, atol=1e-6)
+
+    model, optimizer, clean = trained(method)
+    moment(model, optimizer)
+    assert_same_bits(weights(model.merge_and_unload()), expected)
+
+
+@every_method
+def test_training_goes_on_after_merging_in_the_middle(method: str) -> None:
+    """The second half of an accumulated gradient is taken at the same point as the first."""
+    results = []
+    for interrupted in (False, True):
+        model, optimizer, _ = trained(method)
+        mid_accumulation(model, optimizer)
+        with torch.no_grad():  # so that merging and unmerging leaves no rounding behind
+            for pair in optimizer.pairs:
+                pair.layer.get_base_layer().weight.zero_()
+        if interrupted:
+            model.merge_adapter()
+            model.unmerge_adapter()
+        loss(model).backward()
+        optimizer.step()
+        results.append(weights(model))
+    assert_same_bits(*results)
+
+
+@every_method
+def test_loading_an_adapter_while_perturbed(method: str) -> None:
+    model, optimizer, _ = trained(method)
+    mid_accumulation(model, optimizer)
+    new = {k: v + 1 for k, v in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, new)
+    loaded = get_peft_model_state_dict(model)
+    assert_same_bits(dict(loaded), new)
+    optimizer.eval()
+    assert_same_bits(dict(get_peft_model_state_dict(model)), new)
+
+
+@every_method
+def test_generation_in_the_middle_is_clean(method: str) -> None:
+    model, optimizer, clean = trained(method)
+    other = lora_gpt2().eval()
+    other.load_state_dict(clean, strict=False)
+    expected = other.generate(input_ids=TOKENS[:, :2], max_new_tokens=8, do_sample=False)
+    mid_accumulation(model, optimizer)
+    found = model.eval().generate(input_ids=TOKENS[:, :2], max_new_tokens=8, do_sample=False)
+    assert torch.equal(found, expected)
+    assert_same_bits(weights(model), clean)
+
+
+@every_method
+def test_a_copied_model_never_perturbs_and_takes_a_new_optimizer(method: str) -> None:
+    model, optimizer, clean = trained(method)
+    mid_accumulation(model, optimizer)
+    held = weights(model)
+    other = copy.deepcopy(model)
+    other(input_ids=TOKENS)
+    assert_same_bits(weights(other), clean)
+    other = copy.deepcopy(model)
+    assert_same_bits(weights(other.merge_and_unload()), merged_reference(clean))
+    other = copy.deepcopy(model)
+    create, kwargs = METHODS[method]
+    again = create(other, torch.optim.SGD, lr=0.1, **kwargs)
+    assert_same_bits(weights(other), clean)
+    mid_accumulation(other, again)
+    again.step()
+    assert_same_bits(weights(model), held)
+
+
+@every_method
+def test_explicit_modes_once_hooks_are_removed(method: str) -> None:
+    model, optimizer, clean = trained(method)
+    mid_accumulation(model, optimizer)
+    point = weights(model)
+    optimizer.remove_hooks()
+    assert_same_bits(weights(model), clean)
+    loss(model)
+    assert_same_bits(weights(model), clean)
+    for _ in range(2):
+        optimizer.train()
+        assert_same_bits(weights(model), point)
+        assert_same_bits({n: p for n, p in model.state_dict().items() if n in point}, point)
+    for _ in range(2):
+        optimizer.eval()
+        assert_same_bits(weights(model), clean)
+    optimizer.train()
+    optimizer.step()
+    stepped = weights(model)
+    optimizer.eval()
+    assert_same_bits(weights(model), stepped)
+
+
+@every_method
+def test_clean_context(method: str) -> None:
+    model, optimizer, clean = trained(method)
+    mid_accumulation(model, optimizer)
+    point = weights(model)
+    with optimizer.clean():
+        loss(model)
+        assert_same_bits(weights(model), clean)
+    assert_same_bits(weights(model), point)
+
+
+@every_method
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_a_closure(method: str, error: type[BaseException]) -> None:
+    model, optimizer, clean = trained(method)
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(loss(model))
+        calls[-1].backward()
+        if len(calls) == (1 if isinstance(optimizer, EFlatLoRA) else 2):
+            assert optimizer._weights.applied
+            raise error
+        return calls[-1]
+
+    with pytest.raises(error):
+        optimizer.step(closure)
+    assert_same_bits(weights(model), clean)
+    optimizer.zero_grad()
+    optimizer.step(lambda: loss(model).backward())  # and it goes on
+
+
+@every_method
+def test_an_exception_in_the_base_optimizer(method: str) -> None:
+    model, optimizer, clean = trained(method)
+    mid_accumulation(model, optimizer)
+    handle = optimizer.base.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    assert_same_bits(weights(model), clean)
+    handle.remove()

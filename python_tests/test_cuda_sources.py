@@ -1,0 +1,158 @@
+"""The CUDA kernels' own sources, run on the CPU, give the reference's numbers.
+
+``csrc/tests/ops_host_cuda.cpp`` registers the operators as ``torch.ops.eflat_host_cuda``: every CUDA
+thread is a fiber, workspace and shared memory are poisoned with NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.utils import cpp_extension
+
+from eflat_ext import reference
+from strategies import (
+    DTYPES,
+    RHO,
+    Pair,
+    ambiguous,
+    error,
+    lists,
+    make_pair,
+    pairs,
+    rounding_errors,
+    same_bits,
+    scopes,
+    sides,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def host_cuda():
+    folder = ROOT / "build" / "host_cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    cpp_extension.load(
+        "eflat_host_cuda",
+        [str(ROOT / "csrc" / "tests" / "ops_host_cuda.cpp")],
+        extra_cflags=["-O2", "-std=c++20", "-fopenmp-simd", "-Wno-psabi"]
+        + ["-DTORCH_TARGET_VERSION=0x020b000000000000"],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+
+
+def foreach_perturb(given: list[Pair], onto: str, norm_scope: str):
+    return torch.ops.eflat_host_cuda.foreach_perturb(*lists(given), RHO, onto, norm_scope, None)
+
+
+def check(given: list[Pair], onto: str, norm_scope: str) -> None:
+    E, norms = foreach_perturb(given, onto, norm_scope)
+    expected, expected_norms = reference.foreach_perturb(
+        *lists(given), RHO, onto=onto, norm_scope=norm_scope
+    )
+    for pair, e, norm, x, expected_norm in zip(
+        given, E, norms, expected, expected_norms, strict=True
+    ):
+        assert float(norm) == pytest.approx(float(expected_norm), rel=1e-6)
+        if e.dtype in (torch.float32, torch.float64):
+            assert error(e, x) <= (1e-6 if e.dtype == torch.float32 else 1e-10), pair
+        else:
+            assert rounding_errors(e, x) <= 1.01, pair
+
+
+small = st.integers(1, 40)
+small_ranks = st.integers(1, 12)
+
+
+@settings(max_examples=60)
+@given(st.lists(pairs(sizes=small, ranks=small_ranks), min_size=1, max_size=4), sides, scopes)
+def test_mixed_lists(given, onto, norm_scope):
+    assume(not any(ambiguous(pair) for pair in given))
+    check(given, onto, norm_scope)
+
+
+@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("n, m, r", [(1300, 5, 4), (5, 1100, 16), (700, 600, 33), (90, 80, 96)])
+def test_more_than_one_block_and_chunk(n, m, r, onto):
+    check([make_pair(n + r, n, m, r, torch.float32)], onto, "layer")
+
+
+def test_largest_rank():
+    check([make_pair(3, 300, 290, 256, torch.float32)], "B", "layer")
+
+
+@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("condition", [1e3, 1e4])
+def test_second_pass_over_ill_conditioned_factors(condition, onto):
+    check([make_pair(5, 60, 70, 9, torch.float64, condition, condition)], onto, "layer")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_bad_layers_leave_the_others_alone(bad, dtype):
+    good, other = (make_pair(seed, 30, 20, 4, dtype) for seed in (1, 2))
+    if bad == 0:
+        other.grad_A.zero_()
+        other.grad_B.zero_()
+    else:
+        other.grad_B[3, 1] = bad
+    alone, norm = foreach_perturb([good], "B", "global")
+    E, norms = foreach_perturb([good, other], "B", "global")
+    assert same_bits(E[0], alone[0]) and norms[0] == norm[0]
+    assert not bool(E[1].any())
+    assert norms[1] == 0 if bad == 0 else not bool(norms[1].isfinite())
+
+
+def test_factor_of_zeros():
+    pair = make_pair(7, 40, 30, 5)
+    pair.B.zero_()
+    pair.grad_A.zero_()
+    check([pair], "B", "layer")
+
+
+@pytest.mark.parametrize("onto", ["B", "A"])
+def test_moving_average(onto):
+    good, bad = make_pair(1, 50, 40, 6), make_pair(2, 20, 30, 3)
+    bad.A[0, 0] = math.nan
+    targets = [p.B if onto == "B" else p.A for p in (good, bad)]
+    ema = [torch.randn_like(t) for t in targets]
+    before = [e.clone() for e in ema]
+    skipped = torch.zeros((), dtype=torch.int64)
+    arguments = lists([good, bad])
+    norms = torch.ops.eflat_host_cuda.foreach_perturb_ema_(
+        *arguments[:4], ema, skipped, arguments[4], RHO, 0.3, onto
+    )
+    expected, _ = reference.perturb(*good, RHO, onto)
+    assert error(ema[0], 0.7 * before[0].double() + 0.3 * expected) < 1e-6
+    assert same_bits(ema[1], before[1])
+    assert int(skipped) == 1 and bool(norms[0] > 0) and bool(norms[1].isnan())
+
+
+@pytest.mark.parametrize("norm_scope", ["layer", "global"])
+def test_bound(norm_scope):
+    given = [make_pair(1, 50, 40, 6), make_pair(2, 20, 30, 3)]
+    ema = [torch.randn(p.A.shape) for p in given]
+    scaling = [p.scaling for p in given]
+    factors = torch.ops.eflat_host_cuda.foreach_bound(
+        ema, [p.B for p in given], scaling, 0.1, norm_scope
+    )
+    expected = reference.bounded(
+        [(p.A, p.B, p.scaling) for p in given], [e.double() for e in ema], 0.1, norm_scope
+    )
+    for factor, e, x in zip(factors, ema, expected, strict=True):
+        assert error(float(factor) * e.double(), x) < 1e-6
+
+
+def test_repeats_bit_for_bit():
+    given = [make_pair(seed, 200, 100, 8) for seed in range(3)]
+    first, norms = foreach_perturb(given, "B", "layer")
+    second, again = foreach_perturb(given, "B", "layer")
+    assert all(same_bits(x, y) for x, y in zip(first, second, strict=True))
+    assert same_bits(norms, again)

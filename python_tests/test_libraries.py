@@ -1,0 +1,306 @@
+"""The optimizers inside other people's loops: gradient scaler, compile, accelerate, Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    assert_same_bits,
+    batches,
+    lora_gpt2,
+    lora_mlp,
+    loss_of,
+    same_bits,
+    trainable,
+    weights,
+)
+from torch import Tensor, nn
+
+from eflat_ext.optimizers import (
+    EFlatLoRA,
+    create_eflat_optimizer,
+    create_flat_optimizer,
+    create_lora_sam_optimizer,
+)
+
+TWO_GRADIENTS = [create_flat_optimizer, create_lora_sam_optimizer]
+
+
+def test_accumulated_gradients_belong_to_one_point() -> None:
+    model = lora_mlp()
+    optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=0.5)
+    points, sums = [], []
+    for start in (0, 3):
+        optimizer.zero_grad()
+        for batch in batches(6)[start : start + 3]:
+            loss_of(model, batch).backward()
+            points.append(weights(model))
+        sums.append([p.grad.clone() for p in trainable(model)])
+        optimizer.step()
+    for start in (0, 3):
+        assert_same_bits(points[start], points[start + 1])
+        assert_same_bits(points[start], points[start + 2])
+    # The same gradient from a plain copy of the perturbed model.
+    other = lora_mlp()
+    other.load_state_dict(points[3], strict=False)
+    for batch in batches(6)[3:]:
+        loss_of(other, batch).backward()
+    for p, total in zip(trainable(other), sums[1], strict=True):
+        assert same_bits(p.grad, total)
+
+
+def overflowing(step: int) -> bool:
+    return step in (0, 3, 4)
+
+
+def scaled_run(create: Callable, steps: int = 8) -> tuple[nn.Module, Any, list[int]]:
+    """A loop with a gradient scaler in which the gradients of some steps overflow."""
+    model = lora_mlp(torch.float32)
+    optimizer = create(model, torch.optim.AdamW, lr=1e-2, rho=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    skipped = []
+    for step, batch in enumerate(batches(steps, torch.float32)):
+        optimizer.zero_grad()
+        if not isinstance(optimizer, EFlatLoRA):
+            scaler.scale(loss_of(model, batch)).backward()
+            optimizer.first_step()
+        scaler.scale(loss_of(model, batch)).backward()
+        before = weights(model) if not overflowing(step) else None
+        if overflowing(step):
+            trainable(model)[0].grad[0, 0] = torch.inf
+        averages = {k: v.clone() for k, v in getattr(optimizer, "averages", {}).items()}
+        scaler.step(optimizer)
+        scaler.update()
+        if before is None:
+            skipped.append(step)
+            assert_same_bits(getattr(optimizer, "averages", {}), averages)
+    return model, optimizer, skipped
+
+
+@pytest.mark.parametrize("create", [create_eflat_optimizer, *TWO_GRADIENTS])
+def test_gradient_scaler_with_overflows(create: Callable) -> None:
+    """The steps that are left equal a run without scaler over those batches alone."""
+    model, optimizer, skipped = scaled_run(create)
+    assert skipped == [0, 3, 4]
+    assert int(optimizer.skipped_perturbations) == 0
+    other = lora_mlp(torch.float32)
+    plain = create(other, torch.optim.AdamW, lr=1e-2, rho=0.1)
+    for step, batch in enumerate(batches(8, torch.float32)):
+        if overflowing(step):
+            continue
+
+        def closure(batch=batch):  # type: ignore[no-untyped-def]
+            plain.zero_grad()
+            value = loss_of(other, batch)
+            value.backward()
+            return value
+
+        plain.step(closure)
+    optimizer.eval()
+    # Scaling by powers of two is exact, up to the rounding of E for the scaled gradient.
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("create", TWO_GRADIENTS)
+def test_a_skipped_second_step_is_not_forgotten_silently(create: Callable) -> None:
+    """``model.zero_grad()`` cannot tell the optimizer that the step was given up."""
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step()
+    loss_of(model, batches(1)[0]).backward()
+    model.zero_grad()
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match="abandon_step"):
+        optimizer.first_step()
+
+
+def test_gradient_clipping_leaves_the_perturbation_alone() -> None:
+    averages = []
+    for clip in (None, 1e-3):
+        model = lora_mlp()
+        optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.0)
+        loss_of(model, batches(1)[0]).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(trainable(model), clip)
+        optimizer.step()
+        averages.append(optimizer.averages)
+    for name in averages[0]:
+        torch.testing.assert_close(averages[0][name], averages[1][name], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("onto", ["A", "B"])
+def test_compiled_model_equals_eager(onto: str) -> None:
+    """Radius schedule, accumulation and evaluation; never a graph break, few graphs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = []
+    for compiled in (False, True):
+        model = lora_mlp()
+        optimizer = create_eflat_optimizer(
+            model, torch.optim.AdamW, lr=1e-2, onto=onto, rho=lambda step: 0.05 + 0.01 * step
+        )
+        run = model
+        if compiled:
+            run = torch.compile(model, fullgraph=True, backend="aot_eager")
+        outputs = []
+        for first, second in zip(batches(12)[::2], batches(12)[1::2], strict=True):
+            optimizer.zero_grad()
+            for batch in (first, second):
+                outputs.append(loss_of(run, batch))
+                outputs[-1].backward()
+            optimizer.step()
+            model.eval()
+            outputs.append(run(first[0]))
+            model.train()
+        results.append([t.detach() for t in outputs] + list(weights(model).values()))
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-9, atol=1e-12)
+    # A training pass that perturbs, one that need not, an evaluation; hooks may count apart.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+def test_gradient_checkpointing() -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = lora_gpt2()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=0.5)
+        tokens = torch.arange(16).reshape(2, 8)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+        results.append(weights(model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+def accelerator(**kwargs: Any) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return Accelerator(cpu=True, **kwargs)
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    """prepare, accumulate, save_state and load_state: the plain loop's weights."""
+    data = batches(8, torch.float32)
+
+    def loop(model: nn.Module, optimizer: Any, steps: list[int], engine: Any = None) -> None:
+        for index in steps:
+            for batch in data[2 * index : 2 * index + 2]:
+                if engine is None:
+                    (loss_of(model, batch) / 2).backward()
+                    continue
+                with engine.accumulate(model):
+                    engine.backward(loss_of(model, batch))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if engine is None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    plain = lora_mlp(torch.float32)
+    loop(plain, create_eflat_optimizer(plain, torch.optim.AdamW, lr=1e-2), [0, 1, 2, 3])
+
+    engine = accelerator(gradient_accumulation_steps=2)
+    model = lora_mlp(torch.float32)
+    model, optimizer = engine.prepare(
+        model, create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    )
+    loop(model, optimizer, [0, 1], engine)
+    model(data[4][0])  # saved while perturbed
+    assert optimizer.optimizer._weights.applied
+    engine.save_state(str(tmp_path))
+
+    engine = accelerator(gradient_accumulation_steps=2)
+    other = lora_mlp(torch.float32, seed=5)
+    other, resumed = engine.prepare(
+        other, create_eflat_optimizer(other, torch.optim.AdamW, lr=1e-2)
+    )
+    engine.load_state(str(tmp_path))
+    loop(other, resumed, [2, 3], engine)
+    assert_same_bits(weights(other), weights(plain))
+
+
+class Sentences(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = torch.arange(index, index + 8) % 40
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def trainer(folder: Path, model: nn.Module, optimizer: tuple[Any, dict[str, Any]]) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    accelerator()  # forget the one before
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**settings),
+        train_dataset=Sentences(),
+        eval_dataset=Sentences(),
+        optimizer_cls_and_kwargs=optimizer,
+    )
+
+
+def around_its_own(folder: Path, model: nn.Module) -> Any:
+    """EFlat-LoRA around the optimizer that Trainer makes, with its no-decay groups."""
+    run = trainer(folder, model, (torch.optim.AdamW, {"lr": 1e-2}))
+    run.optimizer = EFlatLoRA(run.model, run.create_optimizer(), rho=0.2)
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.1, 0.0]
+    return run
+
+
+def made_by_trainer(folder: Path, model: nn.Module) -> Any:
+    return trainer(folder, model, (EFlatAdamW, {"lr": 1e-2, "rho": 0.2}))
+
+
+class EFlatAdamW:
+    """What Trainer takes for an optimizer factory: made without arguments, called with a model."""
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> EFlatLoRA:
+        return create_eflat_optimizer(model, torch.optim.AdamW, **kwargs)
+
+
+@pytest.mark.parametrize("make", [around_its_own, made_by_trainer])
+@pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
+def test_trainer_saves_clean_weights_and_resumes(make: Callable, tmp_path: Path) -> None:
+    """Evaluation at every step, accumulation, checkpoints; resumed bit for bit."""
+    from safetensors.torch import load_file
+
+    whole, resumed = lora_gpt2(lora_bias=True), lora_gpt2(lora_bias=True)
+    run = make(tmp_path, whole)
+    run.train()
+    averages = run.optimizer.optimizer.averages  # within accelerate's own wrapper
+    assert averages and all(average.any() for average in averages.values())
+    make(tmp_path, resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_bits(weights(resumed), weights(whole))
+    saved = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    clean = {n.replace(".default", ""): p for n, p in weights(whole).items() if "lora_" in n}
+    assert_same_bits(saved, clean)

@@ -1,0 +1,324 @@
+"""What the operators do where the equations have no answer, or none that fits the type.
+
+E is finite always. A layer whose norm is zero or not finite, or whose E would not fit its type,
+gets E = 0; its moving average stays as it is and is counted; the other layers do not notice.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import (
+    DTYPES,
+    RHO,
+    Pair,
+    ambiguous,
+    dtypes,
+    error,
+    factor,
+    foreach_perturb,
+    generator,
+    lists,
+    make_pair,
+    normal,
+    pairs,
+    perturb,
+    rounding_errors,
+    same_bits,
+    scopes,
+    seeds,
+    sides,
+)
+
+from eflat_ext import reference
+
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+FIELDS = ("A", "B", "grad_A", "grad_B")
+inner_sizes = st.integers(1, 30)
+
+
+def check(pair: Pair, onto: str, rtol: float | None = None) -> None:
+    E, norm = perturb(pair, RHO, onto, rtol)
+    expected, expected_norm = reference.perturb(*pair, RHO, onto, rtol)
+    bound = 1e-9 if E.dtype == torch.float64 else 1e-6
+    assert error(norm, expected_norm) <= bound
+    if E.dtype.itemsize == 2:
+        assert rounding_errors(E, expected) <= 1.001
+    else:
+        assert error(E, expected) <= bound
+
+
+def replaced(pair: Pair, name: str, value: float, index: int = 0) -> Pair:
+    pair = pair.clone()
+    getattr(pair, name).view(-1)[index] = value
+    return pair
+
+
+def zeroed(pair: Pair, *names: str) -> Pair:
+    return pair._replace(**{name: torch.zeros_like(getattr(pair, name)) for name in names})
+
+
+# Zeros and deficient ranks.
+
+
+@given(pairs(max_condition=20), sides)
+def test_B_zero_leaves_the_first_term(pair, onto):
+    start = zeroed(pair, "B", "grad_A")  # G_A = s B^T G_W = 0 too
+    check(start, onto)
+    E, norm = perturb(start, RHO, onto)
+    assert norm > 0
+    assert bool(E.any()) == (onto == "B")
+    check(zeroed(pair, "B"), onto)
+    check(zeroed(pair, "A"), onto)
+
+
+@given(pairs(), sides, st.sampled_from([("A", "B"), ("grad_A", "grad_B"), ("A", "grad_A", "B")]))
+def test_all_zero_gives_zero(pair, onto, names):
+    E, norm = perturb(zeroed(pair, *names), RHO, onto)
+    assert norm == 0 and not E.any()
+
+
+@given(seeds, inner_sizes, inner_sizes, st.integers(2, 12), dtypes, sides)
+def test_factors_of_exactly_deficient_rank(seed, n, m, r, dtype, onto):
+    # Repeated and zero rows and columns: the rank is exact in every type.
+    pair = make_pair(seed, n, m, r, dtype)
+    half = r // 2
+    A, B = pair.A.clone(), pair.B.clone()
+    A[:half] = A[half : 2 * half]
+    B[:, 0] = 0
+    if r > 2:
+        B[:, 1] = 2 * B[:, 2]
+    deficient = pair._replace(A=A, B=B)
+    assume(not ambiguous(deficient))
+    check(deficient, onto)
+
+
+@given(seeds, st.sampled_from([(30, 20, 6), (6, 40, 6), (9, 5, 16)]), sides)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", [0.5, 0.9, 1.1, 2.0])
+def test_singular_values_near_the_cutoff(dtype, distance, seed, shape, onto):
+    # All singular values but the largest are the same, just below or just above the cutoff.
+    n, m, r = shape
+    rtol = 1e-3
+
+    def near(rows, columns):
+        g = generator(seed + rows)
+        size = min(rows, columns)
+        values = torch.full((size,), distance * rtol, dtype=torch.float64)
+        values[0] = 1
+        left, right = (torch.linalg.qr(normal(g, k, size)).Q for k in (rows, columns))
+        return (left * values @ right.T).to(dtype)
+
+    g = generator(seed)
+    pair = Pair(near(r, m), near(n, r), normal(g, r, m).to(dtype), normal(g, n, r).to(dtype), 2.0)
+    check(pair, onto, rtol)
+    # The direction is dropped or kept as a whole: without it the norm is of another size.
+    _, norm = perturb(pair, RHO, onto, rtol)
+    _, norm_without = perturb(pair, RHO, onto, 0.5)
+    assert (norm > 30 * norm_without) == (distance > 1)
+
+
+@given(seeds, sides)
+def test_factor_after_one_adam_step(seed, onto):
+    # Every entry of B is about the learning rate, of either sign: ratios of singular values of 1e-4
+    # to 1e-8 between the sign pattern's rank and the rest.
+    g = generator(seed)
+    A = normal(g, 8, 96) / 96**0.5
+    gradient = normal(g, 80, 1) @ normal(g, 1, 96) + 1e-3 * normal(g, 80, 96)
+    step = gradient @ A.T
+    B = 1e-3 * step / (step.abs() + 1e-8)
+    pair = Pair(A, B, 2 * B.T @ gradient, 2 * gradient @ A.T, 2.0).to(torch.float32)
+    assume(not ambiguous(pair))
+    check(pair, onto)
+
+
+# Values that are not finite.
+
+
+@given(pairs(sizes=inner_sizes), sides, st.sampled_from(FIELDS), st.sampled_from(NOT_FINITE), seeds)
+def test_not_finite_gives_zero_and_a_norm_that_tells(pair, onto, name, value, index):
+    E, norm = perturb(replaced(pair, name, value, index % getattr(pair, name).numel()), RHO, onto)
+    assert not E.any() and not norm.isfinite()
+
+
+@given(
+    st.lists(pairs(sizes=inner_sizes), min_size=2, max_size=6),
+    sides,
+    st.sampled_from(FIELDS),
+    st.sampled_from(NOT_FINITE),
+    seeds,
+)
+def test_bad_layer_leaves_the_others_alone(listed, onto, name, value, seed):
+    bad = seed % len(listed)
+    with_bad = [replaced(p, name, value) if i == bad else p for i, p in enumerate(listed)]
+    rest = [p for i, p in enumerate(listed) if i != bad]
+    for scope in ("layer", "global"):
+        E, norms = foreach_perturb(with_bad, RHO, onto, scope)
+        expected, expected_norms = foreach_perturb(rest, RHO, onto, scope)
+        assert not E.pop(bad).any() and not norms[bad].isfinite()
+        assert all(same_bits(x, y) for x, y in zip(E, expected, strict=True))
+        others = [norm for i, norm in enumerate(norms.tolist()) if i != bad]
+        assert others == pytest.approx(expected_norms.tolist(), rel=1e-7)
+
+
+def test_scratch_memory_keeps_nothing_of_a_bad_call():
+    pair = make_pair(3, 70, 50, 7)
+    expected = perturb(pair)
+    for name in FIELDS:
+        poisoned = [make_pair(i, 600, 400, 20) for i in range(4)]
+        for p in poisoned:
+            getattr(p, name).fill_(math.nan)
+        foreach_perturb(poisoned)
+        for value, e in zip(perturb(pair), expected, strict=True):
+            assert same_bits(value, e)
+
+
+# What does not fit the type.
+
+
+@given(seeds, sides)
+def test_float16_overflow_counts_as_an_infinite_norm(seed, onto):
+    # The rule: the Frobenius norm of E beyond the largest finite number of its type.
+    pair = make_pair(seed, 20, 30, 4, torch.float16)
+    exact, _ = reference.perturb(*pair, 1.0, onto)
+    limit = 65504 / float(exact.norm())
+    E, norm = perturb(pair, 0.999 * limit, onto)
+    assert norm.isfinite() and rounding_errors(E, 0.999 * limit * exact) <= 1.001
+    E, norm = perturb(pair, 1.001 * limit, onto)
+    assert norm == math.inf and not E.any()
+
+
+@given(seeds, sides)
+def test_float16_overflow_leaves_the_global_norm(seed, onto):
+    # Too large an E of one layer is left out, and the rest is divided by what remains.
+    small = make_pair(seed, 20, 30, 4, torch.float16)
+    tiny = small._replace(A=small.A * 1e-3, B=small.B * 1e-3)  # their inverses are large
+    rho = 65504 / 2 / float(reference.perturb(*small, 1.0, onto)[0].norm())
+    E, norms = foreach_perturb([small, tiny, small], rho, onto, "global")
+    assert norms[1] == math.inf and not E[1].any()
+    alone, _ = foreach_perturb([small, small], rho, onto, "global")
+    assert same_bits(E[0], alone[0]) and same_bits(E[2], alone[1])
+
+
+@given(pairs(sizes=inner_sizes), sides, st.floats(-280, 280))
+def test_any_radius_gives_finite_numbers(pair, onto, exponent):
+    rho = 10.0**exponent
+    E, norm = perturb(pair, rho, onto)  # asserts that E is finite
+    exact, _ = reference.perturb(*pair, 1.0, onto)
+    if rho * float(exact.norm()) > 1.01 * torch.finfo(E.dtype).max:
+        assert norm == math.inf and not E.any()
+
+
+def test_radius_zero():
+    for dtype in DTYPES:
+        pair = make_pair(1, 20, 30, 4, dtype)
+        E, norm = perturb(pair, 0.0)
+        assert not E.any() and float(norm) == float(perturb(pair, RHO)[1])
+        listed = [pair, replaced(pair, "A", math.nan)]
+        E, norms = foreach_perturb(listed, 0.0, "A", "global")
+        assert not E[0].any() and not E[1].any()
+        assert norms[0].isfinite() and not norms[1].isfinite()
+
+
+# Sizes at the ends of the types.
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-18, 1e18, 1e30, 1e36])
+@pytest.mark.parametrize("names", [("grad_A", "grad_B"), ("A",), ("B",)])
+def test_float32_values_whose_squares_do_not_fit_float32(names, scale):
+    for seed in range(3):
+        pair = make_pair(seed, 12, 15, 4, torch.float32, 2.0, 2.0, consistent=False)
+        if names != ("grad_A", "grad_B"):  # or E is beyond float32
+            pair = pair._replace(grad_A=pair.grad_A * scale, grad_B=pair.grad_B * scale)
+        scaled = pair._replace(**{name: getattr(pair, name) * scale for name in names})
+        for onto in "BA":
+            exact = reference.perturb(*scaled, RHO, onto)[0].norm()
+            if 1e-30 < float(exact) < 3e38:
+                check(scaled, onto)
+
+
+@given(seeds, sides)
+def test_denormal_gradients(seed, onto):
+    g = generator(seed)
+    pair = make_pair(seed, 12, 15, 4, torch.float32)
+    pair = pair._replace(
+        grad_A=(normal(g, 4, 15) * 1e-41).float(), grad_B=(normal(g, 12, 4) * 1e-41).float()
+    )
+    E, norm = perturb(pair, RHO, onto)
+    exact, exact_norm = reference.perturb(*pair, RHO, onto)
+    assert error(E, exact) <= 1e-6
+    assert abs(float(norm) - float(exact_norm)) <= 2**-149
+
+
+@given(seeds, sides, scopes)
+def test_no_perturbation_beside_a_norm_that_is_not_usable(seed, onto, scope):
+    # Norms beyond float32, or below, say what was done with E.
+    pair = make_pair(seed, 12, 15, 4, torch.float32, consistent=False)
+    large = pair._replace(A=pair.A * 1e-30, grad_B=pair.grad_B * 1e30)
+    small = pair._replace(
+        A=pair.A * 1e20, B=pair.B * 1e20, grad_A=pair.grad_A * 1e-40, grad_B=pair.grad_B * 1e-40
+    )
+    listed = [large, pair, small]
+    E, norms = foreach_perturb(listed, RHO, onto, scope)
+    for e, norm in zip(E, norms.tolist(), strict=True):
+        assert not e.any() or 0 < norm < math.inf
+    ema = [torch.ones_like(e) for e in E]
+    skipped = torch.tensor(0)
+    A, B, grad_A, grad_B, scaling = lists(listed)
+    norms = torch.ops.eflat.foreach_perturb_ema_(
+        A, B, grad_A, grad_B, ema, skipped, scaling, RHO, 0.9, onto, scope
+    )
+    assert int(skipped) == sum(not 0 < norm < math.inf for norm in norms.tolist())
+
+
+def test_gradients_that_cancel():
+    # G_W seen by one factor, -G_W by the other: equation (1) is zero but for rounding.
+    g = generator(0)
+    for dtype in DTYPES:
+        for _ in range(10):
+            A, B = factor(g, 3, 9).to(dtype), factor(g, 8, 3).to(dtype)
+            gradient = B.double() @ normal(g, 3, 3) @ A.double()
+            pair = Pair(
+                A, B, (B.double().T @ gradient).to(dtype), (-gradient @ A.double().T).to(dtype), 1.0
+            )
+            for onto in "BA":
+                _, norm = perturb(pair, RHO, onto)  # asserts that E is finite
+                size = float(gradient.norm())
+                assert 0 <= norm <= 1e-6 * size or dtype in (torch.bfloat16, torch.float16)
+
+
+@given(
+    st.lists(pairs(sizes=inner_sizes), min_size=1, max_size=5),
+    sides,
+    scopes,
+    st.sampled_from(FIELDS),
+    st.sampled_from(NOT_FINITE),
+)
+def test_moving_average_of_a_bad_layer_is_untouched(listed, onto, scope, name, value):
+    listed = [replaced(p, name, value) for p in listed] + [zeroed(listed[0], "grad_A", "grad_B")]
+    A, B, grad_A, grad_B, scaling = lists(listed)
+    average_dtype = {torch.float64: torch.float64}
+    ema = [
+        torch.randn_like(t, dtype=average_dtype.get(t.dtype, torch.float32))
+        for t in (B if onto == "B" else A)
+    ]
+    before, skipped = [e.clone() for e in ema], torch.tensor(40)
+    torch.ops.eflat.foreach_perturb_ema_(
+        A, B, grad_A, grad_B, ema, skipped, scaling, RHO, 0.9, onto, scope
+    )
+    assert all(same_bits(x, y) for x, y in zip(ema, before, strict=True))
+    assert int(skipped) == 40 + len(listed)
+
+
+def test_bound_of_values_that_are_not_finite():
+    # Nothing useful can be done, but one layer must not decide for the others.
+    good, bad = torch.ones(2, 5), torch.full((2, 5), math.nan)
+    B = torch.ones(6, 2)
+    factors = torch.ops.eflat.foreach_bound([good, bad], [B, B], [1.0, 1.0], 1.0, "layer")
+    alone = torch.ops.eflat.foreach_bound([good], [B], [1.0], 1.0, "layer")
+    assert factors[0] == alone[0] < 1
+    assert (
+        torch.ops.eflat.foreach_bound([good], [B * math.inf], [1.0], 1.0, "layer").isfinite().all()
+    )

@@ -1,0 +1,206 @@
+"""What the operators' results do not depend on, and what a call leaves as it was: memory layouts,
+modes, threads, instruction sets; inputs, and memory beyond what n + m needs."""
+
+import copy
+import io
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    DTYPES,
+    RHO,
+    averages,
+    error,
+    foreach_perturb,
+    lists,
+    make_pair,
+    pairs,
+    perturb,
+    same_bits,
+    sides,
+)
+
+import eflat_ext
+
+ops = torch.ops.eflat
+
+LAYOUTS = {
+    "transposed": lambda t: t.T.contiguous().T,
+    "every other column": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "inside a larger one": lambda t: torch.nn.functional.pad(t, (1, 2, 3, 1))[3:-1, 1:-2],
+    "unaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "from a batch": lambda t: torch.stack([t, t], 2)[:, :, 1],
+    "flipped twice": lambda t: t.flip(0).flip(0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strides_do_not_matter(layout, dtype):
+    pair = make_pair(3, 600, 33, 7, dtype)
+    for onto in "BA":
+        expected = perturb(pair, RHO, onto)
+        for which in ({0}, {1}, {2}, {3}, {0, 1, 2, 3}):
+            inputs = [LAYOUTS[layout](t) if i in which else t for i, t in enumerate(pair[:4])]
+            assert all(torch.equal(x, y) for x, y in zip(inputs, pair[:4], strict=True))
+            result = perturb(pair.__class__(*inputs, pair.scaling), RHO, onto)
+            assert all(same_bits(x, y) for x, y in zip(result, expected, strict=True))
+
+
+def test_expanded_inputs():
+    A = torch.tensor([[1.0], [2.0]]).expand(2, 9)
+    B = torch.tensor(0.5).expand(7, 2)
+    ones_A, ones_B = torch.ones(()).expand(2, 9), torch.ones(1, 2).expand(7, 2)
+    result = eflat_ext.perturb(A, B, ones_A, ones_B, 1.0, RHO)
+    expected = eflat_ext.perturb(*(t.contiguous() for t in (A, B, ones_A, ones_B)), 1.0, RHO)
+    assert all(same_bits(x, y) for x, y in zip(result, expected, strict=True))
+
+
+@given(st.lists(pairs(), min_size=1, max_size=4), sides)
+def test_inputs_are_never_modified(listed, onto):
+    before = [p.clone() for p in listed]
+    versions = [t._version for p in listed for t in p[:4]]
+    foreach_perturb(listed, RHO, onto)
+    perturb(listed[0], RHO, onto)
+    A, B, grad_A, grad_B, scaling = lists(listed)
+    ops.foreach_perturb_ema_(
+        A, B, grad_A, grad_B, averages(listed, onto), torch.tensor(0), scaling, RHO, 0.9, onto
+    )
+    ops.foreach_bound(averages(listed, "A"), B, scaling, RHO)
+    for p, q in zip(listed, before, strict=True):
+        assert all(same_bits(x, y) for x, y in zip(p[:4], q[:4], strict=True))
+    assert versions == [t._version for p in listed for t in p[:4]]
+
+
+def test_modes_make_no_difference():
+    pair = make_pair(4, 50, 40, 6)
+    expected = perturb(pair)
+    parameters = [torch.nn.Parameter(t) for t in pair[:4]]
+    with torch.inference_mode():
+        inference = perturb(pair)
+    with torch.no_grad():
+        no_grad = eflat_ext.perturb(*parameters, pair.scaling, RHO)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = perturb(pair)
+    grad = eflat_ext.perturb(*parameters, pair.scaling, RHO)
+    for result in (inference, no_grad, autocast, [t.detach() for t in grad]):
+        assert all(same_bits(x, y) for x, y in zip(result, expected, strict=True))
+    assert not any(t.requires_grad for t in no_grad)
+
+
+def test_results_can_be_copied_and_stored():
+    E, norm = perturb(make_pair(4, 50, 40, 6))
+    buffer = io.BytesIO()
+    torch.save([E, norm], buffer)
+    buffer.seek(0)
+    for copied in (
+        copy.deepcopy([E, norm]),
+        pickle.loads(pickle.dumps([E, norm])),
+        torch.load(buffer, weights_only=True),
+    ):
+        assert same_bits(copied[0], E) and same_bits(copied[1], norm)
+
+
+def test_empty_lists():
+    for options in ((), ("A", "global", 1e-3)):
+        E, norms = eflat_ext.foreach_perturb([], [], [], [], [], RHO, *options)
+        assert E == [] and norms.shape == (0,)
+    skipped = torch.tensor(3)
+    assert ops.foreach_perturb_ema_([], [], [], [], [], skipped, [], RHO, 0.9).shape == (0,)
+    assert int(skipped) == 3
+    assert ops.foreach_bound([], [], [], RHO).shape == (0,)
+
+
+# Threads, repeats, instruction sets, memory.
+
+
+def hard_list():
+    """Many shapes, long and short, well and ill-conditioned (a second pass over the factors)."""
+    listed = [
+        make_pair(i, 40 + 67 * i, 2000 - 150 * i, 1 + 3 * i, DTYPES[i % 4], 10.0, 10.0 ** (i % 6))
+        for i in range(12)
+    ]
+    return [*listed, make_pair(20, 9000, 7, 5), make_pair(21, 7, 9000, 5, torch.float64, 1e6)]
+
+
+@pytest.mark.parametrize("onto, scope", [("B", "layer"), ("A", "global")])
+def test_results_do_not_depend_on_the_number_of_threads(onto, scope):
+    listed = hard_list()
+    ema = averages(listed, "A")
+    B, scaling = lists(listed)[1], lists(listed)[4]
+
+    def everything():
+        E, norms = foreach_perturb(listed, RHO, onto, scope)
+        factors = ops.foreach_bound([e + 1 for e in ema], B, scaling, RHO, scope)
+        return [*E, norms, factors]
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 7, 2):
+            torch.set_num_threads(count)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(same_bits(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+def test_calls_from_several_threads_at_once():
+    lists_of_pairs = [hard_list()[i::3] for i in range(3)]
+    expected = [foreach_perturb(listed) for listed in lists_of_pairs]
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(foreach_perturb, lists_of_pairs * 8))
+    for i, (E, norms) in enumerate(results):
+        assert all(same_bits(x, y) for x, y in zip(E, expected[i % 3][0], strict=True))
+        assert same_bits(norms, expected[i % 3][1])
+
+
+@pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_numbers(instructions, tmp_path):
+    # One that this processor or build lacks falls back to the baseline.
+    listed = [
+        make_pair(i, 40 + 67 * i, 500 - 30 * i, r, DTYPES[i % 4])
+        for i, r in enumerate([1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 33])
+    ]
+    torch.save([list(p) for p in listed], tmp_path / "pairs.pt")
+    script = (
+        "import sys, torch, eflat_ext\n"
+        "pairs = torch.load(sys.argv[1])\n"
+        "columns = [list(c) for c in zip(*pairs)]\n"
+        "results = [eflat_ext.foreach_perturb(*columns, 0.05, o, 'global') for o in 'BA']\n"
+        "torch.save(results, sys.argv[2])\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "pairs.pt"), str(tmp_path / "out.pt")],
+        env={**os.environ, "EFLAT_CPU": instructions},
+        check=True,
+        timeout=120,
+    )
+    for onto, (E, norms) in zip("BA", torch.load(tmp_path / "out.pt"), strict=True):
+        expected, expected_norms = foreach_perturb(listed, RHO, onto, "global")
+        assert error(norms, expected_norms) <= 1e-7
+        for x, y in zip(E, expected, strict=True):
+            # the same to the last bit or the one before
+            assert error(x, y) <= 1e-3 * torch.finfo(x.dtype).eps ** 0.5
+
+
+def test_memory_grows_with_n_plus_m_not_with_n_times_m():
+    pair = make_pair(0, 2, 2, 2)
+    n = 40_000  # n x m in float32: 6.4 GB
+    pair = pair._replace(
+        **{name: torch.randn(2, n) for name in ("A", "grad_A")},
+        **{name: torch.randn(n, 2) for name in ("B", "grad_B")},
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    perturb(pair)
+    foreach_perturb([pair, pair], RHO, "A", "global")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB

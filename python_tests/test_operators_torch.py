@@ -1,0 +1,232 @@
+"""The operators as PyTorch operators: registration, autograd, tracing."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import (
+    DTYPES,
+    RHO,
+    averages,
+    error,
+    lists,
+    make_pair,
+    same_bits,
+    seeds,
+    sides,
+)
+from torch.testing import assert_close
+
+import eflat_ext
+from eflat_ext.ops import gram_form
+
+ops = torch.ops.eflat
+
+
+def leaves(pair):
+    return [t.clone().requires_grad_() for t in pair[:4]]
+
+
+def two_pairs(dtype, seed=0):
+    return [make_pair(seed, 9, 11, 3, dtype), make_pair(seed + 1, 12, 7, 4, dtype)]
+
+
+# Registration. opcheck: schema (nothing but what it says is modified or aliased), autograd, fake
+# kernels, tracing with dynamic shapes.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("onto, scope, rtol", [("B", "layer", None), ("A", "global", 1e-5)])
+def test_opcheck(dtype, onto, scope, rtol):
+    pair, listed = make_pair(0, 9, 11, 3, dtype), two_pairs(dtype)
+    A, B, grad_A, grad_B, scaling = lists(listed)
+    for op, arguments in (
+        (ops.perturb, (*pair, RHO, onto, rtol)),
+        (ops.foreach_perturb, (A, B, grad_A, grad_B, scaling, RHO, onto, scope, rtol)),
+        (
+            ops.foreach_perturb_ema_,
+            (
+                *(A, B, grad_A, grad_B, averages(listed, onto), torch.tensor(0), scaling),
+                *(RHO, 0.9, onto, scope, rtol),
+            ),
+        ),
+        (ops.foreach_bound, (averages(listed, "A"), B, scaling, RHO, scope)),
+    ):
+        result = torch.library.opcheck(op.default, arguments)
+        assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_opcheck_with_gradients(dtype):
+    pair, listed = make_pair(0, 9, 11, 3, dtype), two_pairs(dtype)
+    columns = [[t.clone().requires_grad_() for t in column] for column in lists(listed)[:4]]
+    for op, arguments in (
+        (ops.perturb, (*leaves(pair), 2.0, RHO, "A", None)),
+        (ops.foreach_perturb, (*columns, [2.0, 1.0], RHO, "B", "global", 1e-5)),
+    ):
+        result = torch.library.opcheck(op.default, arguments)
+        assert set(result.values()) == {"SUCCESS"}, result
+
+
+def test_meta_tensors_give_shapes_and_dtypes():
+    for dtype in DTYPES:
+        listed = two_pairs(dtype)
+        columns = lists(listed)
+        meta = [[t.to("meta") for t in column] for column in columns[:4]]
+        for onto in "BA":
+            E, norms = ops.foreach_perturb(*meta, [1.0, 2.0], RHO, onto)
+            real, real_norms = ops.foreach_perturb(*columns[:4], [1.0, 2.0], RHO, onto)
+            for x, y in zip([*E, norms], [*real, real_norms], strict=True):
+                assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+                assert x.device.type == "meta"
+            E, norm = ops.perturb(*[column[0] for column in meta], 1.0, RHO, onto)
+            real_norm = ops.perturb(*[column[0] for column in columns[:4]], 1.0, RHO, onto)[1]
+            assert E.shape == real[0].shape and norm.dtype == real_norm.dtype and norm.dim() == 0
+
+
+# Autograd.
+
+
+@settings(max_examples=10)
+@given(seeds, sides, st.integers(1, 4), st.integers(0, 3), st.integers(0, 3))
+def test_gradcheck(seed, onto, r, more_n, more_m):
+    pair = make_pair(seed, r + more_n, r + more_m, r, torch.float64, 3.0, 3.0)
+    assert torch.autograd.gradcheck(
+        lambda *t: eflat_ext.perturb(*t, -1.5, 0.5, onto), leaves(pair), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("onto", ["B", "A"])
+def test_gradcheck_of_lists(onto, scope):
+    listed = [make_pair(i, 4, 5, 2 + i, torch.float64, 3.0, 3.0) for i in range(2)]
+
+    def function(*t):
+        columns = [list(t[i::4]) for i in range(4)]
+        E, norms = eflat_ext.foreach_perturb(*columns, [2.0, -1.0], 0.5, onto, scope)
+        return (*E, norms)
+
+    assert torch.autograd.gradcheck(function, [*leaves(listed[0]), *leaves(listed[1])], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_in_smaller_types(dtype):
+    pair = make_pair(5, 20, 30, 4, dtype)
+    small, wide = leaves(pair), leaves(pair.to(torch.float64))
+    for t in (small, wide):
+        E, norm = eflat_ext.perturb(*t, 2.0, RHO, rtol=1e-5)
+        (E.double().square().sum() + norm.double()).backward()
+    for x, y in zip(small, wide, strict=True):
+        assert x.grad.dtype == dtype
+        assert error(x.grad, y.grad) <= (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_gradients_of_some_inputs_and_some_outputs():
+    pair = make_pair(5, 20, 30, 4, torch.float64)
+    everything = leaves(pair)
+    E, norm = eflat_ext.perturb(*everything, 2.0, RHO)
+    expected = torch.autograd.grad(norm, everything)
+    for i in range(4):
+        some = [t.clone().requires_grad_(i == k) for k, t in enumerate(pair[:4])]
+        eflat_ext.perturb(*some, 2.0, RHO)[1].backward()
+        assert_close(some[i].grad, expected[i])
+        assert all(t.grad is None for k, t in enumerate(some) if k != i)
+    assert E.requires_grad and not eflat_ext.perturb(*pair, RHO)[0].requires_grad
+
+
+@given(seeds)
+def test_gradients_at_the_start_of_training_are_finite(seed):
+    pair = make_pair(seed, 8, 9, 3, torch.float64)
+    inputs = leaves(pair._replace(B=torch.zeros_like(pair.B)))
+    E, norm = eflat_ext.perturb(*inputs, 2.0, RHO)
+    (E.sum() + norm).backward()
+    assert all(bool(t.grad.isfinite().all()) for t in inputs)
+
+
+@pytest.mark.parametrize("onto", ["B", "A"])
+def test_second_derivatives_are_right_or_refused(onto):
+    # The operators promise one differentiation. Another must not silently lose terms.
+    pair = make_pair(5, 8, 9, 3, torch.float64, 3.0, 3.0)
+
+    def second(function):
+        inputs = leaves(pair)
+        E = function(*inputs)
+        target = inputs[1] if onto == "B" else inputs[0]
+        (first,) = torch.autograd.grad((E * target).sum(), target, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), target)[0]
+
+    def plain(*inputs):
+        U, _, c = gram_form(*inputs, 2.0, RHO, onto)
+        return c * U
+
+    try:
+        result = second(lambda *t: eflat_ext.perturb(*t, 2.0, RHO, onto)[0])
+    except RuntimeError:
+        return
+    assert error(result, second(plain)) <= 1e-8
+
+
+def test_in_place_operators_stay_outside_the_graph():
+    # Their arguments are parameters; what they return is for looking at, not for differentiating.
+    listed = two_pairs(torch.float32)
+    A, B, grad_A, grad_B, scaling = lists(listed)
+    A, B = ([torch.nn.Parameter(t) for t in column] for column in (A, B))
+    ema = averages(listed)
+    norms = ops.foreach_perturb_ema_(A, B, grad_A, grad_B, ema, torch.tensor(0), scaling, RHO, 0.9)
+    factors = ops.foreach_bound(averages(listed, "A"), B, scaling, RHO)
+    assert not any(t.requires_grad for t in [*ema, norms, factors])
+    assert all(t._version > 0 for t in ema)  # autograd sees what is modified
+
+
+# Tracing.
+
+
+def doubled(A, B, grad_A, grad_B, scaling):
+    E, norms = eflat_ext.foreach_perturb(A, B, grad_A, grad_B, scaling, RHO, "B", "global")
+    return [2 * e for e in E], norms + 1
+
+
+def averaged(A, B, grad_A, grad_B, ema, skipped, scaling):
+    norms = ops.foreach_perturb_ema_(A, B, grad_A, grad_B, ema, skipped, scaling, RHO, 0.9)
+    factors = ops.foreach_bound(grad_A, B, scaling, RHO)
+    return norms * 2, factors * 2, [e + 1 for e in ema]
+
+
+@pytest.mark.parametrize(
+    "backend, dynamic", [("inductor", None), ("aot_eager", None), ("aot_eager", True)]
+)
+def test_compiled_is_eager(backend, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(doubled, fullgraph=True, backend=backend, dynamic=dynamic)
+    compiled_average = torch.compile(averaged, fullgraph=True, backend=backend, dynamic=dynamic)
+    for seed in range(3):
+        listed = [make_pair(seed, 9 + 4 * seed, 11, 3), make_pair(7, 12, 7, 4)]
+        for x, y in zip(compiled(*lists(listed)), doubled(*lists(listed)), strict=True):
+            assert all(same_bits(i, j) for i, j in zip(x, y, strict=True))
+        *columns, scaling = lists(listed)
+        states = [(averages(listed), torch.tensor(seed)) for _ in range(2)]
+        results = [
+            function(*columns, *state, scaling)
+            for function, state in zip((compiled_average, averaged), states, strict=True)
+        ]
+        for x, y in zip(*results, strict=True):
+            assert all(same_bits(i, j) for i, j in zip(x, y, strict=True))
+        assert all(same_bits(i, j) for i, j in zip(states[0][0], states[1][0], strict=True))
+        assert same_bits(states[0][1], states[1][1])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_backward(dynamic):
+    torch._dynamo.reset()
+
+    def loss(*t):
+        E, norm = eflat_ext.perturb(*t, 2.0, RHO)
+        return (E * E).sum() + norm
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (9, 13):
+        inputs = [leaves(make_pair(n, n, 11, 3, torch.float64)) for _ in range(2)]
+        for function, t in zip((compiled, loss), inputs, strict=True):
+            function(*t).backward()
+        for x, y in zip(*inputs, strict=True):
+            assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-12)

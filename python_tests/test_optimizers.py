@@ -1,0 +1,394 @@
+"""The optimizers as optimizers: groups, hooks, arguments, counters, schedules of rho."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import (
+    assert_same_bits,
+    batches,
+    lora_mlp,
+    lora_weights,
+    loss_of,
+    same_bits,
+    trainable,
+    weights,
+)
+from torch import nn
+
+from eflat_ext import reference
+from eflat_ext.optimizers import (
+    EFlatLoRA,
+    FlatLoRA,
+    LoRASAM,
+    create_eflat_optimizer,
+    create_flat_optimizer,
+    create_lora_sam_optimizer,
+)
+
+CREATE = {
+    "eflat": create_eflat_optimizer,
+    "flat": create_flat_optimizer,
+    "lora-sam": create_lora_sam_optimizer,
+}
+TWO_GRADIENTS = [create_flat_optimizer, create_lora_sam_optimizer]
+UP, DOWN = "base_model.model.up.default", "base_model.model.down.default"
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, skip: int = 0
+) -> None:
+    for batch in batches(skip + steps, next(model.parameters()).dtype)[skip:]:
+
+        def closure(batch=batch):  # type: ignore[no-untyped-def]
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+class TestAnyMethod:
+    """What holds for all three."""
+
+    def test_is_an_optimizer_over_all_trainable_parameters(self, create: Callable) -> None:
+        model = lora_mlp()
+        optimizer = create(model, torch.optim.AdamW, lr=0.5, weight_decay=0.25)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        (group,) = optimizer.param_groups
+        assert [id(p) for p in group["params"]] == [id(p) for p in trainable(model)]
+        assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+        assert optimizer.param_groups is optimizer.base.param_groups
+        assert optimizer.defaults is optimizer.base.defaults
+        train(model, optimizer, 1)
+        assert optimizer.state is optimizer.base.state and len(optimizer.state) == 6
+        assert "rho=0.05" in repr(optimizer) and "AdamW" in repr(optimizer)
+
+    def test_weights_are_clean_after_a_step(self, create: Callable) -> None:
+        model = lora_mlp()
+        optimizer = create(model, torch.optim.SGD, lr=0.1)
+        train(model, optimizer)
+        before = weights(model)
+        optimizer.eval()
+        model.eval()(batches(1)[0][0])
+        assert_same_bits(weights(model), before)
+
+    def test_learning_rate_schedulers(self, create: Callable) -> None:
+        model = lora_mlp()
+        optimizer = create(model, torch.optim.SGD, lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # "scheduler before optimizer.step"
+            for _ in range(2):
+                train(model, optimizer, 1)
+                scheduler.step()
+        assert optimizer.base.param_groups[0]["lr"] == 0.25
+
+    def test_step_hooks_and_profiler(self, create: Callable) -> None:
+        model = lora_mlp()
+        optimizer = create(model, torch.optim.SGD, lr=0.1)
+        calls: list[str] = []
+        pre = optimizer.register_step_pre_hook(lambda o, a, k: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda o, a, k: calls.append("post"))
+        with torch.profiler.profile() as profile:
+            train(model, optimizer, 1)
+        assert calls == ["pre", "post"]
+        name = f"Optimizer.step#{type(optimizer).__name__}.step"
+        assert name in {event.key for event in profile.key_averages()}
+        pre.remove()
+        train(model, optimizer, 1)
+        assert calls == ["pre", "post", "post"]
+
+    def test_groups_given_by_the_user(self, create: Callable) -> None:
+        """LoRA+ rates, no-decay groups, named parameters."""
+        model = lora_mlp(lora_bias=True)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        names_B = [n for n, _ in named if n.endswith("lora_B.default.weight")]
+        groups = [
+            {"params": [(n, p) for n, p in named if n in names_B], "lr": 1.0},
+            {"params": [(n, p) for n, p in named if "lora_A" in n]},
+            {"params": [(n, p) for n, p in named if "lora_A" not in n and n not in names_B]},
+        ]
+        optimizer = create(model, torch.optim.AdamW, params=groups, lr=0.25)
+        assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.25, 0.25]
+        assert optimizer.param_groups[0]["param_names"] == names_B
+        assert [pair.name for pair in optimizer.pairs] == [UP, DOWN]
+        before = weights(model)
+        train(model, optimizer, 1)
+        assert all(not same_bits(p, before[n]) for n, p in named)
+
+    def test_a_group_added_later_is_trained(self, create: Callable) -> None:
+        model = lora_mlp()
+        optimizer = create(model, torch.optim.SGD, lr=0.1)
+        extra = nn.Parameter(torch.ones(3))
+        extra.grad = torch.ones(3)
+        optimizer.add_param_group({"params": [extra], "lr": 1.0})
+        assert len(optimizer.param_groups) == 2
+        loss_of(model, batches(1)[0]).backward()
+        if create is not create_eflat_optimizer:
+            optimizer.first_step(zero_grad=False)
+            loss_of(model, batches(1)[0]).backward()
+        optimizer.step()
+        assert torch.equal(extra, torch.zeros(3))
+        optimizer.zero_grad()
+        assert extra.grad is None
+
+    def test_a_step_without_any_gradient_of_a_pair(self, create: Callable) -> None:
+        model = lora_mlp()
+        optimizer = create(model, torch.optim.SGD, lr=1.0)
+        head = next(p for n, p in model.named_parameters() if "modules_to_save" in n)
+        head.grad = torch.ones_like(head)
+        before = head.detach().clone()
+        if create is not create_eflat_optimizer:
+            optimizer.first_step(zero_grad=False)
+        optimizer.step()
+        assert torch.equal(head, before - 1)
+        assert optimizer.perturbation_norms == {}
+        assert int(optimizer.skipped_perturbations) == 0
+
+    def test_bad_arguments(self, create: Callable) -> None:
+        model = lora_mlp()
+        for rho in (-1.0, math.nan, math.inf, "wide", lambda step: -1.0):
+            with pytest.raises(ValueError, match=r"rho: expected .* got"):
+                create(model, torch.optim.SGD, lr=0.1, rho=rho)
+        with pytest.raises(ValueError, match=r"norm_scope: expected .* got 'all'"):
+            create(model, torch.optim.SGD, lr=0.1, norm_scope="all")
+        with pytest.raises(TypeError, match="LBFGS evaluates a closure"):
+            create(model, torch.optim.LBFGS)
+        base = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        with pytest.raises(ValueError, match="base: expected an optimizer over trainable LoRA"):
+            create(model, lambda params: base)
+        with pytest.raises(TypeError, match=r"base: expected a torch\.optim\.Optimizer, got L"):
+            create(model, lambda params: nn.Linear(1, 1))
+        optimizer = create(model, torch.optim.SGD, lr=0.1)  # none of these left anything behind
+        with pytest.raises(TypeError, match="base: expected a plain optimizer"):
+            create(model, lambda params: optimizer)
+        optimizer.rho = 0.5
+        with pytest.raises(ValueError, match="rho"):
+            optimizer.rho = -1
+        assert optimizer.rho == 0.5
+
+    def test_one_optimizer_per_model(self, create: Callable) -> None:
+        model = lora_mlp()
+        optimizer = create(model, torch.optim.SGD, lr=0.1)
+        with pytest.raises(RuntimeError, match=r"remove_hooks\(\)"):
+            create(model, torch.optim.SGD, lr=0.1)
+        optimizer.remove_hooks()
+        second = create(model, torch.optim.SGD, lr=0.1)
+        del second  # a dead one is no obstacle
+        create(model, torch.optim.SGD, lr=0.1)
+
+    def test_cannot_be_copied(self, create: Callable) -> None:
+        optimizer = create(lora_mlp(), torch.optim.SGD, lr=0.1)
+        for action in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="state_dict"):
+                action(optimizer)
+
+    def test_pairs_that_are_not_trained_are_named(self, create: Callable) -> None:
+        model = lora_mlp()
+        for parameter in (model.base_model.model.up.lora_A, model.base_model.model.up.lora_B):
+            parameter.default.weight.requires_grad_(False)
+        with pytest.warns(UserWarning, match=UP) as caught:
+            optimizer = create(model, torch.optim.SGD, lr=0.1)
+        assert len(caught) == 1
+        assert [pair.name for pair in optimizer.pairs] == [DOWN]
+        train(model, optimizer)
+        assert list(optimizer.perturbation_norms) == [DOWN]
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+    @pytest.mark.parametrize("norm_scope", ["layer", "global"])
+    def test_a_bad_gradient_leaves_one_layer_unperturbed(
+        self, create: Callable, norm_scope: str, bad: float
+    ) -> None:
+        model = lora_mlp()
+        optimizer = create(model, torch.optim.SGD, lr=0.0, norm_scope=norm_scope)
+        train(model, optimizer, 2)
+        assert int(optimizer.skipped_perturbations) == 0
+        averages = {k: v.clone() for k, v in getattr(optimizer, "averages", {}).items()}
+        optimizer.zero_grad()
+        loss_of(model, batches(1)[0]).backward()
+        up, down = optimizer.pairs
+        if bad == 0.0:
+            up.A.grad.zero_(), up.B.grad.zero_()
+        else:
+            up.B.grad[0, 0] = bad
+        before = weights(model)
+        if create is create_eflat_optimizer:
+            optimizer.step()
+            assert same_bits(optimizer.averages[UP], averages[UP])
+            assert not same_bits(optimizer.averages[DOWN], averages[DOWN])
+        else:
+            optimizer.first_step()
+            assert same_bits(up.B, before["base_model.model.up.lora_B.default.weight"])
+            assert not same_bits(down.B, before["base_model.model.down.lora_B.default.weight"])
+            loss_of(model, batches(1)[0]).backward()
+            optimizer.second_step()
+        assert int(optimizer.skipped_perturbations) == 1
+        assert optimizer.skipped_perturbations.dtype == torch.int64
+        norms = optimizer.perturbation_norms
+        assert norms[DOWN] > 0 and not 0 < norms[UP] < math.inf
+
+
+@pytest.mark.parametrize("bad", [{"onto": "C"}, {"rtol": 0.0}, {"rtol": 1.0}, {"rtol": math.nan}])
+@pytest.mark.parametrize("create", [create_eflat_optimizer, create_flat_optimizer])
+def test_bad_arguments_of_the_transfer(create: Callable, bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected .* got"):
+        create(lora_mlp(), torch.optim.SGD, lr=0.1, **bad)
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, 1.1, math.nan])
+def test_bad_beta(beta: float) -> None:
+    with pytest.raises(ValueError, match="beta: expected"):
+        create_eflat_optimizer(lora_mlp(), torch.optim.SGD, lr=0.1, beta=beta)
+
+
+def test_constructors_take_an_existing_optimizer() -> None:
+    for method in (EFlatLoRA, FlatLoRA, LoRASAM):
+        model = lora_mlp()
+        base = torch.optim.SGD(trainable(model), lr=0.1)
+        assert method(model, base, rho=0.1).base is base
+
+
+def test_step_returns_what_the_closure_does() -> None:
+    for create in CREATE.values():
+        model, values = lora_mlp(), iter([7.0, 8.0])
+        optimizer = create(model, torch.optim.SGD, lr=0.1)
+        assert optimizer.step(lambda values=values: next(values)) == 7.0
+
+
+def test_rho_follows_a_schedule_of_completed_steps() -> None:
+    seen: list[int] = []
+
+    def rho(step: int) -> float:
+        seen.append(step)
+        return 0.0 if step < 3 else 0.1
+
+    model, plain = lora_mlp(), lora_mlp()
+    optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=rho)
+    base = torch.optim.SGD(trainable(plain), lr=0.1)
+    train(model, optimizer, 3)
+    train(plain, base, 3)
+    # Warming up without a perturbation is plain LoRA, bit for bit.
+    assert_same_bits(weights(model), weights(plain))
+    assert all(not average.any() for average in optimizer.averages.values())
+    train(model, optimizer, 1, skip=3)
+    assert set(seen) == {0, 1, 2, 3}
+    for pair in optimizer.pairs:
+        reached = (pair.scaling * optimizer.averages[pair.name] @ pair.A).detach().norm()
+        assert 0 < float(reached) <= 0.1 * 0.9 * (1 + 1e-2)
+    optimizer.rho = lambda step: math.nan if step > 4 else 0.1
+    train(model, optimizer, 1, skip=4)
+    with pytest.raises(ValueError, match="rho"):
+        train(model, optimizer, 1, skip=5)
+    assert not optimizer._weights.applied
+
+
+def test_average_is_the_moving_average_of_perturbations() -> None:
+    model = lora_mlp()
+    optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=0.3, beta=0.25)
+    expected = {name: torch.zeros_like(average) for name, average in optimizer.averages.items()}
+    for batch in batches(4):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        for pair in optimizer.pairs:  # at the perturbed weights, which are still in
+            E, norm = reference.perturb(
+                pair.A.detach(), pair.B.detach(), pair.A.grad, pair.B.grad, pair.scaling, 0.3
+            )
+            expected[pair.name] = 0.75 * expected[pair.name] + 0.25 * E
+        optimizer.step()
+        torch.testing.assert_close(optimizer.perturbation_norms[pair.name], norm)
+        for name, average in optimizer.averages.items():
+            torch.testing.assert_close(average, expected[name], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("create", TWO_GRADIENTS)
+def test_two_gradients_in_two_calls_equal_the_closure(create: Callable) -> None:
+    model, other = lora_mlp(), lora_mlp()
+    optimizer, closures = (create(m, torch.optim.AdamW, lr=0.01) for m in (model, other))
+    train(other, closures)
+    for batch in batches(3):
+        optimizer.zero_grad()
+        (loss_of(model, batch) * 1024).backward()  # a scaled loss makes no difference
+        optimizer.first_step()
+        assert all(p.grad is None for p in trainable(model))
+        loss_of(model, batch).backward()
+        optimizer.second_step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("create", TWO_GRADIENTS)
+def test_order_of_the_two_calls(create: Callable) -> None:
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
+    for call in (optimizer.second_step, optimizer.step):
+        with pytest.raises(RuntimeError, match=r"first_step\(\) before"):
+            call()
+    loss_of(model, batches(1)[0]).backward()
+    before = weights(model)
+    optimizer.first_step()
+    for call in (optimizer.first_step, lambda: optimizer.step(lambda: None)):
+        with pytest.raises(RuntimeError, match="abandon_step"):
+            call()
+    optimizer.abandon_step()
+    assert_same_bits(weights(model), before)
+    with pytest.raises(RuntimeError, match=r"first_step\(\) before"):
+        optimizer.second_step()
+
+
+def test_the_user_is_told_when_nothing_was_perturbed() -> None:
+    model = lora_mlp()
+    optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1)
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 1)
+    with pytest.warns(UserWarning, match=r"model.train\(\)") as caught:
+        train(model, optimizer, 3)
+    assert len(caught) == 1
+    flat_model = lora_mlp().eval()
+    with pytest.warns(UserWarning, match=r"model.train\(\)"):
+        train(flat_model, create_flat_optimizer(flat_model, torch.optim.SGD, lr=0.1), 1)
+
+
+def test_the_head_is_trained_but_not_perturbed() -> None:
+    model = lora_mlp()
+    optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=1.0)
+    train(model, optimizer)
+    before = weights(model)
+    optimizer.train()
+    moved = {n for n, p in model.named_parameters() if not same_bits(p, before[n])}
+    assert moved == {n for n in before if "lora_B" in n}
+    assert len(lora_weights(model)) == len(moved) == 2
+
+
+def test_memory_is_one_copy_and_one_average_per_target() -> None:
+    def bytes_held(make: Callable) -> int:
+        gc.collect()
+        before = {t.untyped_storage().data_ptr() for t in tensors()}
+        model = lora_mlp(torch.float32)
+        optimizer = make(model)
+        train(model, optimizer, 2)
+        optimizer.zero_grad()
+        gc.collect()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors()}
+        return sum(size for address, size in storages.items() if address not in before)
+
+    def tensors() -> list[torch.Tensor]:
+        return [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+
+    targets = sum(p.nbytes for p in lora_weights(lora_mlp(torch.float32)))
+    plain = bytes_held(lambda model: torch.optim.AdamW(trainable(model), lr=0.1))
+    eflat = bytes_held(lambda model: create_eflat_optimizer(model, torch.optim.AdamW, lr=0.1))
+    flat = bytes_held(lambda model: create_flat_optimizer(model, torch.optim.AdamW, lr=0.1))
+    assert 2 * targets <= eflat - plain <= 2 * targets + 64  # counter and norms
+    assert targets <= flat - plain <= targets + 64
