@@ -37,7 +37,8 @@ struct Kernels {
   void (*correct_inverse)(int r, bool again, const double* second, double rtol, const double* R,
                           double* inverse, double* work);
   double (*norm_and_weights)(int r, const double* gram_t, const double* P_t, const double* gram_o,
-                             const double* P_o, double scaling, double* weights, double* work);
+                             const double* P_o, double scaling, DType dtype, double* weights,
+                             double* work);
   void (*leave_bases)(int r, const double* T_t, const double* T_o, double* weights, double* work);
   double (*perturbation_size)(int r, const double* gram_t, double scaling, const double* weights,
                               double norm, double rho, DType dtype);

@@ -47,9 +47,10 @@ __global__ void __launch_bounds__(32) weights_kernel(Tables t, double rho) {
   const SideTask &target = t.sides[pair.target], &other = t.sides[pair.other];
   const int r = target.rank;
   const bool again = pair_again(t, target);
-  const double norm = norm_and_weights(WarpTeam(), r, again ? target.second : target.gram,
-                                       target.inverse, again ? other.second : other.gram,
-                                       other.inverse, pair.scaling, pair.weights, pair.work);
+  const double norm =
+      norm_and_weights(WarpTeam(), r, again ? target.second : target.gram, target.inverse,
+                       again ? other.second : other.gram, other.inverse, pair.scaling, target.dtype,
+                       pair.weights, pair.work);
   if (again) leave_bases(WarpTeam(), r, target.T, other.T, pair.weights, pair.work);
   const double size = perturbation_size(WarpTeam(), r, target.gram, pair.scaling, pair.weights,
                                         norm, rho, pair.out_dtype);
