@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from glob import glob
 from pathlib import Path
 
@@ -38,7 +37,8 @@ def find_cuda_home():
         here = re.search(r"_HERE_=(\S+)", output)
         candidates.append(here and Path(here.group(1)).parent)
     for folder in [*candidates, "/usr/local/cuda"]:
-        if folder and Path(folder, "include/cuda_runtime.h").is_file() and Path(folder, "bin/nvcc").is_file():
+        needed = ("include/cuda_runtime.h", "bin/nvcc")
+        if folder and all(Path(folder, file).is_file() for file in needed):
             return str(folder)
     return None
 
@@ -60,7 +60,10 @@ TORCH_TARGET = "2.11"  # the oldest torch that the stable ABI is compiled for
 if tuple(int(x) for x in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
     fail(f"torch >= {TORCH_TARGET} is needed, found {torch.__version__}")
 if WITH_CUDA and CUDA_TORCH:
-    toolkit = re.search(r"release (\d+)\.", subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout)
+    version = subprocess.run(
+        [f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    toolkit = re.search(r"release (\d+)\.", version)
     if toolkit and toolkit.group(1) != torch.version.cuda.split(".")[0]:
         fail(
             f"nvcc is of CUDA {toolkit.group(1)}, torch of CUDA {torch.version.cuda}: install the "
@@ -78,7 +81,8 @@ def architectures():
     if given:
         return given.replace(" ", ";").split(";")
     if torch.cuda.is_available():
-        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        devices = range(torch.cuda.device_count())
+        capabilities = {torch.cuda.get_device_capability(i) for i in devices}
         return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
     return ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
 
@@ -101,7 +105,8 @@ class Build(BuildExtension):
                 if arch.endswith("+PTX"):
                     code += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
             command = [f"{CUDA_HOME}/bin/nvcc", "-std=c++20", "-O3", "-lineinfo", "--threads", "2"]
-            command += [*code, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", source, "-o", output]
+            command += ["-Werror", "all-warnings", *code]
+            command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", source, "-o", output]
             print(" ".join(command))
             try:
                 subprocess.check_call(command)
@@ -132,8 +137,17 @@ class BuildPython(build_py):
         Path(folder, "_build_info.py").write_text(text)
 
 
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-psabi", "-g0"]
-CXX_FLAGS += [f"-ffile-prefix-map={Path.cwd()}/=", f"-DTORCH_TARGET_VERSION=0x{2:02x}{11:02x}000000000000"]
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-Wall",
+    "-Wno-psabi",
+    f"-ffile-prefix-map={Path.cwd()}/=",  # error messages name files of the project
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # TORCH_TARGET
+]
 
 extensions = [
     CppExtension(

@@ -10,7 +10,7 @@ import torch
 from .ops import foreach_perturb, perturb
 
 if torch.version.cuda is not None and importlib.util.find_spec("eflat_ext._C_cuda") is not None:
-    from . import _C_cuda  # noqa: F401  (registers the CUDA kernels)
+    import eflat_ext._C_cuda  # noqa: F401  (registers the CUDA kernels)
 
 
 def build_info() -> dict[str, object]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (registers the operators)
+import eflat_ext._C  # noqa: F401  (registers the operators)
 
 _FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 256
@@ -142,7 +142,9 @@ def _check_pair(
                 f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
             )
         if tensor.dtype != A.dtype:
-            raise TypeError(f"{name} must have the dtype of A{index}, {A.dtype}, got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must have the dtype of A{index}, {A.dtype}, got {tensor.dtype}"
+            )
         if tensor.device != A.device:
             raise ValueError(
                 f"{name} must be on the device of A{index}, {A.device}, got {tensor.device}"
@@ -271,8 +273,8 @@ def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
     Us, norms, results = [], [], []
     for A, B, grad_A, grad_B, s in zip(*lists, scaling, strict=True):
         cutoff = _default_rtol(A, B) if rtol is None else rtol
-        wide = (t.double() for t in (A, B, grad_A, grad_B))
-        U, norm, _ = gram_form(*wide, s, rho, onto, cutoff)
+        a, b, grad_a, grad_b = (t.double() for t in (A, B, grad_A, grad_B))
+        U, norm, _ = gram_form(a, b, grad_a, grad_b, s, rho, onto, cutoff)
         Us.append(U)
         norms.append(norm)
     total = torch.stack(norms).square().sum().sqrt() if norm_scope == "global" else None

@@ -127,12 +127,16 @@ Pairs = Sequence[tuple[Tensor, Tensor, float]]
 Closure = Callable[[], Tensor]
 
 
-def _perturbations(pairs: Pairs, rho: float, onto: str, norm_scope: str, rtol: float | None) -> list[Tensor]:
+def _gradient(factor: Tensor) -> Tensor:
+    return torch.zeros_like(factor) if factor.grad is None else factor.grad
+
+
+def _perturbations(
+    pairs: Pairs, rho: float, onto: str, norm_scope: str, rtol: float | None
+) -> list[Tensor]:
     A, B, scaling = zip(*pairs, strict=True)
-    E, _ = foreach_perturb(
-        A, B, [a.grad for a in A], [b.grad for b in B], scaling, rho, onto, norm_scope, rtol
-    )
-    return E
+    grad_A, grad_B = [_gradient(a) for a in A], [_gradient(b) for b in B]
+    return foreach_perturb(A, B, grad_A, grad_B, scaling, rho, onto, norm_scope, rtol)[0]
 
 
 def bounded(pairs: Pairs, ema: Sequence[Tensor], rho: float, norm_scope: str) -> list[Tensor]:
@@ -141,7 +145,9 @@ def bounded(pairs: Pairs, ema: Sequence[Tensor], rho: float, norm_scope: str) ->
     ``norm_scope="global"`` scales all of them by one factor, so that the root of the sum of
     squares is at most rho.
     """
-    norms = [float((s * b.detach().double() @ E).norm()) for (_, b, s), E in zip(pairs, ema, strict=True)]
+    norms = [
+        float((s * b.detach().double() @ E).norm()) for (_, b, s), E in zip(pairs, ema, strict=True)
+    ]
     if norm_scope == "global":
         norms = [math.hypot(*norms)] * len(norms)
     return [E * (rho / norm) if norm > rho else E for E, norm in zip(ema, norms, strict=True)]
@@ -161,7 +167,9 @@ def flat_lora_step(
     targets = [b if onto == "B" else a for a, b, _ in pairs]
     clean = [t.detach().clone() for t in targets]
     with torch.no_grad():
-        for target, E in zip(targets, _perturbations(pairs, rho, onto, norm_scope, rtol), strict=True):
+        for target, E in zip(
+            targets, _perturbations(pairs, rho, onto, norm_scope, rtol), strict=True
+        ):
             target.add_(E)
     closure()
     with torch.no_grad():
@@ -213,14 +221,17 @@ def lora_sam_step(
 ) -> Tensor:
     """One step of LoRA-SAM, the peer: A and B each perturbed along its own gradient."""
     loss = closure()
-    squares = [a.grad.double().square().sum() + b.grad.double().square().sum() for a, b, _ in pairs]
+    squares = [
+        _gradient(a).double().square().sum() + _gradient(b).double().square().sum()
+        for a, b, _ in pairs
+    ]
     if norm_scope == "global":
         squares = [torch.stack(squares).sum()] * len(pairs)
     clean = [(a.detach().clone(), b.detach().clone()) for a, b, _ in pairs]
     with torch.no_grad():
         for (a, b, _), square in zip(pairs, squares, strict=True):
-            a.add_(rho * a.grad / square.sqrt())
-            b.add_(rho * b.grad / square.sqrt())
+            a.add_(rho * _gradient(a) / square.sqrt())
+            b.add_(rho * _gradient(b) / square.sqrt())
     closure()
     with torch.no_grad():
         for (a, b, _), (clean_a, clean_b) in zip(pairs, clean, strict=True):

@@ -13,9 +13,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.utils import cpp_extension
-
-from eflat_ext import reference
 from strategies import (
     DTYPES,
     RHO,
@@ -30,6 +27,9 @@ from strategies import (
     scopes,
     sides,
 )
+from torch.utils import cpp_extension
+
+from eflat_ext import reference
 
 ROOT = Path(__file__).parent.parent
 

@@ -59,11 +59,34 @@ def test_a_call_may_enter_at_an_inner_module() -> None:
     case.assert_clean()
 
 
-def test_no_forward_pass_within_a_target_owner_decides() -> None:
-    """Gradient checkpointing runs parts of a model again, in whatever mode they are."""
+def test_a_target_owner_alone_decides_nothing() -> None:
+    """Gradient checkpointing runs layers again in the backward pass, whatever the mode is then."""
+    model, owner = Mlp(), Owner()
+    held = PerturbedWeights(model, [(model.up, "weight")], add_one, owner)
+    model(X)
+    model.eval()
+    model.up(X)
+    assert held.applied
+
+
+def test_hooks_of_others_find_the_perturbation_in_place() -> None:
+    """Sharding gathers in such hooks what the forward pass will use."""
+    model, owner, seen = Mlp(), Owner(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(held.applied))
+    held = PerturbedWeights(model, [(model.up, "weight")], add_one, owner)
+    model(X)
+    assert seen == [True]
+
+
+def test_a_parameter_replaced_while_perturbed() -> None:
     case = Case()
     case.model(X)
-    case.inner.up.eval()(X)
+    case.inner.up.weight = nn.Parameter(torch.full((16, 12), 5.0))
+    case.before["up.weight"] = torch.full((16, 12), 5.0)
+    assert_same_bits(dict(case.inner.state_dict()), case.before)
+    case.weights.restore()
+    case.assert_clean()
+    case.model(X)
     case.assert_perturbed()
 
 
