@@ -28,7 +28,7 @@ def perturb(
     onto: str = "B",
     rtol: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Full-space perturbation of one LoRA pair ``W = W0 + scaling * B @ A``, carried by one factor.
+    """Full-space perturbation of a LoRA pair ``W = W0 + scaling * B @ A``, carried by one factor.
 
     Equations (1)-(3) of EFlat-LoRA (arXiv 2508.00522), from r x r Gram matrices: no n x m matrix is
     formed. Differentiable once in ``A, B, grad_A, grad_B`` where both factors have full rank.
@@ -73,7 +73,7 @@ def foreach_perturb(
     norm_scope: str = "layer",
     rtol: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """:func:`perturb` for a list of pairs of any shapes, ranks and dtypes on one device, in one call.
+    """:func:`perturb` for a list of pairs of any shapes, ranks and dtypes on one device.
 
     Args:
         norm_scope: "layer" divides each perturbation by its own norm; "global" all of them by the
@@ -267,7 +267,7 @@ def _default_rtol(A: Tensor, B: Tensor) -> float:
 
 
 def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
-    """E and norms of a list of pairs (tensors: A..., B..., grad_A..., grad_B...), differentiably."""
+    """E and norms of a list of pairs; tensors: all A, all B, all grad_A, all grad_B."""
     count = len(scaling)
     lists = [tensors[i * count : (i + 1) * count] for i in range(4)]
     Us, norms, results = [], [], []

@@ -26,8 +26,8 @@ def default_rtol(A: Tensor, B: Tensor) -> float:
         A: (r, m) factor. B: (n, r) factor.
 
     Returns:
-        ``min(max(n, m, r) eps32, 1e-3)`` for types of up to 32 bits, ``max(1e-7, max(n, m, r) eps64)``
-        for float64.
+        ``min(max(n, m, r) eps32, 1e-3)`` for types of up to 32 bits,
+        ``max(1e-7, max(n, m, r) eps64)`` for float64.
     """
     size = max(B.shape[0], A.shape[1], A.shape[0])
     if A.dtype == torch.float64:

@@ -1,7 +1,7 @@
 """The CUDA kernels' own sources, run on the CPU, give the reference's numbers.
 
-``csrc/tests/ops_host_cuda.cpp`` registers the operators as ``torch.ops.eflat_host_cuda``: every CUDA
-thread is a fiber, workspace and shared memory are poisoned with NaN.
+``csrc/tests/ops_host_cuda.cpp`` registers the operators as ``torch.ops.eflat_host_cuda``: every
+CUDA thread is a fiber, workspace and shared memory are poisoned with NaN.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ def host_cuda():
     cpp_extension.load(
         "eflat_host_cuda",
         [str(ROOT / "csrc" / "tests" / "ops_host_cuda.cpp")],
-        extra_cflags=["-O2", "-std=c++20", "-fopenmp-simd", "-Wno-psabi"]
-        + ["-DTORCH_TARGET_VERSION=0x020b000000000000"],
+        extra_cflags=[
+            "-O2",
+            "-std=c++20",
+            "-fopenmp-simd",
+            "-Wno-psabi",
+            "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        ],
         build_directory=str(folder),
         is_python_module=False,
     )
