@@ -8,6 +8,14 @@ import importlib.util
 import torch
 
 from .ops import foreach_perturb, perturb
+from .optimizers import (
+    EFlatLoRA,
+    FlatLoRA,
+    LoRASAM,
+    create_eflat_optimizer,
+    create_flat_optimizer,
+    create_lora_sam_optimizer,
+)
 
 if torch.version.cuda is not None and importlib.util.find_spec("eflat_ext._C_cuda") is not None:
     import eflat_ext._C_cuda  # noqa: F401  (registers the CUDA kernels)
@@ -20,5 +28,15 @@ def build_info() -> dict[str, object]:
     return dict(BUILD_INFO)
 
 
-__all__ = ["build_info", "foreach_perturb", "perturb"]
+__all__ = [
+    "EFlatLoRA",
+    "FlatLoRA",
+    "LoRASAM",
+    "build_info",
+    "create_eflat_optimizer",
+    "create_flat_optimizer",
+    "create_lora_sam_optimizer",
+    "foreach_perturb",
+    "perturb",
+]
 __version__ = "0.1.0"

@@ -254,14 +254,14 @@ def _build_optimizer(config: FinetuneConfig, model: Model, method: Method) -> to
     import eflat_ext.optimizers as ours
 
     sam: dict[str, Any] = {"rho": config.rho, "norm_scope": config.norm_scope}
-    if method == "lora-sam":
-        return ours.create_lora_sam_optimizer(model, torch.optim.AdamW, **sam, **adamw)
-    sam |= {"onto": config.onto, "rtol": config.rtol}
+    transfer: dict[str, Any] = {"onto": config.onto, "rtol": config.rtol}
     try:
+        if method == "lora-sam":
+            return ours.create_lora_sam_optimizer(model, torch.optim.AdamW, **sam, **adamw)
         if method == "flat":
-            return ours.create_flat_optimizer(model, torch.optim.AdamW, **sam, **adamw)
+            return ours.create_flat_optimizer(model, torch.optim.AdamW, **sam, **transfer, **adamw)
         return ours.create_eflat_optimizer(
-            model, torch.optim.AdamW, beta=config.beta, **sam, **adamw
+            model, torch.optim.AdamW, beta=config.beta, **sam, **transfer, **adamw
         )
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"--method {method}: {loading.first_line(error)}") from None

@@ -77,6 +77,7 @@ def load_model(
     New modules are those that the checkpoint lacks, the head first of all: they start at
     random and have to be trained beside an adapter.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     half = config.dtype == "bfloat16" and method != "full"
@@ -90,7 +91,7 @@ def load_model(
             dtype=torch.bfloat16 if half else torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"cannot load --model {config.model}: {first_line(error)}") from None
     model.config.pad_token_id = pad_token_id
     keys = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]

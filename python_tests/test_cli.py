@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,10 @@ WRONG = {
     "model": (["--model", "./no/such/model"], ["./no/such/model"]),
     "model folder": (["--model", "{folder}"], ["{folder}"]),
     "target modules": (["--target-modules", "query", "qurey"], ["qurey", "query", "value"]),
+    "target module of another kind": (
+        ["--target-modules", "word_embeddings", "--method", "eflat"],
+        ["eflat", "word_embeddings"],
+    ),
     "length": (["--max-length", "65"], ["--max-length", "65", "64"]),
     "sizes": (["--test-size", "301"], ["--test-size", "301"]),
     "no validation": (["--evaluate-on", "validation", "--validation-size", "0"], ["validation"]),
@@ -198,6 +203,13 @@ def test_wrong_labels_and_texts_are_named(tiny, capsys, tmp_path, rows, test_row
     if test_rows:
         given += ["--test-data", write_csv(tmp_path / "test.csv", test_rows)]
     fails_with_one_sentence(capsys, ["finetune", *options(*given)], words)
+
+
+def test_a_damaged_model_is_named(tiny, capsys, tmp_path):
+    folder, options = tiny
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"damaged")
+    fails_with_one_sentence(capsys, ["finetune", *options("--model", model)], [str(model)])
 
 
 def test_a_process_ends_with_exit_code_2_without_traceback(tmp_path):

@@ -1,0 +1,74 @@
+"""The README's examples run as they stand; its commands are the ones that are run elsewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import lora_gpt2, lora_weights
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def example(title: str) -> str:
+    """The Python block below a heading."""
+    section = README.split(f"### {title}\n")[1].split("\n## ")[0].split("\n### ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    return block
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 40, (2, 8))
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT looks for the base model's card
+def test_plain_loop(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = lora_gpt2()
+    before = [b.detach().clone() for b in lora_weights(model)]
+    exec(example("In a plain loop"), {"model": model, "batches": [batch() for _ in range(3)]})
+    assert all(bool((b != x).any()) for b, x in zip(lora_weights(model), before, strict=True))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer(tmp_path):
+    from transformers import TrainingArguments
+
+    model = lora_gpt2()
+    before = [b.detach().clone() for b in lora_weights(model)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    row = {name: tensor[0].tolist() for name, tensor in batch().items()}
+    names = {"model": model, "arguments": arguments, "dataset": [row] * 24}
+    exec(example("In Hugging Face Trainer"), names)
+    assert all(bool((b != x).any()) for b, x in zip(lora_weights(model), before, strict=True))
+    assert names["optimizer"].perturbation_norms
+
+
+def test_operators():
+    names = {}
+    exec(example("As operators"), names)
+    E, norm = names["E"], names["norm"]
+    assert E.shape == names["B"].shape and float(norm) > 0
+    assert len(names["Es"]) == 2 and names["norms"].shape == (2,)
+
+
+def test_every_command_is_a_target_or_run_elsewhere():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.M))
+    named = set(re.findall(r"make ([\w-]+)", README))
+    assert {"demo", "test"} <= named <= targets
+    installation = "pip install --no-build-isolation ."
+    assert installation in README
+    assert "pip wheel --quiet --no-build-isolation" in makefile  # the same build
+
+
+def test_linked_files_exist():
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
