@@ -51,7 +51,6 @@ class TwoGradients(PerturbingOptimizer):
                 raise RuntimeError("step() needs a closure, or first_step() before it")
         else:
             self._not_pending()
-            self._weights.restore()
             with torch.enable_grad():
                 loss = closure()
             self.first_step(zero_grad=False)
@@ -82,7 +81,6 @@ class TwoGradients(PerturbingOptimizer):
             RuntimeError: the last :meth:`first_step` has had no :meth:`second_step`.
         """
         self._not_pending()
-        self._weights.restore()
         rho = self._rho_now()
         rows = self._with_gradients()
         indices, deltas, norms = self._perturbations(rho, rows)

@@ -127,6 +127,22 @@ def test_what_a_checkpoint_holds(dtype: torch.dtype) -> None:
     assert loads.param_groups[0]["lr"] == 1e-2
 
 
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+def test_the_count_of_skipped_perturbations_is_kept(create: Callable) -> None:
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
+    for p in trainable(model):
+        p.grad = torch.zeros_like(p)
+    if create is not create_eflat_optimizer:
+        optimizer.first_step(zero_grad=False)
+    optimizer.step()
+    assert int(optimizer.skipped_perturbations) == 2
+    other = lora_mlp()
+    fresh = create(other, torch.optim.SGD, lr=0.1)
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert int(fresh.skipped_perturbations) == 2
+
+
 def test_averages_keep_their_type_and_place() -> None:
     model = lora_mlp(torch.bfloat16)
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)

@@ -106,20 +106,6 @@ def test_gradient_scaler_with_overflows(create: Callable) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("create", TWO_GRADIENTS)
-def test_a_skipped_second_step_is_not_forgotten_silently(create: Callable) -> None:
-    """``model.zero_grad()`` cannot tell the optimizer that the step was given up."""
-    model = lora_mlp()
-    optimizer = create(model, torch.optim.SGD, lr=0.1)
-    loss_of(model, batches(1)[0]).backward()
-    optimizer.first_step()
-    loss_of(model, batches(1)[0]).backward()
-    model.zero_grad()
-    loss_of(model, batches(1)[0]).backward()
-    with pytest.raises(RuntimeError, match="abandon_step"):
-        optimizer.first_step()
-
-
 def test_gradient_clipping_leaves_the_perturbation_alone() -> None:
     averages = []
     for clip in (None, 1e-3):

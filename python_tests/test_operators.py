@@ -1,8 +1,9 @@
 """How far the operators are from equations (1)-(3) in float64, and what must hold of them.
 
-The bounds, for the same rtol, B and A onto: float32 1e-6 up to condition number 1e3, 5e-5 up to the
-cutoff; float64 1e-10 up to condition number 1e4; 16-bit types the rounding of E. Singular values
-within 5 % of the cutoff are left out: there the rank may go either way.
+The bounds, for the same rtol, B and A onto, whatever the condition numbers: float32 1e-6; 16-bit
+types the rounding of E; float64 1e-10 up to condition number 1e4, 2e-7 up to the cutoff of 1e-7,
+where the reference itself has no more than eps / rtol. Singular values within 5 % of the cutoff are
+left out: there the rank may go either way.
 """
 
 import math
@@ -93,7 +94,7 @@ small_sizes = st.one_of(st.integers(1, 12), st.sampled_from([40, 600]))
 @given(pairs(F32, max_condition=1e8, sizes=small_sizes, ranks=st.integers(1, 16)), sides)
 def test_float32_up_to_the_cutoff(pair, onto):
     assume(not ambiguous(pair))
-    check(pair, onto, 5e-5)
+    check(pair, onto, 1e-6)
 
 
 @pytest.mark.parametrize("consistent", [True, False])
@@ -106,7 +107,7 @@ def test_float32_small_and_ill_conditioned(condition_A, condition_B, consistent)
         )
         if not ambiguous(pair):
             for onto in "BA":
-                check(pair, onto, 5e-5)
+                check(pair, onto, 1e-6)
 
 
 @given(pairs(F64, max_condition=1e4), sides)
@@ -118,6 +119,13 @@ def test_float64(pair, onto):
     check(pair, onto, 1e-10)
 
 
+@settings(max_examples=100)
+@given(pairs(F64, max_condition=1e9, sizes=small_sizes, ranks=st.integers(1, 24)), sides)
+def test_float64_up_to_the_cutoff(pair, onto):
+    assume(not ambiguous(pair))
+    check(pair, onto, 2e-7)
+
+
 @given(pairs(st.sampled_from([torch.bfloat16, torch.float16]), max_condition=100), sides)
 def test_16_bit_types_within_their_rounding(pair, onto):
     assume(not ambiguous(pair))
@@ -127,7 +135,7 @@ def test_16_bit_types_within_their_rounding(pair, onto):
 @given(pairs(F32, max_condition=1e6), sides, st.sampled_from([1e-7, 1e-5, 1e-3, 0.03, 0.3, 0.9]))
 def test_a_cutoff_of_the_users_own(pair, onto, rtol):
     assume(not ambiguous(pair, rtol))
-    check(pair, onto, 5e-5, rtol)
+    check(pair, onto, 1e-6, rtol)
 
 
 @pytest.mark.parametrize("scaling", [-1.0, -1e-3, 1e-8, 1e-3, 3.0, 1e8])
@@ -147,7 +155,6 @@ def test_foreach_is_perturb_pair_by_pair(listed, onto):
     for i, pair in enumerate(listed):
         alone, norm = perturb(pair, RHO, onto)
         assert same_bits(E[i], alone)
-        assert norms[i].to(norm.dtype) == norm or norms.dtype == torch.float32
         assert float(norms[i]) == float(norm.to(norms.dtype))
     expected = all(p.A.dtype == torch.float64 for p in listed)
     assert norms.dtype == (torch.float64 if expected else torch.float32)

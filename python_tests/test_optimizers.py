@@ -38,7 +38,6 @@ CREATE = {
     "flat": create_flat_optimizer,
     "lora-sam": create_lora_sam_optimizer,
 }
-TWO_GRADIENTS = [create_flat_optimizer, create_lora_sam_optimizer]
 UP, DOWN = "base_model.model.up.default", "base_model.model.down.default"
 
 
@@ -310,54 +309,49 @@ def test_average_is_the_moving_average_of_perturbations() -> None:
             torch.testing.assert_close(average, expected[name], rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("create", TWO_GRADIENTS)
-def test_two_gradients_in_two_calls_equal_the_closure(create: Callable) -> None:
-    model, other = lora_mlp(), lora_mlp()
-    optimizer, closures = (create(m, torch.optim.AdamW, lr=0.01) for m in (model, other))
-    train(other, closures)
-    for batch in batches(3):
-        optimizer.zero_grad()
-        (loss_of(model, batch) * 1024).backward()  # a scaled loss makes no difference
-        optimizer.first_step()
-        assert all(p.grad is None for p in trainable(model))
-        loss_of(model, batch).backward()
-        optimizer.second_step()
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("create", TWO_GRADIENTS)
-def test_order_of_the_two_calls(create: Callable) -> None:
-    model = lora_mlp()
-    optimizer = create(model, torch.optim.SGD, lr=0.1)
-    for call in (optimizer.second_step, optimizer.step):
-        with pytest.raises(RuntimeError, match=r"first_step\(\) before"):
-            call()
-    loss_of(model, batches(1)[0]).backward()
-    before = weights(model)
-    optimizer.first_step()
-    for call in (optimizer.first_step, lambda: optimizer.step(lambda: None)):
-        with pytest.raises(RuntimeError, match="abandon_step"):
-            call()
-    optimizer.abandon_step()
-    assert_same_bits(weights(model), before)
-    with pytest.raises(RuntimeError, match=r"first_step\(\) before"):
-        optimizer.second_step()
+def test_an_evaluation_before_the_step_makes_no_difference() -> None:
+    """E is computed from the factors where the gradients were taken, whatever ran since."""
+    runs = []
+    for evaluated in (False, True):
+        model = lora_mlp()
+        optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=0.01, rho=1.0)
+        for batch in batches(3):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            if evaluated:
+                model.eval()(batch[0])
+                model.train()
+            optimizer.step()
+        runs.append((weights(model), optimizer.averages))
+    assert_same_bits(runs[0][0], runs[1][0])
+    assert_same_bits(runs[0][1], runs[1][1])
 
 
 def test_the_user_is_told_when_nothing_was_perturbed() -> None:
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1)
-    model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, 1)
+    model.eval()
     with pytest.warns(UserWarning, match=r"model.train\(\)") as caught:
         train(model, optimizer, 3)
     assert len(caught) == 1
     flat_model = lora_mlp().eval()
     with pytest.warns(UserWarning, match=r"model.train\(\)"):
         train(flat_model, create_flat_optimizer(flat_model, torch.optim.SGD, lr=0.1), 1)
+
+
+def test_a_closure_is_evaluated_at_the_perturbed_weights_without_hooks_too() -> None:
+    runs = []
+    for hooks in (True, False):
+        model = lora_mlp()
+        optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=1.0)
+        if not hooks:
+            optimizer.remove_hooks()
+        train(model, optimizer)
+        runs.append(weights(model))
+    assert_same_bits(*runs)
 
 
 def test_the_head_is_trained_but_not_perturbed() -> None:

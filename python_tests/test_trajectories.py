@@ -41,7 +41,7 @@ def errors(
     dtype: torch.dtype = torch.float64,
     onto: str = "B",
     norm_scope: str = "layer",
-    rho: float = 0.1,
+    rho: float | Callable[[int], float] = 0.1,
     beta: float = 0.7,
     rtol: float = RTOL,
 ) -> list[float]:
@@ -59,19 +59,20 @@ def errors(
     else:
         ours = LoRASAM(model, base_of_ours, rho=rho, norm_scope=norm_scope)
     found = []
-    for batch in batches(STEPS, dtype):
+    for step, batch in enumerate(batches(STEPS, dtype)):
+        radius = rho(step) if callable(rho) else rho
         loss = ours.step(closure_for(model, ours, batch))
         closure = closure_for(other, its_base, batch)
         if method == "eflat":
             expected = reference.eflat_lora_step(
-                pairs, its_base, closure, ema, rho, beta, onto, norm_scope, rtol
+                pairs, its_base, closure, ema, radius, beta, onto, norm_scope, rtol
             )
         elif method == "flat":
             expected = reference.flat_lora_step(
-                pairs, its_base, closure, rho, onto, norm_scope, rtol
+                pairs, its_base, closure, radius, onto, norm_scope, rtol
             )
         else:
-            expected = reference.lora_sam_step(pairs, its_base, closure, rho, norm_scope)
+            expected = reference.lora_sam_step(pairs, its_base, closure, radius, norm_scope)
         found.append(max(relative_error(model, other), abs(loss.item() / expected.item() - 1)))
     return found
 
@@ -94,6 +95,12 @@ def test_float32(method: str, onto: str, base: str) -> None:
     """Rounding of 1e-7 per step; onto A, the pseudo-inverse of a small B magnifies it."""
     found = errors(method, base, dtype=torch.float32, onto=onto, rtol=1e-3)
     assert max(found) <= (5e-6 if onto == "B" else 5e-4)
+
+
+@pytest.mark.parametrize(("method", "onto"), METHODS)
+def test_a_radius_that_changes(method: str, onto: str) -> None:
+    found = errors(method, "sgd", onto=onto, rho=lambda step: 0.0 if step < 3 else 0.4 / step)
+    assert max(found) <= (1e-7 if (method, onto) == ("eflat", "A") else 1e-9)
 
 
 def test_the_bounds_tell_methods_apart() -> None:

@@ -53,6 +53,31 @@ EFLAT_HD Vec widen(const f16* p) {  // as to_double(f16)
   return __builtin_convertvector((VecF)(bits | sign), Vec);
 }
 
+EFLAT_HD void narrow(const Vec& v, double* p) { at(p) = v; }
+EFLAT_HD void narrow(const Vec& v, float* p) {
+  *reinterpret_cast<VecF*>(p) = __builtin_convertvector(v, VecF);
+}
+template <class T>
+EFLAT_HD void narrow(const Vec& v, T* p) {
+  for (int i = 0; i < kLanes; ++i) p[i] = from_double<T>(v[i]);
+}
+
+template <int Step, int... Lane>
+EFLAT_HD void exchange_lanes(Vec& a, Vec& b, std::integer_sequence<int, Lane...>) {
+  const Vec low = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane - Step : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane : Lane + Step)...);
+  a = low;
+}
+
+// rows[i][j] becomes rows[j][i]: blocks of Step x Step lanes change places, for Step = 1, 2, 4.
+template <int Step = 1>
+EFLAT_HD void transpose(Vec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & Step))
+      exchange_lanes<Step>(rows[i], rows[i | Step], std::make_integer_sequence<int, kLanes>());
+  if constexpr (2 * Step < kLanes) transpose<2 * Step>(rows);
+}
+
 constexpr int pad(int n) { return (n + kRows - 1) / kRows * kRows; }
 
 // Rows of a chunk: a power of two for which it takes about 16 KiB.
@@ -73,18 +98,25 @@ void pack_rows(const T* x, int r, int64_t begin, int count, double* z, int ld) {
   }
 }
 
-// z[k * ld + j] = x[j * length + begin + k]: a transposed factor.
+// z[k * ld + j] = x[j * length + begin + k]: a transposed factor, by square blocks.
 template <class T>
 void pack_columns(const T* x, int64_t length, int r, int64_t begin, int count, double* z, int ld) {
   x += begin;
-  for (int j = 0; j < r; ++j, x += length) {
+  int j = 0;
+  for (; j + kLanes <= r; j += kLanes) {
     int k = 0;
     for (; k + kLanes <= count; k += kLanes) {
-      const Vec v = widen(x + k);
-      for (int i = 0; i < kLanes; ++i) z[(k + i) * int64_t(ld) + j] = v[i];
+      Vec rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = widen(x + (j + i) * length + k);
+      transpose(rows);
+      for (int i = 0; i < kLanes; ++i) at(z + (k + i) * int64_t(ld) + j) = rows[i];
     }
-    for (; k < count; ++k) z[k * int64_t(ld) + j] = to_double(x[k]);
+    for (; k < count; ++k)
+      for (int i = 0; i < kLanes; ++i)
+        z[k * int64_t(ld) + j + i] = to_double(x[(j + i) * length + k]);
   }
+  for (; j < r; ++j)
+    for (int k = 0; k < count; ++k) z[k * int64_t(ld) + j] = to_double(x[j * length + k]);
 }
 
 template <class T>
@@ -221,22 +253,53 @@ void second_gram(const Side& side, DType dtype, int r, const double* T, const do
   symmetrise(padded, ld, 2 * r, out);
 }
 
+// out = e, or its moving average: one element, or a vector of them.
 template <class T>
 EFLAT_HD void store(T* out, double e, Update update) {
   *out = from_double<T>(update.average ? (1 - update.beta) * to_double(*out) + update.beta * e : e);
+}
+template <class T>
+EFLAT_HD void store(T* out, const Vec& e, Update update) {
+  narrow(update.average ? (1 - update.beta) * widen(out) + update.beta * e : e, out);
+}
+
+template <class T>
+void store_rows(const double* e, int ld, int count, int r, double scale, Update update, T* out) {
+  for (int k = 0; k < count; ++k, e += ld, out += r) {
+    int j = 0;
+    for (; j + kLanes <= r; j += kLanes) store(out + j, scale * at(e + j), update);
+    for (; j < r; ++j) store(out + j, scale * e[j], update);
+  }
+}
+
+template <class T>
+void store_columns(const double* e, int ld, int count, int r, int64_t length, double scale,
+                   Update update, T* out) {
+  int j = 0;
+  for (; j + kLanes <= r; j += kLanes) {
+    int k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+      Vec rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = scale * at(e + (k + i) * int64_t(ld) + j);
+      transpose(rows);
+      for (int i = 0; i < kLanes; ++i) store(out + (j + i) * length + k, rows[i], update);
+    }
+    for (; k < count; ++k)
+      for (int i = 0; i < kLanes; ++i)
+        store(out + (j + i) * length + k, scale * e[k * int64_t(ld) + j + i], update);
+  }
+  for (; j < r; ++j)
+    for (int k = 0; k < count; ++k)
+      store(out + j * length + k, scale * e[k * int64_t(ld) + j], update);
 }
 
 template <class T>
 void store_chunk(const double* e, int ld, int count, int r, const Side& side, int64_t begin,
                  double scale, Update update, T* out) {
   if (side.transposed) {
-    for (int j = 0; j < r; ++j)
-      for (int k = 0; k < count; ++k)
-        store(out + j * side.length + begin + k, scale * e[k * int64_t(ld) + j], update);
+    store_columns(e, ld, count, r, side.length, scale, update, out + begin);
   } else {
-    for (int k = 0; k < count; ++k)
-      for (int j = 0; j < r; ++j)
-        store(out + (begin + k) * r + j, scale * e[k * int64_t(ld) + j], update);
+    store_rows(e, ld, count, r, scale, update, out + begin * r);
   }
 }
 

@@ -3,6 +3,8 @@
 #define EFLAT_LANES 2
 #define EFLAT_ROWS 4
 #define EFLAT_VECTORS 2
+#include <utility>
+
 #include "kernels.h"
 #include "kernels.inl"
 

@@ -1,0 +1,65 @@
+"""Flat-LoRA and LoRA-SAM in two calls, for loops in which a closure does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import assert_same_bits, batches, lora_mlp, loss_of, trainable, weights
+from torch import Tensor
+
+from eflat_ext.optimizers import create_flat_optimizer, create_lora_sam_optimizer
+
+pytestmark = pytest.mark.parametrize("create", [create_flat_optimizer, create_lora_sam_optimizer])
+
+
+def test_two_gradients_in_two_calls_equal_the_closure(create: Callable) -> None:
+    model, other = lora_mlp(), lora_mlp()
+    optimizer, closures = (create(m, torch.optim.AdamW, lr=0.01) for m in (model, other))
+    for batch in batches(3):
+
+        def closure(batch: tuple[Tensor, Tensor] = batch) -> None:
+            closures.zero_grad()
+            loss_of(other, batch).backward()
+
+        closures.step(closure)
+        optimizer.zero_grad()
+        (loss_of(model, batch) * 1024).backward()  # a scaled loss makes no difference
+        optimizer.first_step()
+        assert all(p.grad is None for p in trainable(model))
+        loss_of(model, batch).backward()
+        optimizer.second_step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_order_of_the_two_calls(create: Callable) -> None:
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
+    for call in (optimizer.second_step, optimizer.step):
+        with pytest.raises(RuntimeError, match=r"first_step\(\) before"):
+            call()
+    loss_of(model, batches(1)[0]).backward()
+    before = weights(model)
+    optimizer.first_step()
+    for call in (optimizer.first_step, lambda: optimizer.step(lambda: None)):
+        with pytest.raises(RuntimeError, match="abandon_step"):
+            call()
+    optimizer.abandon_step()
+    assert_same_bits(weights(model), before)
+    with pytest.raises(RuntimeError, match=r"first_step\(\) before"):
+        optimizer.second_step()
+
+
+def test_a_skipped_second_step_is_not_forgotten_silently(create: Callable) -> None:
+    """``model.zero_grad()`` cannot tell the optimizer that the step was given up."""
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step()
+    loss_of(model, batches(1)[0]).backward()
+    model.zero_grad()
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match="abandon_step"):
+        optimizer.first_step()
