@@ -26,21 +26,27 @@ except ImportError:
     )
 
 
+def is_toolkit(folder):
+    files = ("include/cuda_runtime.h", "bin/nvcc")
+    return all(Path(folder, file).is_file() for file in files)
+
+
 def find_cuda_home():
     """The toolkit's folder, also where nvcc on the path is a wrapper script; None without nvcc."""
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if given:
+        if not is_toolkit(given):
+            fail(f"CUDA_HOME is {given}, which has no bin/nvcc and include/cuda_runtime.h")
+        return given
+    candidates = []
     nvcc = shutil.which("nvcc")
     if nvcc:
         candidates.append(Path(nvcc).resolve().parent.parent)
         dry_run = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
         output = subprocess.run(dry_run, capture_output=True, text=True, check=False).stderr
         here = re.search(r"_HERE_=(\S+)", output)
-        candidates.append(here and Path(here.group(1)).parent)
-    for folder in [*candidates, "/usr/local/cuda"]:
-        needed = ("include/cuda_runtime.h", "bin/nvcc")
-        if folder and all(Path(folder, file).is_file() for file in needed):
-            return str(folder)
-    return None
+        candidates += [Path(here.group(1)).parent] if here else []
+    return next((str(c) for c in [*candidates, "/usr/local/cuda"] if is_toolkit(c)), None)
 
 
 MODE = os.environ.get("EFLAT_CUDA", "auto").lower()

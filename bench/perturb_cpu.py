@@ -101,7 +101,7 @@ def measure(count: int, n: int, m: int, r: int, condition: float, rounds: int) -
     slow = {"ours": fast["ours"], "pinv": lambda: [pinv_form(*pair) for pair in pairs]}
     check(fast["ours"]()[0], fast["gram64"]())
     seconds = interleaved(fast, rounds)
-    slow_seconds = interleaved(slow, max(3, rounds // 3))
+    slow_seconds = interleaved(slow, max(3, rounds // 5))
     ours, peak = seconds["ours"], product_multiply_adds / seconds["product"]
     return {
         "pairs": count,
@@ -151,7 +151,7 @@ def draw(results, path) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--quick", action="store_true", help="the first two claims alone")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -63,7 +63,7 @@ class FinetuneConfig:
     """Names of the layers that get an adapter, or all-linear; by default PEFT's choice for the
     architecture, mostly the query and value projections."""
 
-    rho: float = 0.2
+    rho: float = 0.05
     """Radius of the perturbation (eflat, flat, lora-sam)."""
     beta: float = 0.9
     """Weight of the newest perturbation in the moving average (eflat)."""

@@ -6,7 +6,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-import eflat_ext  # noqa: F401  (registers the operators)
+from eflat_ext.optimizers import (
+    create_eflat_optimizer,
+    create_flat_optimizer,
+    create_lora_sam_optimizer,
+)
+
+CREATE = {
+    "eflat": create_eflat_optimizer,
+    "flat": create_flat_optimizer,
+    "lora-sam": create_lora_sam_optimizer,
+}
 
 
 class Mlp(nn.Module):
@@ -66,6 +76,21 @@ def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]).double(), batch[1])
+
+
+def train_on(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: list[tuple[Tensor, Tensor]]
+) -> None:
+    """One step with a closure for each batch."""
+    for batch in data:
+
+        def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

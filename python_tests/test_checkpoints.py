@@ -8,20 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same_bits, batches, lora_mlp, loss_of, same_bits, trainable, weights
-from torch import Tensor, nn
+from models import (
+    CREATE,
+    assert_same_bits,
+    batches,
+    lora_mlp,
+    loss_of,
+    same_bits,
+    train_on,
+    trainable,
+    weights,
+)
+from torch import Tensor
 
 from eflat_ext.optimizers import (
     create_eflat_optimizer,
     create_flat_optimizer,
-    create_lora_sam_optimizer,
 )
 
-CREATE = {
-    "eflat": create_eflat_optimizer,
-    "flat": create_flat_optimizer,
-    "lora-sam": create_lora_sam_optimizer,
-}
 BASES: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer_cls": torch.optim.AdamW, "lr": 1e-2},
     "sgd": {"optimizer_cls": torch.optim.SGD, "lr": 0.1, "momentum": 0.9},
@@ -32,18 +36,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 def radius(step: int) -> float:
     return 0.05 + 0.01 * step
-
-
-def train(model: nn.Module, optimizer: Any, data: list[tuple[Tensor, Tensor]]) -> None:
-    for batch in data:
-
-        def closure(batch=batch):  # type: ignore[no-untyped-def]
-            optimizer.zero_grad()
-            loss = loss_of(model, batch)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
@@ -60,17 +52,17 @@ def test_resume_is_bit_exact(create: Callable, base: dict[str, Any], dtype: torc
     data = batches(10, dtype)
     whole = lora_mlp(dtype)
     uninterrupted = create(whole, rho=radius, **base)
-    train(whole, uninterrupted, data)
+    train_on(whole, uninterrupted, data)
 
     first = lora_mlp(dtype)
     optimizer = create(first, rho=radius, **base)
-    train(first, optimizer, data[:5])
+    train_on(first, optimizer, data[:5])
     saved = through_a_file({"model": first.state_dict(), "optimizer": optimizer.state_dict()})
     second = lora_mlp(dtype, seed=7)
     second.load_state_dict(saved["model"])
     resumed = create(second, rho=radius, **base)
     resumed.load_state_dict(saved["optimizer"])
-    train(second, resumed, data[5:])
+    train_on(second, resumed, data[5:])
 
     assert_same_bits(weights(second), weights(whole))
     assert int(resumed.skipped_perturbations) == int(uninterrupted.skipped_perturbations)
@@ -84,7 +76,7 @@ def test_resume_in_the_middle_of_accumulation() -> None:
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
     data = batches(6)
-    train(model, optimizer, data[:3])
+    train_on(model, optimizer, data[:3])
     optimizer.zero_grad()
     loss_of(model, data[3]).backward()
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -105,7 +97,7 @@ def test_resume_in_the_middle_of_accumulation() -> None:
 def test_what_a_checkpoint_holds(dtype: torch.dtype) -> None:
     model = lora_mlp(dtype)
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2, rho=radius)
-    train(model, optimizer, batches(3, dtype))
+    train_on(model, optimizer, batches(3, dtype))
     state = optimizer.state_dict()
     assert state.keys() == {"state", "param_groups"}
     (group,) = state["param_groups"]
@@ -146,11 +138,11 @@ def test_the_count_of_skipped_perturbations_is_kept(create: Callable) -> None:
 def test_averages_keep_their_type_and_place() -> None:
     model = lora_mlp(torch.bfloat16)
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
-    train(model, optimizer, batches(2, torch.bfloat16))
+    train_on(model, optimizer, batches(2, torch.bfloat16))
     state = through_a_file(optimizer.state_dict())
     live = optimizer.averages
     before = {name: average.clone() for name, average in live.items()}
-    train(model, optimizer, batches(2, torch.bfloat16))
+    train_on(model, optimizer, batches(2, torch.bfloat16))
     optimizer.load_state_dict(state)
     assert all(optimizer.averages[name] is live[name] for name in live)
     assert_same_bits(live, before)
@@ -163,10 +155,10 @@ def test_averages_keep_their_type_and_place() -> None:
 def test_a_plain_checkpoint_loads(create: Callable) -> None:
     plain = lora_mlp()
     base = torch.optim.AdamW(trainable(plain), lr=1e-3)
-    train(plain, base, batches(2))
+    train_on(plain, base, batches(2))
     model = lora_mlp()
     optimizer = create(model, torch.optim.AdamW, lr=1e-2)
-    train(model, optimizer, batches(2))
+    train_on(model, optimizer, batches(2))
     optimizer.load_state_dict(base.state_dict())
     assert optimizer.param_groups[0]["lr"] == 1e-3
     for mine, its in zip(trainable(model), trainable(plain), strict=True):
@@ -178,7 +170,7 @@ def test_a_plain_checkpoint_loads(create: Callable) -> None:
 def test_another_methods_checkpoint_loads() -> None:
     model, other = lora_mlp(), lora_mlp()
     eflat = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1)
-    train(model, eflat, batches(2))
+    train_on(model, eflat, batches(2))
     flat = create_flat_optimizer(other, torch.optim.SGD, lr=0.2)
     flat.load_state_dict(through_a_file(eflat.state_dict()))
     assert flat.param_groups[0]["lr"] == 0.1 and not flat.state
@@ -188,11 +180,11 @@ def test_another_methods_checkpoint_loads() -> None:
 def test_what_does_not_fit_changes_nothing() -> None:
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
-    train(model, optimizer, batches(2))
+    train_on(model, optimizer, batches(2))
     before = through_a_file(optimizer.state_dict())
     wide = lora_mlp(r=5)
     other = create_eflat_optimizer(wide, torch.optim.AdamW, lr=0.5)
-    train(wide, other, batches(2))
+    train_on(wide, other, batches(2))
     with pytest.raises(ValueError, match="perturbation_ema of shape"):
         optimizer.load_state_dict(other.state_dict())
     fewer = through_a_file(before)
@@ -210,7 +202,7 @@ def test_what_does_not_fit_changes_nothing() -> None:
 def test_loading_while_perturbed_leaves_clean_weights() -> None:
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
-    train(model, optimizer, batches(2))
+    train_on(model, optimizer, batches(2))
     before, state = weights(model), through_a_file(optimizer.state_dict())
     model(batches(1)[0][0])
     optimizer.load_state_dict(state)
@@ -242,7 +234,7 @@ def test_distributed_checkpoint_reads_and_writes_it() -> None:
     optimizer, fresh = (
         create_eflat_optimizer(m, torch.optim.AdamW, lr=1e-2) for m in (model, other)
     )
-    train(model, optimizer, batches(3))
+    train_on(model, optimizer, batches(3))
     state = get_optimizer_state_dict(model, optimizer)
     set_optimizer_state_dict(other, fresh, state)
     assert_same_bits(fresh.averages, optimizer.averages)

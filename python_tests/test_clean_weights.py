@@ -16,6 +16,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from eflat_ext import reference
 from eflat_ext.optimizers import (
     EFlatLoRA,
     create_eflat_optimizer,
@@ -250,6 +251,22 @@ def test_clean_context(method: str) -> None:
         loss(model)
         assert_same_bits(weights(model), clean)
     assert_same_bits(weights(model), point)
+
+
+def test_a_gradient_taken_in_the_clean_context_belongs_to_clean_weights() -> None:
+    model, optimizer, _ = trained("eflat B")
+    optimizer.zero_grad()
+    with optimizer.clean():
+        loss(model).backward()
+    expected = {}
+    for pair in optimizer.pairs:
+        arguments = [t.detach() for t in (pair.A, pair.B, pair.A.grad, pair.B.grad)]
+        E, _ = reference.perturb(*arguments, pair.scaling, 1.0)
+        expected[pair.name] = optimizer.averages[pair.name] * 0.1 + E * 0.9
+    with pytest.warns(UserWarning, match="without the perturbation"):
+        optimizer.step()
+    for name, average in optimizer.averages.items():
+        torch.testing.assert_close(average.double(), expected[name], rtol=1e-4, atol=1e-6)
 
 
 @every_method

@@ -110,7 +110,7 @@ def test_help_names_every_option_and_default():
 
     for field in fields(FinetuneConfig):
         assert f"--{field.name.replace('_', '-')} " in run.stdout
-    for text in ("--config", "[default: minilm]", "[default: 0.2]", "lora-sam, full]"):
+    for text in ("--config", "[default: minilm]", "[default: 0.05]", "lora-sam, full]"):
         assert text in run.stdout
     overview = eflat("--help")
     assert overview.returncode == 0 and "finetune" in overview.stdout

@@ -97,7 +97,7 @@ def test_factors_of_exactly_deficient_rank(seed, n, m, r, dtype, onto):
 
 @given(seeds, st.sampled_from([(30, 20, 6), (6, 40, 6), (9, 5, 16)]), sides)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("distance", [0.5, 0.9, 1.1, 2.0])
+@pytest.mark.parametrize("distance", [0.5, 0.94, 1.06, 2.0])
 def test_singular_values_near_the_cutoff(dtype, distance, seed, shape, onto):
     # All singular values but the largest are the same, just below or just above the cutoff.
     n, m, r = shape

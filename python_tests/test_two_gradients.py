@@ -63,3 +63,21 @@ def test_a_skipped_second_step_is_not_forgotten_silently(create: Callable) -> No
     loss_of(model, batches(1)[0]).backward()
     with pytest.raises(RuntimeError, match="abandon_step"):
         optimizer.first_step()
+
+
+@pytest.mark.parametrize("zero_grad", [True, False])
+def test_dropping_the_second_gradients_abandons_the_step(create: Callable, zero_grad: bool) -> None:
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
+    clean = weights(model)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step(zero_grad=zero_grad)
+    point = weights(model)
+    optimizer.zero_grad()  # the first gradients, or nothing
+    loss_of(model, batches(1)[0]).backward()
+    assert_same_bits(weights(model), point)
+    optimizer.zero_grad()
+    assert_same_bits(weights(model), clean)
+    loss_of(model, batches(1)[0]).backward()
+    assert_same_bits(weights(model), clean)
+    optimizer.first_step()
