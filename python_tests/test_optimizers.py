@@ -12,12 +12,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import (
+    CREATE,
     assert_same_bits,
     batches,
     lora_mlp,
     lora_weights,
     loss_of,
     same_bits,
+    train_on,
     trainable,
     weights,
 )
@@ -30,29 +32,15 @@ from eflat_ext.optimizers import (
     LoRASAM,
     create_eflat_optimizer,
     create_flat_optimizer,
-    create_lora_sam_optimizer,
 )
 
-CREATE = {
-    "eflat": create_eflat_optimizer,
-    "flat": create_flat_optimizer,
-    "lora-sam": create_lora_sam_optimizer,
-}
 UP, DOWN = "base_model.model.up.default", "base_model.model.down.default"
 
 
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, skip: int = 0
 ) -> None:
-    for batch in batches(skip + steps, next(model.parameters()).dtype)[skip:]:
-
-        def closure(batch=batch):  # type: ignore[no-untyped-def]
-            optimizer.zero_grad()
-            loss = loss_of(model, batch)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+    train_on(model, optimizer, batches(skip + steps, next(model.parameters()).dtype)[skip:])
 
 
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import assert_same_bits, batches, lora_mlp, loss_of, trainable, weights
-from torch import Tensor
+from models import assert_same_bits, batches, lora_mlp, loss_of, train_on, trainable, weights
 
 from eflat_ext.optimizers import create_flat_optimizer, create_lora_sam_optimizer
 
@@ -17,13 +16,8 @@ pytestmark = pytest.mark.parametrize("create", [create_flat_optimizer, create_lo
 def test_two_gradients_in_two_calls_equal_the_closure(create: Callable) -> None:
     model, other = lora_mlp(), lora_mlp()
     optimizer, closures = (create(m, torch.optim.AdamW, lr=0.01) for m in (model, other))
+    train_on(other, closures, batches(3))
     for batch in batches(3):
-
-        def closure(batch: tuple[Tensor, Tensor] = batch) -> None:
-            closures.zero_grad()
-            loss_of(other, batch).backward()
-
-        closures.step(closure)
         optimizer.zero_grad()
         (loss_of(model, batch) * 1024).backward()  # a scaled loss makes no difference
         optimizer.first_step()
