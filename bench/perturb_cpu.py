@@ -16,8 +16,10 @@ Contenders, each as a user would write it:
     Gram 64      the Gram form, pair after pair, sums in float64, which ill-conditioned factors need
     Gram 32      the Gram form in float32: wrong for ill-conditioned factors (see accuracy.py)
 
-Factors are well conditioned, as trained ones mostly are, but for the case marked "ill": there the
-operator reads factors once more (csrc/pseudo_inverse.h).
+Factors are well conditioned, as trained ones mostly are, but for the case marked "ill", where the
+inverses need an eigendecomposition instead of a Cholesky factorisation. Contenders that wait for
+each other's threads suffer from other work on the machine: measure on an idle one, or with
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations

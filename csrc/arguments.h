@@ -63,6 +63,11 @@ inline DType checked_dtype(const Tensor& t, const std::string& name) {
   }
 }
 
+// Of norms and factors, which are float64 or float32.
+inline DType dtype_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
+}
+
 inline void check_like(const Tensor& t, const std::string& name, const Tensor& like,
                        const std::string& like_name) {
   bool same = t.dim() == like.dim();
@@ -188,6 +193,7 @@ struct Arguments {
     p.scaling = scaling;
     p.target = {keep(B), nullptr, B.size(0), false};
     p.other = {keep(ema), nullptr, ema.size(1), true};
+    all_float64 = all_float64 && p.out_dtype == DType::f64;
     pairs.push_back(p);
   }
 

@@ -5,7 +5,7 @@
 //   explicit Device(const Tensor& on);
 //   // norms: float64 or float32, (pairs); skipped: int64, 0-d, or null
 //   void perturb(const Problem&, Tensor& norms, Tensor* skipped);
-//   // factors: float32, (pairs)
+//   // factors: as norms
 //   void bound(const std::vector<Pair>&, double rho, bool global_norm, Tensor& factors);
 // };
 #pragma once
@@ -71,8 +71,7 @@ Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
   for (size_t l = 0; l < A.size(); ++l) {
     check_average(ema[l], l, arguments.onto_B ? B[l] : A[l], arguments.onto_B ? "B" : "A");
     arguments.pairs[l].out = ema[l].mutable_data_ptr();
-    arguments.pairs[l].out_dtype =
-        ema[l].scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
+    arguments.pairs[l].out_dtype = dtype_of(ema[l]);
   }
   Device device(A[0]);
   device.perturb(arguments.problem(rho, {true, beta}), norms, &skipped);
@@ -87,8 +86,7 @@ Tensor foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B, std::vector
   check_length("scaling", scaling.size(), ema.size());
   for (size_t l = 0; l < ema.size(); ++l)
     arguments.add_applied(ema[l], B[l], scaling[l], int64_t(l), ema[0]);
-  const int64_t count = ema.size();
-  Tensor factors = torch::stable::new_empty(ema[0], {count}, ScalarType::Float);
+  const Tensor factors = arguments.new_norms(ema[0], {int64_t(ema.size())});
   Device device(ema[0]);
   device.bound(arguments.pairs, rho, arguments.global_norm, factors);
   return factors;

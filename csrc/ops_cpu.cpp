@@ -35,7 +35,8 @@ struct Cpu {
 
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
     std::vector<double> values(problem.count);
-    const int64_t left_alone = cpu::perturb(problem, values.data(), parallel_for);
+    const int64_t left_alone =
+        cpu::perturb(problem, values.data(), parallel_for, int(torch::stable::get_num_threads()));
     write(values, norms);
     if (skipped) *static_cast<int64_t*>(skipped->mutable_data_ptr()) += left_alone;
   }

@@ -20,7 +20,6 @@ class Cuda {
 
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
     const Tensor space = workspace(problem);
-    const DType dtype = norms.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
     STD_CUDA_CHECK(cuda::perturb(problem, space.mutable_data_ptr(), norms.mutable_data_ptr(), dtype,
                                  count, stream_));
@@ -29,8 +28,8 @@ class Cuda {
   void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
     const Problem problem{pairs.data(), int(pairs.size()), rho, global_norm, {false, 0}};
     const Tensor space = workspace(problem);
-    STD_CUDA_CHECK(cuda::bound(problem, space.mutable_data_ptr(),
-                               static_cast<float*>(factors.mutable_data_ptr()), stream_));
+    STD_CUDA_CHECK(cuda::bound(problem, space.mutable_data_ptr(), factors.mutable_data_ptr(),
+                               dtype_of(factors), stream_));
   }
 
  private:

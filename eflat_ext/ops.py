@@ -31,7 +31,7 @@ def perturb(
     """Full-space perturbation of a LoRA pair ``W = W0 + scaling * B @ A``, carried by one factor.
 
     Equations (1)-(3) of EFlat-LoRA (arXiv 2508.00522), from r x r Gram matrices: no n x m matrix is
-    formed. Differentiable once in ``A, B, grad_A, grad_B`` where both factors have full rank.
+    formed. Differentiable in ``A, B, grad_A, grad_B`` where both factors have full rank.
 
     Args:
         A: (r, m) factor; float64, float32, bfloat16 or float16; 1 <= r <= 256; any strides.
@@ -117,7 +117,10 @@ def _check_pairs(
     grad_B: Sequence[Tensor],
     scaling: Sequence[float],
 ) -> None:
-    for name, values in (("B", B), ("grad_A", grad_A), ("grad_B", grad_B), ("scaling", scaling)):
+    lists = {"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B, "scaling": scaling}
+    for name, values in lists.items():
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{name} must be a list, got {type(values).__name__}")
         if len(values) != len(A):
             raise ValueError(f"{name} must have one entry per pair, {len(A)}, got {len(values)}")
     for i, pair in enumerate(zip(A, B, grad_A, grad_B, scaling, strict=True)):
@@ -187,6 +190,7 @@ def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 @torch.library.register_fake("eflat::perturb")
 def _(A, B, grad_A, grad_B, scaling, rho, onto="B", rtol=None):
     _check_options(rho, onto, "layer", rtol)
+    _check_pair(A, B, grad_A, grad_B, scaling, "")
     target = B if onto == "B" else A
     return target.new_empty(target.shape), A.new_empty((), dtype=_norm_dtype([A]))
 
@@ -194,6 +198,7 @@ def _(A, B, grad_A, grad_B, scaling, rho, onto="B", rtol=None):
 @torch.library.register_fake("eflat::foreach_perturb")
 def _(A, B, grad_A, grad_B, scaling, rho, onto="B", norm_scope="layer", rtol=None):
     _check_options(rho, onto, norm_scope, rtol)
+    _check_pairs(A, B, grad_A, grad_B, scaling)
     targets = B if onto == "B" else A
     norms = A[0].new_empty(len(A), dtype=_norm_dtype(A)) if A else torch.empty(0)
     return [t.new_empty(t.shape) for t in targets], norms
@@ -215,12 +220,13 @@ def _(
     rtol=None,
 ):
     _check_options(rho, onto, norm_scope, rtol)
-    return skipped.new_empty(len(A), dtype=_norm_dtype(A))
+    _check_pairs(A, B, grad_A, grad_B, scaling)
+    return skipped.new_empty(len(A), dtype=_norm_dtype(A) if A else torch.float32)
 
 
 @torch.library.register_fake("eflat::foreach_bound")
 def _(ema, B, scaling, rho, norm_scope="layer"):
-    return torch.empty(0) if not ema else ema[0].new_empty(len(ema), dtype=torch.float32)
+    return ema[0].new_empty(len(ema), dtype=_norm_dtype(ema)) if ema else torch.empty(0)
 
 
 # Autograd: the derivative of the same algebra in plain torch, recomputed in the backward pass.
@@ -285,15 +291,21 @@ def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
 
 
 def _gradients(ctx, grad_E, grad_norms):
+    again = torch.is_grad_enabled()  # these gradients may be differentiated in turn
     with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        inputs = [
+            t if again and t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        ]
         E, norms = _differentiable(inputs, ctx.scaling, ctx.rho, ctx.onto, ctx.norm_scope, ctx.rtol)
         outputs = [*E, norms]
         cotangents = [
             torch.zeros_like(o) if g is None else g.to(o.dtype)
             for o, g in zip(outputs, [*grad_E, grad_norms], strict=True)
         ]
-        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+        return torch.autograd.grad(
+            outputs, inputs, cotangents, create_graph=again, allow_unused=True
+        )
 
 
 def _setup_foreach(ctx, inputs, output):
@@ -319,6 +331,23 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_E, grad_norm):
     return *_gradients(ctx, [grad_E], grad_norm.reshape(1)), None, None, None, None
 
+
+# The other two have no gradient: nothing is recorded, and what is written in place is marked so.
+_library = torch.library.Library("eflat", "FRAGMENT")
+for _name in ("foreach_perturb_ema_", "foreach_bound"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _perturb_ema_in_place(keyset, A, B, grad_A, grad_B, ema, skipped, *options):
+    norms = torch.ops.eflat.foreach_perturb_ema_.default.redispatch(
+        keyset & torch._C._after_ADInplaceOrView_keyset,
+        *(A, B, grad_A, grad_B, ema, skipped, *options),
+    )
+    torch.autograd.graph.increment_version([*ema, skipped])
+    return norms
+
+
+_library.impl("foreach_perturb_ema_", _perturb_ema_in_place, "ADInplaceOrView", with_keyset=True)
 
 torch.library.register_autograd("eflat::perturb", _backward, setup_context=_setup)
 torch.library.register_autograd(

@@ -108,7 +108,7 @@ def foreach_perturb(
         else torch.full((pair[1].shape[0], pair[0].shape[1]), math.nan, dtype=torch.float64)
         for pair in pairs
     ]
-    norms = [float(G.norm()) for G in gradients]
+    norms = [float(G.detach().norm()) for G in gradients]
     total = math.sqrt(sum(norm**2 for norm in norms if math.isfinite(norm)))
     E = []
     for (a, b, _, _, s), G, norm in zip(pairs, gradients, norms, strict=True):
@@ -146,7 +146,8 @@ def bounded(pairs: Pairs, ema: Sequence[Tensor], rho: float, norm_scope: str) ->
     squares is at most rho.
     """
     norms = [
-        float((s * b.detach().double() @ E).norm()) for (_, b, s), E in zip(pairs, ema, strict=True)
+        float((s * b.detach().double() @ E.double()).norm())
+        for (_, b, s), E in zip(pairs, ema, strict=True)
     ]
     if norm_scope == "global":
         norms = [math.hypot(*norms)] * len(norms)

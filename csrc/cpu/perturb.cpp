@@ -5,8 +5,9 @@
 //            then norm and weights
 //   apply    blocks of rows of the target → E
 //
-// Pairs are taken in groups small enough that apply finds in the cache what reduce has read. Blocks
-// depend on shapes alone, never on the number of threads, and so does every sum.
+// Many pairs are handed out whole, one at a time. Few are taken in groups, small enough that apply
+// finds in the cache what reduce has read, and each stage of a group is spread over the threads.
+// Blocks depend on shapes alone, never on the number of threads, and so does every sum.
 #include "perturb.h"
 
 #include <algorithm>
@@ -66,8 +67,8 @@ void sum_partials(const SideWork& work, double* out) {
 
 class Perturbation {
  public:
-  Perturbation(const Problem& problem, double* norms, const ParallelFor& parallel_for)
-      : problem_(problem), norms_(norms), parallel_for_(parallel_for), k_(kernels()) {
+  Perturbation(const Problem& problem, double* norms)
+      : problem_(problem), norms_(norms), k_(kernels()) {
     int64_t size = 0;
     for (int l = 0; l < problem.count; ++l) size += 2 * square(problem.pairs[l].rank);
     weights_.reserve(problem.count);
@@ -81,19 +82,31 @@ class Perturbation {
     scales_.resize(problem.count);
   }
 
-  int64_t run() {
-    for (int first = 0; first < problem_.count;) {
-      const int last = end_of_group(first);
-      solve(first, last);
-      if (!problem_.global_norm) apply(first, last);
-      first = last;
+  int64_t run(const ParallelFor& parallel_for, int threads) {
+    if (problem_.count >= 2 * threads) {
+      parallel_for(problem_.count,
+                   [&](int64_t l) { solve_and_apply(int(l), int(l) + 1, serially); });
+    } else {
+      for (int first = 0, last; first < problem_.count; first = last) {
+        last = end_of_group(first);
+        solve_and_apply(first, last, parallel_for);
+      }
     }
-    if (problem_.global_norm) apply(0, problem_.count);
+    if (problem_.global_norm) apply(0, problem_.count, parallel_for);
     return std::count_if(norms_, norms_ + problem_.count, [](double x) { return !usable(x); });
   }
 
  private:
   static int64_t square(int64_t r) { return r * r; }
+
+  static void serially(int64_t count, const std::function<void(int64_t)>& body) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  }
+
+  void solve_and_apply(int first, int last, const ParallelFor& parallel_for) {
+    solve(first, last, parallel_for);
+    if (!problem_.global_norm) apply(first, last, parallel_for);
+  }
 
   int end_of_group(int first) const {
     int64_t bytes = 0;
@@ -137,21 +150,21 @@ class Perturbation {
     return sides;
   }
 
-  void solve(int first, int last) {
+  void solve(int first, int last, const ParallelFor& parallel_for) {
     std::vector<SideWork> sides = lay_out(first, last);
     std::vector<Block> blocks;
     for (size_t i = 0; i < sides.size(); ++i)
       append_blocks(blocks, int(i), *sides[i].side, sides[i].r());
-    parallel_for_(blocks.size(), [&](int64_t i) {
+    parallel_for(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
       const SideWork& w = sides[b.owner];
       const int r = w.r();
       k_.gram(*w.side, w.pair->dtype, r, b.begin, b.end,
               w.partial + b.begin / block_rows(r) * 4 * square(r), thread_scratch(r));
     });
-    parallel_for_(sides.size(), [&](int64_t i) { invert(sides[i]); });
-    second_pass(sides);
-    parallel_for_(last - first, [&](int64_t i) {
+    parallel_for(sides.size(), [&](int64_t i) { invert(sides[i]); });
+    second_pass(sides, parallel_for);
+    parallel_for(last - first, [&](int64_t i) {
       const int l = first + int(i);
       const Pair& p = problem_.pairs[l];
       const int r = p.rank;
@@ -178,7 +191,7 @@ class Perturbation {
   }
 
   // Both sides of the pairs that need it, in the bases that the first pass has found.
-  void second_pass(std::vector<SideWork>& sides) {
+  void second_pass(std::vector<SideWork>& sides, const ParallelFor& parallel_for) {
     std::vector<Block> blocks;
     std::vector<int> chosen;
     for (size_t i = 0; i < sides.size(); ++i) {
@@ -186,14 +199,14 @@ class Perturbation {
       chosen.push_back(int(i));
       append_blocks(blocks, int(i), *sides[i].side, sides[i].r());
     }
-    parallel_for_(blocks.size(), [&](int64_t i) {
+    parallel_for(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
       const SideWork& w = sides[b.owner];
       const int r = w.r();
       k_.second_gram(*w.side, w.pair->dtype, r, w.T, sides[b.owner ^ 1].T, b.begin, b.end,
                      w.partial + b.begin / block_rows(r) * 4 * square(r), thread_scratch(r));
     });
-    parallel_for_(chosen.size(), [&](int64_t i) {
+    parallel_for(chosen.size(), [&](int64_t i) {
       SideWork& w = sides[chosen[i]];
       sum_partials(w, w.second);
       k_.correct_inverse(w.r(), w.again, w.second, w.pair->rtol, w.R, w.inverse,
@@ -212,7 +225,7 @@ class Perturbation {
     DType dtype(int l) const { return p.problem_.pairs[first + l].out_dtype; }
   };
 
-  void apply(int first, int last) {
+  void apply(int first, int last, const ParallelFor& parallel_for) {
     Layers layers{*this, first};
     finish_scales(layers, last - first, problem_.rho, problem_.global_norm);
     std::vector<Block> blocks;
@@ -224,7 +237,7 @@ class Perturbation {
         std::memset(p.out, 0, p.target.length * p.rank * size_of(p.out_dtype));
       }
     }
-    parallel_for_(blocks.size(), [&](int64_t i) {
+    parallel_for(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
       const Pair& p = problem_.pairs[b.owner];
       k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[b.owner], scales_[b.owner],
@@ -234,7 +247,6 @@ class Perturbation {
 
   const Problem& problem_;
   double* norms_;
-  const ParallelFor& parallel_for_;
   const Kernels& k_;
   std::vector<double> weight_storage_;
   std::vector<double*> weights_;  // per pair, (2r, r)
@@ -243,8 +255,9 @@ class Perturbation {
 
 }  // namespace
 
-int64_t perturb(const Problem& problem, double* norms, const ParallelFor& parallel_for) {
-  return Perturbation(problem, norms, parallel_for).run();
+int64_t perturb(const Problem& problem, double* norms, const ParallelFor& parallel_for,
+                int threads) {
+  return Perturbation(problem, norms).run(parallel_for, threads);
 }
 
 void bound(const Pair* pairs, int count, double rho, bool global_norm, double* factors,

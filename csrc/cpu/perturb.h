@@ -11,8 +11,9 @@ using ParallelFor = std::function<void(int64_t count, const std::function<void(i
 
 // E, or its moving average, for every pair; norms[l] = ||G_hat|| of pair l. Returns how many pairs
 // were left alone (norm zero or not finite, or E too large for its type): their E is zero, their
-// moving average untouched. Results do not depend on how ParallelFor schedules.
-int64_t perturb(const Problem& problem, double* norms, const ParallelFor& parallel_for);
+// moving average untouched. `threads`: how many ParallelFor has; results do not depend on it.
+int64_t perturb(const Problem& problem, double* norms, const ParallelFor& parallel_for,
+                int threads);
 
 // factors[l] = min(1, rho / (scaling ||B E_A||)): what E_A (r, m), made with an earlier B, has to
 // be multiplied by. `pairs[l]` gives E_A as other.factor (its type is out_dtype) and B as

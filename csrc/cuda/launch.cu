@@ -82,7 +82,13 @@ struct HostTables {
     const int64_t r = p.rank, rr = r * r, blocks = block_count(side, p.rank);
     add_blocks(reduce_blocks, int(sides.size()), side, p.rank);
     const int index = int(sides.size());
-    SideTask task{side, p.rank, dtype, p.rtol, int(blocks), index ^ 1};
+    SideTask task{};
+    task.side = side;
+    task.rank = p.rank;
+    task.dtype = dtype;
+    task.rtol = p.rtol;
+    task.blocks = int(blocks);
+    task.partner = index ^ 1;
     task.partial = arena.take<double>(blocks * 4 * rr);
     task.gram = arena.take<double>(4 * rr);
     task.second = arena.take<double>(4 * rr);
@@ -122,7 +128,8 @@ cudaError_t perturb(const Problem& problem, void* workspace, void* norms, DType 
   return cudaGetLastError();
 }
 
-cudaError_t bound(const Problem& problem, void* workspace, float* factors, cudaStream_t stream) {
+cudaError_t bound(const Problem& problem, void* workspace, void* factors, DType factors_dtype,
+                  cudaStream_t stream) {
   Arena arena(workspace);
   const HostTables tables(problem, arena);
   const Tables& t = tables.device;
@@ -130,7 +137,8 @@ cudaError_t bound(const Problem& problem, void* workspace, float* factors, cudaS
   if (error != cudaSuccess) return error;
   EFLAT_LAUNCH(reduce_kernel, t.reduce_count, kThreads, kSharedBytes, stream, t);
   EFLAT_LAUNCH(applied_norm_kernel, t.pair_count, 32, 0, stream, t);
-  EFLAT_LAUNCH(bound_kernel, 1, 1, 0, stream, t, problem.rho, problem.global_norm, factors);
+  EFLAT_LAUNCH(bound_kernel, 1, 1, 0, stream, t, problem.rho, problem.global_norm, factors,
+               factors_dtype);
   return cudaGetLastError();
 }
 

@@ -19,6 +19,7 @@ cudaError_t perturb(const Problem& problem, void* workspace, void* norms, DType 
                     int64_t* skipped, cudaStream_t stream);
 
 // As cpu::bound.
-cudaError_t bound(const Problem& problem, void* workspace, float* factors, cudaStream_t stream);
+cudaError_t bound(const Problem& problem, void* workspace, void* factors, DType factors_dtype,
+                  cudaStream_t stream);
 
 }  // namespace eflat::cuda

@@ -69,17 +69,22 @@ struct TableLayers {  // what finish_scales asks
   __device__ DType dtype(int l) const { return t.pairs[l].out_dtype; }
 };
 
+// values[l] = x, values of float64 or float32.
+__device__ inline void report(void* values, DType dtype, int l, double x) {
+  if (dtype == DType::f64) {
+    static_cast<double*>(values)[l] = x;
+  } else {
+    static_cast<float*>(values)[l] = float(x);
+  }
+}
+
 // One thread: a few flops per layer, in a fixed order.
 __global__ void scales_kernel(Tables t, double rho, bool global_norm, void* norms,
                               DType norms_dtype, int64_t* skipped) {
   TableLayers layers{t};
   finish_scales(layers, t.pair_count, rho, global_norm);
   for (int l = 0; l < t.pair_count; ++l) {
-    if (norms_dtype == DType::f64) {
-      static_cast<double*>(norms)[l] = t.norms[l];
-    } else {
-      static_cast<float*>(norms)[l] = float(t.norms[l]);
-    }
+    report(norms, norms_dtype, l, t.norms[l]);
     if (skipped && !usable(t.norms[l])) ++*skipped;
   }
 }
@@ -97,12 +102,12 @@ __global__ void __launch_bounds__(32) applied_norm_kernel(Tables t) {
 }
 
 // factors = min(1, rho / norm), by layer or for all.
-__global__ void bound_kernel(Tables t, double rho, bool global_norm, float* factors) {
+__global__ void bound_kernel(Tables t, double rho, bool global_norm, void* factors, DType dtype) {
   double squares = 0;
   for (int l = 0; l < t.pair_count; ++l) squares += t.norms[l] * t.norms[l];
   for (int l = 0; l < t.pair_count; ++l) {
     const double norm = global_norm ? sqrt(squares) : t.norms[l];
-    factors[l] = norm > rho ? float(rho / norm) : 1.0f;
+    report(factors, dtype, l, norm > rho ? rho / norm : 1.0);
   }
 }
 

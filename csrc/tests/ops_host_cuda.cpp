@@ -12,15 +12,14 @@ struct HostCuda {
 
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
     std::vector<double> space = workspace(problem);
-    const DType dtype = norms.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
-    cuda::perturb(problem, space.data(), norms.mutable_data_ptr(), dtype, count, nullptr);
+    cuda::perturb(problem, space.data(), norms.mutable_data_ptr(), dtype_of(norms), count, nullptr);
   }
 
   void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
     const Problem problem{pairs.data(), int(pairs.size()), rho, global_norm, {false, 0}};
     std::vector<double> space = workspace(problem);
-    cuda::bound(problem, space.data(), static_cast<float*>(factors.mutable_data_ptr()), nullptr);
+    cuda::bound(problem, space.data(), factors.mutable_data_ptr(), dtype_of(factors), nullptr);
   }
 
  private:

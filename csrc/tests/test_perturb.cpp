@@ -103,10 +103,12 @@ void agrees_with_the_formula(std::mt19937& random) {
                            {33, 700, 16}, {1100, 50, 20}, {90, 80, 40}};
   for (const auto& [n, m, r] : shapes) {
     for (bool onto_B : {true, false}) {
+      const int threads = onto_B ? 1 : 64;  // whole pairs, or blocks of them
       Example x(n, m, r, random);
       const Pair pair = x.pair(onto_B);
       double norm = NAN, expected_norm;
-      CHECK(cpu::perturb({&pair, 1, 0.1, false, {}}, &norm, serially) == 0, "nothing to skip");
+      CHECK(cpu::perturb({&pair, 1, 0.1, false, {}}, &norm, serially, threads) == 0,
+            "nothing to skip");
       const Matrix expected = x.expected(onto_B, 2.0, 0.1, &expected_norm);
       const double error = relative_error(x.E, expected);
       CHECK(error < 1e-9, "%d %d %d: E is off by %g", n, m, r, error);
@@ -116,7 +118,7 @@ void agrees_with_the_formula(std::mt19937& random) {
   }
 }
 
-void bad_values_leave_others_alone(std::mt19937& random) {
+void bad_values_leave_others_alone(std::mt19937& random, int threads) {
   for (double bad : {double(NAN), double(INFINITY), 0.0}) {
     Example good(30, 20, 4, random), other(30, 20, 4, random);
     if (bad == 0) {
@@ -127,7 +129,7 @@ void bad_values_leave_others_alone(std::mt19937& random) {
     }
     const Pair pairs[] = {good.pair(true), other.pair(true)};
     double norms[2] = {NAN, NAN};
-    CHECK(cpu::perturb({pairs, 2, 0.1, true, {}}, norms, serially) == 1, "one is skipped");
+    CHECK(cpu::perturb({pairs, 2, 0.1, true, {}}, norms, serially, threads) == 1, "one is skipped");
     double expected_norm;
     CHECK(relative_error(good.E, good.expected(true, 2.0, 0.1, &expected_norm)) < 1e-9, "good");
     for (double e : other.E) CHECK(e == 0, "E of the bad layer is %g", e);
@@ -140,6 +142,6 @@ void bad_values_leave_others_alone(std::mt19937& random) {
 int main() {
   std::mt19937 random(std::random_device{}());
   agrees_with_the_formula(random);
-  bad_values_leave_others_alone(random);
+  for (int threads : {1, 64}) bad_values_leave_others_alone(random, threads);
   std::printf("perturb (%s): 1 passed, 0 failed\n", cpu::kernels().name);
 }
