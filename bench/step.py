@@ -13,7 +13,6 @@ average, both float32.
 """
 
 import argparse
-import json
 import resource
 import statistics
 import subprocess
@@ -21,8 +20,7 @@ import sys
 import time
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from timing import arguments, machine, new_plot, print_table, write_json
 
 from eflat_ext import finetune
 from eflat_ext.config import FinetuneConfig
@@ -94,43 +92,31 @@ def print_peak(method):
 
 
 def plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6, 2.4), layout="constrained")
-    ax.barh([r["method"] for r in rows], [r["step / LoRA's"] for r in rows])
+    fig, ax = new_plot(figsize=(6, 2.4))
+    ax.barh([row["method"] for row in rows], [row["step"] for row in rows])
     ax.invert_yaxis()
     ax.set_xlabel("time of a training step, plain LoRA = 1")
     fig.savefig(path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--json")
-    parser.add_argument("--plot")
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
         return print_peak(args.peak_of)
     ratios, seconds = measure(args.steps)
     rows = [
-        {"method": m, "step / LoRA's": ratios[m], "peak memory, MiB": peak_memory(m)}
-        for m in METHODS
+        {"method": method, "step": ratios[method], "peak_mib": peak_memory(method)}
+        for method in METHODS
     ]
-    table = Table(title=f"LoRA's step: {seconds * 1e3:.0f} ms, {torch.get_num_threads()} threads")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        table.add_row(
-            row["method"], f"{ratios[row['method']]:.3f}", f"{row['peak memory, MiB']:.0f}"
-        )
-    Console().print(table)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    print(f"{machine()}; LoRA's step: {seconds * 1e3:.0f} ms")
+    print_table(
+        ["method", "step / LoRA's step", "peak memory, MiB"],
+        [[row["method"], f"{row['step']:.3f}", f"{row['peak_mib']:.0f}"] for row in rows],
+    )
+    write_json(args.json, rows)
     if args.plot:
         plot(rows, args.plot)
 

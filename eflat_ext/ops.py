@@ -13,6 +13,8 @@ from torch import Tensor
 
 import eflat_ext._C  # noqa: F401  (registers the operators)
 
+from .reference import default_rtol
+
 _FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 256
 MIN_RTOL = 1e-7
@@ -247,7 +249,7 @@ def gram_form(
     In the dtype of its arguments. ``c = rho / (2 scaling^2 norm)``; dividing by another norm gives
     the perturbation of ``norm_scope="global"``.
     """
-    rtol = _default_rtol(A, B) if rtol is None else rtol
+    rtol = default_rtol(A, B) if rtol is None else rtol
     inverse_A = torch.linalg.pinv(A @ A.T, rtol=rtol**2, hermitian=True)
     inverse_B = torch.linalg.pinv(B.T @ B, rtol=rtol**2, hermitian=True)
     N = grad_A @ A.T
@@ -265,20 +267,13 @@ def gram_form(
     return U, norm, rho / (2 * scaling**2 * norm)
 
 
-def _default_rtol(A: Tensor, B: Tensor) -> float:
-    size = max(B.shape[0], A.shape[1], A.shape[0])
-    if A.dtype == torch.float64:
-        return max(MIN_RTOL, size * torch.finfo(torch.float64).eps)
-    return min(size * torch.finfo(torch.float32).eps, 1e-3)
-
-
 def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
     """E and norms of a list of pairs; tensors: all A, all B, all grad_A, all grad_B."""
     count = len(scaling)
     lists = [tensors[i * count : (i + 1) * count] for i in range(4)]
     Us, norms, results = [], [], []
     for A, B, grad_A, grad_B, s in zip(*lists, scaling, strict=True):
-        cutoff = _default_rtol(A, B) if rtol is None else rtol
+        cutoff = default_rtol(A, B) if rtol is None else rtol
         a, b, grad_a, grad_b = (t.double() for t in (A, B, grad_A, grad_B))
         U, norm, _ = gram_form(a, b, grad_a, grad_b, s, rho, onto, cutoff)
         Us.append(U)
