@@ -11,6 +11,9 @@ SOURCE := $(shell find csrc -type f) setup.py pyproject.toml
 # The wheel is tested beside this torch, another one than it is built with.
 OTHER_TORCH ?= 2.14.1
 
+# Threads that spin while they wait cost a factor of 2 to 5 on a machine that does other things, too.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint format core cuda wheel test-wheel bench clean
 
 demo: $(VENV)/built

@@ -41,7 +41,7 @@ def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = N
     """Fine-tune a text classifier with several methods on equal terms and compare them.
 
     Without options: plain LoRA and EFlat-LoRA on a small pretrained model and 10,000 sentences
-    of movie reviews, in about three minutes on two CPU cores. Results go to a new run folder.
+    of movie reviews, in three to four minutes on two CPU cores. Results go to a new run folder.
     """
     from eflat_ext.finetune import run
 
