@@ -21,8 +21,8 @@ class Cuda {
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
     const Tensor space = workspace(problem);
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
-    STD_CUDA_CHECK(cuda::perturb(problem, space.mutable_data_ptr(), norms.mutable_data_ptr(), dtype,
-                                 count, stream_));
+    STD_CUDA_CHECK(cuda::perturb(problem, space.mutable_data_ptr(), norms.mutable_data_ptr(),
+                                 dtype_of(norms), count, stream_));
   }
 
   void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
