@@ -34,10 +34,10 @@ format: $(VENV)/tools
 	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 # The torch-free core with its C++ tests, under sanitizers.
-core:
-	cmake -S . -B build/core -DEFLAT_SANITIZE=address,undefined
-	cmake --build build/core --parallel 2
-	ctest --test-dir build/core --output-on-failure
+core: $(VENV)/tools
+	$(BIN)/cmake -S . -B build/core -DEFLAT_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/core --parallel 2
+	$(BIN)/ctest --test-dir build/core --output-on-failure
 
 # Compiles and links the CUDA module with whatever torch is installed.
 cuda: $(VENV)/tools

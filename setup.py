@@ -50,17 +50,17 @@ def find_cuda_home():
 
 
 MODE = os.environ.get("EFLAT_CUDA", "auto").lower()
-CUDA_HOME = find_cuda_home() if MODE != "0" else None
-CUDA_TORCH = torch.version.cuda is not None
 if MODE not in ("auto", "0", "1"):
     fail(f"EFLAT_CUDA must be auto, 0 or 1, got {MODE!r}")
+CUDA_TORCH = torch.version.cuda is not None
+CUDA_HOME = find_cuda_home() if MODE == "1" or (MODE == "auto" and CUDA_TORCH) else None
 if MODE == "1" and CUDA_HOME is None:
     fail("EFLAT_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to a folder with bin/nvcc")
 if torch.version.hip is not None and MODE == "1":
     fail("EFLAT_CUDA=1, but the installed torch is a ROCm build")
 if CUDA_HOME:
     os.environ["CUDA_HOME"] = CUDA_HOME  # before torch's extension module is imported
-WITH_CUDA = MODE == "1" or (MODE == "auto" and CUDA_TORCH and CUDA_HOME is not None)
+WITH_CUDA = CUDA_HOME is not None
 
 TORCH_TARGET = "2.11"  # the oldest torch that the stable ABI is compiled for
 if tuple(int(x) for x in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
@@ -91,6 +91,14 @@ def architectures():
         capabilities = {torch.cuda.get_device_capability(i) for i in devices}
         return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
     return ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+
+
+def runtime_folder():
+    """Where the toolkit keeps libcudart."""
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if glob(f"{CUDA_HOME}/{folder}/libcudart.so*"):
+            return f"{CUDA_HOME}/{folder}"
+    return fail(f"no libcudart.so in lib64, lib or targets/*/lib of {CUDA_HOME}")
 
 
 ARCHITECTURES = architectures() if WITH_CUDA else []
@@ -136,6 +144,7 @@ class BuildPython(build_py):
             "compiler": compiler,
             "torch_target": TORCH_TARGET,
             "torch_built_with": torch.__version__,
+            "cuda_built_with": torch.version.cuda if WITH_CUDA else None,
         }
         text = f'"""Written by setup.py."""\n\nBUILD_INFO = {info!r}\n'
         folder = Path("eflat_ext") if self.editable_mode else Path(self.build_lib, "eflat_ext")
@@ -169,7 +178,7 @@ if WITH_CUDA:
         ["csrc/ops_cuda.cpp"],
         py_limited_api=True,
         include_dirs=[f"{CUDA_HOME}/include"],
-        library_dirs=[f"{CUDA_HOME}/lib64"],
+        library_dirs=[runtime_folder()],
         extra_compile_args=[*CXX_FLAGS, "-DUSE_CUDA"],
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart"],
     )

@@ -37,6 +37,7 @@ from timing import (
 )
 
 import eflat_ext
+from eflat_ext import ops
 
 RHO, SCALING = 0.05, 2.0
 
@@ -59,24 +60,15 @@ def pinv_form(A, B, grad_A, grad_B):
     return E_W @ torch.linalg.pinv(A) / SCALING
 
 
-def gram_form(A, B, grad_A, grad_B):
-    dtype = A.dtype
-    size = max(B.shape[0], A.shape[1])
-    cutoff = (size * torch.finfo(torch.float32).eps) ** 2
-    inverse_A = torch.linalg.pinv(A @ A.T, rtol=cutoff, hermitian=True)
-    inverse_B = torch.linalg.pinv(B.T @ B, rtol=cutoff, hermitian=True)
-    N = grad_A @ A.T
-    square = (
-        (inverse_A * (grad_B.T @ grad_B)).sum()
-        + (inverse_B * (grad_A @ grad_A.T)).sum()
-        + 2 * ((inverse_A @ grad_B.T @ B) * (inverse_B @ N).T).sum()
-    )
-    c = RHO / (SCALING * square.clamp_min(0).sqrt())
-    return (c * (grad_B @ inverse_A + B @ (inverse_B @ N @ inverse_A))).to(dtype)
+def gram_form(*pair):
+    U, _, c = ops.gram_form(*pair, SCALING, RHO, rtol=ops.default_rtol(*pair[:2]))
+    return c * U
 
 
 def gram_form_64(*pair):
-    return gram_form(*(t.double() for t in pair)).to(pair[0].dtype)
+    rtol = ops.default_rtol(*pair[:2])  # of the type that the factors have
+    U, _, c = ops.gram_form(*(t.double() for t in pair), SCALING, RHO, rtol=rtol)
+    return (c * U).to(pair[0].dtype)
 
 
 def random_pair(n, m, r, condition):

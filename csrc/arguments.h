@@ -204,7 +204,9 @@ struct Arguments {
   }
 
   Problem problem(double rho, Update update) const {
-    return {pairs.data(), int(pairs.size()), rho, global_norm, update};
+    return {pairs.data(), int(pairs.size()),
+            rho,          global_norm,
+            update,       all_float64 ? DType::f64 : DType::f32};
   }
 
   static void check_gradient(const Tensor& grad, const std::string& name, const Tensor& factor,

@@ -36,7 +36,7 @@ inline namespace EFLAT_TARGET {
 template <class Team>
 EFLAT_HD double norm_and_weights(const Team& team, int r, const double* gram_t, const double* P_t,
                                  const double* gram_o, const double* P_o, double scaling,
-                                 DType dtype, double* weights, double* work) {
+                                 DType norms_dtype, double* weights, double* work) {
   const int d = 2 * r;
   double* Q = weights;
   double* FP = work;  // F_o^T P_o
@@ -66,9 +66,9 @@ EFLAT_HD double norm_and_weights(const Team& team, int r, const double* gram_t, 
   // A factor or gradient that is not finite shows in a trace, whatever became of it above.
   const double finite_or_not = trace - trace;
   const double norm = sqrt(square < 0 ? 0 : square) / (2 * fabs(scaling)) + finite_or_not;
-  // Norms of up to 32 bits are reported in float32: what is zero or infinite there counts as such.
+  // What is zero or infinite in the type that norms are reported in counts as such.
   const double reported = static_cast<float>(norm);
-  return dtype == DType::f64 || usable(reported) ? norm : reported;
+  return norms_dtype == DType::f64 || usable(reported) ? norm : reported;
 }
 
 // Weights made in the bases T_t, T_o of pseudo_inverse.h, for the factors and gradients as they

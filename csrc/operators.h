@@ -4,9 +4,9 @@
 // struct Device {
 //   explicit Device(const Tensor& on);
 //   // norms: float64 or float32, (pairs); skipped: int64, 0-d, or null
-//   void perturb(const Problem&, Tensor& norms, Tensor* skipped);
+//   void perturb(const Problem&, const Tensor& norms, const Tensor* skipped);
 //   // factors: as norms
-//   void bound(const std::vector<Pair>&, double rho, bool global_norm, Tensor& factors);
+//   void bound(const std::vector<Pair>&, double rho, bool global_norm, const Tensor& factors);
 // };
 #pragma once
 #include <tuple>

@@ -68,7 +68,9 @@ Norms empty_foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B,
 Tensor empty_foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B,
                            std::vector<double> scaling, double rho, std::string norm_scope) {
   Arguments("A", norm_scope, rho, std::nullopt);
-  return no_pairs(ema.size() + B.size() + scaling.size());
+  check_length("B", B.size(), ema.size());
+  check_length("scaling", scaling.size(), ema.size());
+  return no_pairs(ema.size());
 }
 
 }  // namespace

@@ -21,12 +21,13 @@ class Cuda {
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
     const Tensor space = workspace(problem);
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
-    STD_CUDA_CHECK(cuda::perturb(problem, space.mutable_data_ptr(), norms.mutable_data_ptr(),
-                                 dtype_of(norms), count, stream_));
+    STD_CUDA_CHECK(
+        cuda::perturb(problem, space.mutable_data_ptr(), norms.mutable_data_ptr(), count, stream_));
   }
 
   void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
-    const Problem problem{pairs.data(), int(pairs.size()), rho, global_norm, {false, 0}};
+    const Problem problem{pairs.data(), int(pairs.size()), rho,
+                          global_norm,  {false, 0},        dtype_of(factors)};
     const Tensor space = workspace(problem);
     STD_CUDA_CHECK(cuda::bound(problem, space.mutable_data_ptr(), factors.mutable_data_ptr(),
                                dtype_of(factors), stream_));

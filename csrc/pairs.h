@@ -41,6 +41,7 @@ struct Problem {
   double rho;
   bool global_norm;
   Update update;
+  DType norms_dtype;  // norms are reported in: float64 or float32
 };
 
 }  // namespace eflat

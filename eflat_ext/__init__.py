@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import warnings
 
 import torch
 
@@ -18,7 +19,16 @@ from .optimizers import (
 )
 
 if torch.version.cuda is not None and importlib.util.find_spec("eflat_ext._C_cuda") is not None:
-    import eflat_ext._C_cuda  # noqa: F401  (registers the CUDA kernels)
+    try:
+        import eflat_ext._C_cuda  # noqa: F401  (registers the CUDA kernels)
+    except ImportError as error:
+        from ._build_info import BUILD_INFO
+
+        warnings.warn(
+            f"the CUDA kernels of eflat_ext, built for CUDA {BUILD_INFO['cuda_built_with']}, do "
+            f"not load beside a torch of CUDA {torch.version.cuda}, only the CPU's do: {error}",
+            stacklevel=2,
+        )
 
 
 def build_info() -> dict[str, object]:

@@ -147,7 +147,8 @@ class FinetuneConfig:
         settings = dataclasses.asdict(self)
         del settings["output_dir"]
         for name in ("model", "data", "test_data"):
-            if settings[name] and Path(settings[name]).exists():
+            own = settings[name] in (None, MINILM, MOVIE_REVIEWS)
+            if not own and Path(settings[name]).exists():
                 settings[name] = str(Path(settings[name]).resolve())
         return settings
 

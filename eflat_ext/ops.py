@@ -223,6 +223,10 @@ def _(
 ):
     _check_options(rho, onto, norm_scope, rtol)
     _check_pairs(A, B, grad_A, grad_B, scaling)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    if [e.shape for e in ema] != [t.shape for t in (B if onto == "B" else A)]:
+        raise ValueError(f"ema must have the shapes of {onto}, got {[tuple(e.shape) for e in ema]}")
     return skipped.new_empty(len(A), dtype=_norm_dtype(A) if A else torch.float32)
 
 
@@ -271,18 +275,27 @@ def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
     """E and norms of a list of pairs; tensors: all A, all B, all grad_A, all grad_B."""
     count = len(scaling)
     lists = [tensors[i * count : (i + 1) * count] for i in range(4)]
-    Us, norms, results = [], [], []
+    Us, norms, usable, results = [], [], [], []
     for A, B, grad_A, grad_B, s in zip(*lists, scaling, strict=True):
         cutoff = default_rtol(A, B) if rtol is None else rtol
-        a, b, grad_a, grad_b = (t.double() for t in (A, B, grad_A, grad_B))
-        U, norm, _ = gram_form(a, b, grad_a, grad_b, s, rho, onto, cutoff)
+        pair = [t.double() for t in (A, B, grad_A, grad_B)]
+        with torch.no_grad():
+            _, norm, _ = gram_form(pair[0], pair[1], pair[2], pair[3], s, rho, onto, cutoff)
+            ok = norm.isfinite() & (norm > 0)
+        # A layer that is left alone has no gradient; anything that has one stands in for it.
+        stand_ins = [torch.eye(*t.shape, dtype=t.dtype, device=t.device) for t in pair]
+        pair = [torch.where(ok, t, x) for t, x in zip(pair, stand_ins, strict=True)]
+        U, norm, _ = gram_form(pair[0], pair[1], pair[2], pair[3], s, rho, onto, cutoff)
         Us.append(U)
         norms.append(norm)
-    total = torch.stack(norms).square().sum().sqrt() if norm_scope == "global" else None
-    for A, U, norm, s in zip(lists[0], Us, norms, scaling, strict=True):
-        E = U * (rho / (2 * s**2 * (norm if total is None else total)))
+        usable.append(ok)
+    stacked = torch.stack(norms)
+    total = stacked.where(torch.stack(usable), 0).square().sum().sqrt()
+    for A, U, norm, ok, s in zip(lists[0], Us, norms, usable, scaling, strict=True):
+        shared = torch.where(ok, total, 1) if norm_scope == "global" else norm
+        E = torch.where(ok, U * (rho / (2 * s**2 * shared)), 0)
         results.append(E.to(A.dtype))
-    return results, torch.stack(norms)
+    return results, torch.where(torch.stack(usable), stacked, 0)
 
 
 def _gradients(ctx, grad_E, grad_norms):

@@ -76,7 +76,7 @@ class EFlatLoRA(PerturbingOptimizer):
         self.onto = onto
         self.rtol = rtol
         targets = [getattr(*slot) for slot in self._targets]
-        averages = [torch.zeros_like(t, dtype=_average_dtype(t)) for t in targets]
+        averages = [torch.zeros(t.shape, dtype=_average_dtype(t), device=t.device) for t in targets]
         self._perturbation = (
             _BoundedAverages(averages, self.pairs, norm_scope)
             if onto == "A"

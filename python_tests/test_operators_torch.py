@@ -1,5 +1,7 @@
 """The operators as PyTorch operators: registration, autograd, tracing."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -230,3 +232,27 @@ def test_compiled_backward(dynamic):
             function(*t).backward()
         for x, y in zip(*inputs, strict=True):
             assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_a_layer_that_is_left_alone_has_no_gradient_and_spoils_no_other(bad, scope):
+    good, other = make_pair(1, 7, 6, 3, torch.float64), make_pair(2, 8, 5, 2, torch.float64)
+    other = other._replace(grad_A=other.grad_A * bad, grad_B=other.grad_B * bad)
+    inputs = [t.requires_grad_() for pair in (good, other) for t in pair[:4]]
+    E, norms = ops.foreach_perturb(*lists([good, other]), RHO, "B", scope)
+    gradients = torch.autograd.grad(E[0].sum() + E[1].sum() + norms[0], inputs)
+    alone, norm = ops.perturb(*good, RHO)
+    expected = torch.autograd.grad(alone.sum() + norm, inputs[:4])
+    for gradient, x in zip(gradients, expected, strict=False):
+        torch.testing.assert_close(gradient, x)
+    assert not any(bool(gradient.any()) for gradient in gradients[4:])
+
+
+def test_norms_and_perturbations_agree_in_lists_of_mixed_types():
+    tiny = make_pair(3, 9, 8, 2, torch.float64, consistent=False)
+    tiny = tiny._replace(grad_A=tiny.grad_A * 1e-60, grad_B=tiny.grad_B * 1e-60)
+    E, norms = ops.foreach_perturb(*lists([tiny, make_pair(4, 9, 8, 2)]), RHO)
+    assert norms.dtype == torch.float32 and float(norms[0]) == 0 and not bool(E[0].any())
+    E, norms = ops.foreach_perturb(*lists([tiny]), RHO)
+    assert norms.dtype == torch.float64 and float(norms[0]) > 0 and bool(E[0].any())

@@ -376,3 +376,13 @@ def test_memory_is_one_copy_and_one_average_per_target() -> None:
     flat = bytes_held(lambda model: create_flat_optimizer(model, torch.optim.AdamW, lr=0.1))
     assert 2 * targets <= eflat - plain <= 2 * targets + 64  # counter and norms
     assert targets <= flat - plain <= targets + 64
+
+
+def test_factor_that_is_not_contiguous() -> None:
+    model = lora_mlp()
+    module = model.base_model.model.up.lora_B["default"]
+    module.weight = nn.Parameter(torch.randn(4, 16, dtype=torch.float64).T)
+    assert not module.weight.is_contiguous()
+    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=0.1)
+    train(model, optimizer, 3)
+    assert all(bool(average.any()) for average in optimizer.averages.values())

@@ -1,23 +1,21 @@
 // Which of the compiled instruction sets this processor runs.
 #include <cstdlib>
-#include <cstring>
+#include <string_view>
 
 #include "kernels.h"
 
 namespace eflat::cpu {
 
 static const Kernels& choose() {
-  const char* wanted = std::getenv("EFLAT_CPU");
-  auto allowed = [wanted](const Kernels& k) {
-    return wanted == nullptr || std::strcmp(wanted, k.name) == 0;
-  };
+  [[maybe_unused]] const std::string_view most =
+      std::getenv("EFLAT_CPU") ? std::getenv("EFLAT_CPU") : "";
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  if (avx512 && allowed(kAvx512)) return kAvx512;
-  if (avx2 && allowed(kAvx2)) return kAvx2;
+  if (avx512 && most != "avx2" && most != "baseline") return kAvx512;
+  if (avx2 && most != "baseline") return kAvx2;
 #endif
   return kBaseline;
 }

@@ -15,7 +15,6 @@ constexpr int64_t scratch_size(int64_t r) {
 
 struct Kernels {
   const char* name;
-  int lanes;  // float64 lanes of a vector
 
   // gram (2r, 2r), symmetric, of rows [begin, end) of [factor | grad]; (r, r) without grad.
   // scratch: also for the padded Gram matrix.
@@ -37,7 +36,7 @@ struct Kernels {
   void (*correct_inverse)(int r, bool again, const double* second, double rtol, const double* R,
                           double* inverse, double* work);
   double (*norm_and_weights)(int r, const double* gram_t, const double* P_t, const double* gram_o,
-                             const double* P_o, double scaling, DType dtype, double* weights,
+                             const double* P_o, double scaling, DType norms_dtype, double* weights,
                              double* work);
   void (*leave_bases)(int r, const double* T_t, const double* T_o, double* weights, double* work);
   double (*perturbation_size)(int r, const double* gram_t, double scaling, const double* weights,
@@ -50,7 +49,7 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
-// The fastest that this processor runs; EFLAT_CPU=baseline|avx2|avx512 asks for a lesser one.
+// The fastest that this processor runs; EFLAT_CPU=baseline|avx2 asks for a lesser one.
 const Kernels& kernels();
 
 }  // namespace eflat::cpu

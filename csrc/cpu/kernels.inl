@@ -132,7 +132,7 @@ void pack(const Side& side, int r, int64_t begin, int count, double* z, int ld) 
   }
 }
 
-// Zeroes the padding once, then packs chunk after chunk into z.
+// By type; the padding is the caller's.
 void pack(const Side& side, DType dtype, int r, int64_t begin, int count, double* z, int ld) {
   switch (dtype) {
     case DType::f64:
@@ -334,7 +334,6 @@ void apply(const Side& side, DType dtype, int r, int64_t begin, int64_t end, con
 constexpr cpu::Kernels table(const char* name) {
   return {
       name,
-      kLanes,
       &gram,
       &second_gram,
       &apply,

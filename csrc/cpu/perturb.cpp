@@ -173,7 +173,7 @@ class Perturbation {
       const bool again = t.again || o.again;
       norms_[l] =
           k_.norm_and_weights(r, again ? t.second : t.gram, t.inverse, again ? o.second : o.gram,
-                              o.inverse, p.scaling, p.dtype, weights_[l], work);
+                              o.inverse, p.scaling, problem_.norms_dtype, weights_[l], work);
       if (again) k_.leave_bases(r, t.T, o.T, weights_[l], work);
       sizes_[l] = k_.perturbation_size(r, t.gram, p.scaling, weights_[l], norms_[l], problem_.rho,
                                        p.out_dtype);

@@ -56,7 +56,11 @@ struct HostTables {
   }
 
   cudaError_t copy_to_device(cudaStream_t stream) const {
-    cudaError_t error = copy(device.sides, sides, stream);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaError_t error = cudaStreamIsCapturing(stream, &status);
+    if (error == cudaSuccess && status != cudaStreamCaptureStatusNone)
+      error = cudaErrorStreamCaptureUnsupported;
+    if (error == cudaSuccess) error = copy(device.sides, sides, stream);
     if (error == cudaSuccess) error = copy(device.pairs, pairs, stream);
     if (error == cudaSuccess) error = copy(device.reduce_blocks, reduce_blocks, stream);
     if (error == cudaSuccess) error = copy(device.apply_blocks, apply_blocks, stream);
@@ -64,7 +68,8 @@ struct HostTables {
   }
 
  private:
-  // From pageable memory: staged before the call returns, so the vectors may go afterwards.
+  // From pageable memory: staged before the call returns, which may wait for the stream. A capture
+  // would read the vectors when it is replayed, after they are gone.
   template <class T>
   static cudaError_t copy(const T* to, const std::vector<T>& from, cudaStream_t stream) {
     return cudaMemcpyAsync(const_cast<T*>(to), from.data(), from.size() * sizeof(T),
@@ -110,8 +115,8 @@ int64_t workspace_bytes(const Problem& problem) {
   return arena.used();
 }
 
-cudaError_t perturb(const Problem& problem, void* workspace, void* norms, DType norms_dtype,
-                    int64_t* skipped, cudaStream_t stream) {
+cudaError_t perturb(const Problem& problem, void* workspace, void* norms, int64_t* skipped,
+                    cudaStream_t stream) {
   Arena arena(workspace);
   const HostTables tables(problem, arena);
   const Tables& t = tables.device;
@@ -121,9 +126,9 @@ cudaError_t perturb(const Problem& problem, void* workspace, void* norms, DType 
   EFLAT_LAUNCH(invert_kernel, t.side_count, 32, 0, stream, t);
   EFLAT_LAUNCH(second_reduce_kernel, t.reduce_count, kThreads, kSharedBytes, stream, t);
   EFLAT_LAUNCH(correct_kernel, t.side_count, 32, 0, stream, t);
-  EFLAT_LAUNCH(weights_kernel, t.pair_count, 32, 0, stream, t, problem.rho);
+  EFLAT_LAUNCH(weights_kernel, t.pair_count, 32, 0, stream, t, problem.rho, problem.norms_dtype);
   EFLAT_LAUNCH(scales_kernel, 1, 1, 0, stream, t, problem.rho, problem.global_norm, norms,
-               norms_dtype, skipped);
+               problem.norms_dtype, skipped);
   EFLAT_LAUNCH(apply_kernel, t.apply_count, kThreads, kSharedBytes, stream, t, problem.update);
   return cudaGetLastError();
 }

@@ -13,10 +13,11 @@ namespace eflat::cuda {
 // Bytes of device memory that a call needs.
 int64_t workspace_bytes(const Problem& problem);
 
-// As cpu::perturb. norms: `count` values of norms_dtype; skipped: null, or a counter to add to.
-// Everything is enqueued on `stream`; nothing waits for the device.
-cudaError_t perturb(const Problem& problem, void* workspace, void* norms, DType norms_dtype,
-                    int64_t* skipped, cudaStream_t stream);
+// As cpu::perturb. norms: `count` values of problem.norms_dtype; skipped: null, or a counter to add
+// to. Everything is enqueued on `stream`, which must not be capturing: small tables are copied from
+// the host.
+cudaError_t perturb(const Problem& problem, void* workspace, void* norms, int64_t* skipped,
+                    cudaStream_t stream);
 
 // As cpu::bound.
 cudaError_t bound(const Problem& problem, void* workspace, void* factors, DType factors_dtype,

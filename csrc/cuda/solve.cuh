@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(32) correct_kernel(Tables t) {
                   task.work);
 }
 
-__global__ void __launch_bounds__(32) weights_kernel(Tables t, double rho) {
+__global__ void __launch_bounds__(32) weights_kernel(Tables t, double rho, DType norms_dtype) {
   const int l = blockIdx.x;
   const PairTask& pair = t.pairs[l];
   const SideTask &target = t.sides[pair.target], &other = t.sides[pair.other];
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(32) weights_kernel(Tables t, double rho) {
   const bool again = pair_again(t, target);
   const double norm =
       norm_and_weights(WarpTeam(), r, again ? target.second : target.gram, target.inverse,
-                       again ? other.second : other.gram, other.inverse, pair.scaling, target.dtype,
+                       again ? other.second : other.gram, other.inverse, pair.scaling, norms_dtype,
                        pair.weights, pair.work);
   if (again) leave_bases(WarpTeam(), r, target.T, other.T, pair.weights, pair.work);
   const double size = perturbation_size(WarpTeam(), r, target.gram, pair.scaling, pair.weights,

@@ -240,7 +240,11 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 
 // The little of the runtime that launch.cu uses: host memory is device memory.
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorStreamCaptureUnsupported };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) {
+  return cudaSuccess;
+}
 enum { cudaMemcpyHostToDevice };
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
   std::memcpy(to, from, bytes);

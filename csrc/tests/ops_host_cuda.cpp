@@ -13,11 +13,12 @@ struct HostCuda {
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
     std::vector<double> space = workspace(problem);
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
-    cuda::perturb(problem, space.data(), norms.mutable_data_ptr(), dtype_of(norms), count, nullptr);
+    cuda::perturb(problem, space.data(), norms.mutable_data_ptr(), count, nullptr);
   }
 
   void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
-    const Problem problem{pairs.data(), int(pairs.size()), rho, global_norm, {false, 0}};
+    const Problem problem{pairs.data(), int(pairs.size()), rho,
+                          global_norm,  {false, 0},        dtype_of(factors)};
     std::vector<double> space = workspace(problem);
     cuda::bound(problem, space.data(), factors.mutable_data_ptr(), dtype_of(factors), nullptr);
   }

@@ -107,7 +107,7 @@ void agrees_with_the_formula(std::mt19937& random) {
       Example x(n, m, r, random);
       const Pair pair = x.pair(onto_B);
       double norm = NAN, expected_norm;
-      CHECK(cpu::perturb({&pair, 1, 0.1, false, {}}, &norm, serially, threads) == 0,
+      CHECK(cpu::perturb({&pair, 1, 0.1, false, {}, DType::f64}, &norm, serially, threads) == 0,
             "nothing to skip");
       const Matrix expected = x.expected(onto_B, 2.0, 0.1, &expected_norm);
       const double error = relative_error(x.E, expected);
@@ -129,7 +129,8 @@ void bad_values_leave_others_alone(std::mt19937& random, int threads) {
     }
     const Pair pairs[] = {good.pair(true), other.pair(true)};
     double norms[2] = {NAN, NAN};
-    CHECK(cpu::perturb({pairs, 2, 0.1, true, {}}, norms, serially, threads) == 1, "one is skipped");
+    CHECK(cpu::perturb({pairs, 2, 0.1, true, {}, DType::f64}, norms, serially, threads) == 1,
+          "one is skipped");
     double expected_norm;
     CHECK(relative_error(good.E, good.expected(true, 2.0, 0.1, &expected_norm)) < 1e-9, "good");
     for (double e : other.E) CHECK(e == 0, "E of the bad layer is %g", e);
