@@ -48,12 +48,30 @@ struct Cpu {
   }
 };
 
+// What is called where no kernel is registered for the arguments' device, or nothing has one.
+constexpr const char* kNoKernels =
+    "this build of eflat_ext has no kernels for the device or layout of its arguments: they must "
+    "be "
+    "dense, and CUDA tensors need a build with EFLAT_CUDA=1";
+
 Tensor no_pairs(size_t count) {
-  STD_TORCH_CHECK(count == 0,
-                  "this build of eflat_ext has no kernels for the device of its arguments: build "
-                  "with EFLAT_CUDA=1 for CUDA tensors");
+  STD_TORCH_CHECK(count == 0, kNoKernels);
   const std::vector<int64_t> empty{0};
   return torch::stable::empty(empty, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> no_perturb(Tensor A, Tensor, Tensor, Tensor, double, double, std::string,
+                                      std::optional<double>) {
+  STD_TORCH_CHECK(false, kNoKernels);
+  return {A, A};
+}
+
+Tensor no_foreach_perturb_ema_(std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+                               std::vector<Tensor>, std::vector<Tensor>, Tensor skipped,
+                               std::vector<double>, double, double, std::string, std::string,
+                               std::optional<double>) {
+  STD_TORCH_CHECK(false, kNoKernels);
+  return skipped;
 }
 
 Norms empty_foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B,
@@ -81,7 +99,9 @@ STABLE_TORCH_LIBRARY(eflat, m) { EFLAT_DEFINE(m); }
 STABLE_TORCH_LIBRARY_IMPL(eflat, CPU, m) { EFLAT_REGISTER(m, eflat::Cpu); }
 
 STABLE_TORCH_LIBRARY_IMPL(eflat, CompositeExplicitAutograd, m) {
+  m.impl("perturb", TORCH_BOX(&eflat::no_perturb));
   m.impl("foreach_perturb", TORCH_BOX(&eflat::empty_foreach_perturb));
+  m.impl("foreach_perturb_ema_", TORCH_BOX(&eflat::no_foreach_perturb_ema_));
   m.impl("foreach_bound", TORCH_BOX(&eflat::empty_foreach_bound));
 }
 

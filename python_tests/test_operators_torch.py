@@ -256,3 +256,19 @@ def test_norms_and_perturbations_agree_in_lists_of_mixed_types():
     assert norms.dtype == torch.float32 and float(norms[0]) == 0 and not bool(E[0].any())
     E, norms = ops.foreach_perturb(*lists([tiny]), RHO)
     assert norms.dtype == torch.float64 and float(norms[0]) > 0 and bool(E[0].any())
+
+
+def test_tensors_without_a_kernel_are_refused_in_words():
+    pair = make_pair(5, 9, 8, 2)
+    sparse = [t.to_sparse() for t in pair[:4]]
+    skipped = torch.zeros((), dtype=torch.int64)
+    for call in (
+        lambda: ops.perturb(*sparse, 2.0, RHO),
+        lambda: ops.foreach_perturb(*([t] for t in sparse), [2.0], RHO),
+        lambda: ops.foreach_bound([sparse[0]], [sparse[1]], [2.0], RHO),
+        lambda: ops.foreach_perturb_ema_(
+            *([t] for t in sparse), [sparse[1]], skipped.to_sparse(), [2.0], RHO, 0.9
+        ),
+    ):
+        with pytest.raises(RuntimeError, match="no kernels for the device or layout"):
+            call()
