@@ -151,7 +151,7 @@ def _no_plain_pair(layer: Any, adapter: str, shared: set[int]) -> str:
     for factor in (A.weight, B.weight):
         if _is_dtensor(factor):
             raise NotImplementedError(
-                f"{type(layer).__name__}: factors sharded as DTensor are not supported yet"
+                f"{type(layer).__name__}: factors sharded as DTensor are not supported"
             )
         if factor.data_ptr() in shared:
             return "factor shares its memory with another parameter"

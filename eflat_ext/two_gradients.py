@@ -28,7 +28,7 @@ class TwoGradients(PerturbingOptimizer):
 
     def _perturbations(self, rho: float, rows: PairList) -> tuple[list[int], list[Tensor], Tensor]:
         """Indices of targets, what to add to them, and the norms of the rows."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: what the two methods differ in
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
