@@ -17,6 +17,23 @@ struct Side {
   bool transposed;
 };
 
+// torch.optim.AdamW of one factor; hyperparameters of its own, since parameter groups may differ.
+struct AdamW {
+  void* factor;  // written: the factor of the pair's side
+  void* exp_avg;
+  void* exp_avg_sq;    // both of the factor's type
+  const float* step;   // this step's number, where the kernels can read it; null: step_number
+  double step_number;  // from 1
+  double lr, beta1, beta2, eps, weight_decay;
+};
+
+// The optimizer's step of a pair, after its perturbation has gone into the moving average: the
+// target returns to its clean values, then AdamW of both factors.
+struct Step {
+  const void* clean;  // like the target
+  AdamW target, other;
+};
+
 // A LoRA pair and what is to be done with its perturbation E, which has the target's shape.
 struct Pair {
   Side target;  // the factor that E is for
@@ -27,6 +44,7 @@ struct Pair {
   double rtol;
   void* out;  // E, or the moving average of it
   DType out_dtype;
+  const Step* step;  // null: the perturbation alone
 };
 
 // out = E, or out = (1 - beta) out + beta E where E is usable.

@@ -69,7 +69,8 @@ struct Example {
             2.0,
             1e-7,
             E.data(),
-            DType::f64};
+            DType::f64,
+            nullptr};
   }
 
   // Equations (1)-(3) for factors of full rank: A^+ = A^T (A A^T)^-1, B^+ = (B^T B)^-1 B^T.
