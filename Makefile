@@ -33,11 +33,13 @@ format: $(VENV)/tools
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-# The torch-free core with its C++ tests, under sanitizers.
+# The torch-free core and the CUDA sources on the CPU, with their C++ tests, under sanitizers.
 core: $(VENV)/tools
-	$(BIN)/cmake -S . -B build/core -DEFLAT_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/core --parallel 2
-	$(BIN)/ctest --test-dir build/core --output-on-failure
+	for sanitize in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B build/core/$$sanitize -DEFLAT_SANITIZE=$$sanitize && \
+	  $(BIN)/cmake --build build/core/$$sanitize --parallel 2 && \
+	  $(BIN)/ctest --test-dir build/core/$$sanitize --parallel 2 --output-on-failure || exit 1; \
+	done
 
 # Compiles and links the CUDA module with whatever torch is installed.
 cuda: $(VENV)/tools

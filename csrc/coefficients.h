@@ -40,29 +40,24 @@ EFLAT_HD double norm_and_weights(const Team& team, int r, const double* gram_t, 
   const int d = 2 * r;
   double* Q = weights;
   double* FP = work;  // F_o^T P_o
-  for (int i = 0; i < r; ++i) {
-    for (int j = team.lane(); j < r; j += team.lanes()) FP[i * r + j] = 0;
-    for (int k = 0; k < r; ++k) {
-      const double f = gram_o[k * d + r + i];
-      for (int j = team.lane(); j < r; j += team.lanes()) FP[i * r + j] += f * P_o[k * r + j];
-    }
-  }
+  for (int i = team.row(); i < r; i += team.rows())
+    combine_rows(team, r, r, gram_o + r + i, d, P_o, r, nullptr, 1, FP + i * r);
   team.sync();
   multiply(team, r, r, r, P_t, FP, Q);
   copy(team, r * r, P_o, weights + r * r);
 
   double square = 0, trace = 0;
-  for (int i = 0; i < r; ++i) {
+  for (int i = team.row(); i < r; i += team.rows()) {
     EFLAT_SUM_OVER(square)
     for (int j = team.lane(); j < r; j += team.lanes())
       square += P_o[i * r + j] * gram_t[(r + i) * d + r + j] +
                 P_t[i * r + j] * gram_o[(r + i) * d + r + j] +
                 2 * Q[i * r + j] * gram_t[i * d + r + j];
   }
-  for (int i = team.lane(); i < d; i += team.lanes())
+  for (int i = thread_of(team); i < d; i += threads_of(team))
     trace += gram_t[i * d + i] + gram_o[i * d + i];
-  square = team.sum(square);
-  trace = team.sum(trace);
+  square = team.total(square);
+  trace = team.total(trace);
   // A factor or gradient that is not finite shows in a trace, whatever became of it above.
   const double finite_or_not = trace - trace;
   const double norm = sqrt(square < 0 ? 0 : square) / (2 * fabs(scaling)) + finite_or_not;
@@ -95,14 +90,14 @@ EFLAT_HD double perturbation_size(const Team& team, int r, const double* gram_t,
       sqrt(trace) * sqrt(dot(team, d * r, weights, weights)) / (2 * scaling * scaling);
   if (!usable(norm) || rho * bound <= largest_finite(dtype) * norm) return bound;
   double square = 0;
-  for (int i = 0; i < d; ++i) {
+  for (int i = team.row(); i < d; i += team.rows()) {
     for (int j = team.lane(); j < r; j += team.lanes()) {
       double v = 0;
       for (int k = 0; k < d; ++k) v += gram_t[i * d + k] * weights[k * r + j];
       square += v * weights[i * r + j];
     }
   }
-  square = team.sum(square);
+  square = team.total(square);
   return sqrt(square < 0 ? 0 : square) / (2 * scaling * scaling);
 }
 

@@ -22,7 +22,7 @@ struct AdamW {
   void* factor;  // written: the factor of the pair's side
   void* exp_avg;
   void* exp_avg_sq;    // both of the factor's type
-  const float* step;   // this step's number, where the kernels can read it; null: step_number
+  float* step;         // the steps so far, where the kernels can raise it; null: step_number
   double step_number;  // from 1
   double lr, beta1, beta2, eps, weight_decay;
 };

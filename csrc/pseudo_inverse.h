@@ -39,7 +39,8 @@ EFLAT_HD void truncated_inverse(const Team& team, int k, int r, double shift, do
     const double value = eigenvalues[p] - shift;
     if (!(value > rtol * rtol * largest)) continue;
     const double f = 1 / (sqrt(eigenvalues[p]) * sqrt(value));
-    for (int j = team.lane(); j < r; j += team.lanes()) work[kept * r + j] = f * rows[p * r + j];
+    if (kept % team.rows() == team.row())
+      for (int j = team.lane(); j < r; j += team.lanes()) work[kept * r + j] = f * rows[p * r + j];
     ++kept;
   }
   team.sync();
@@ -47,79 +48,82 @@ EFLAT_HD void truncated_inverse(const Team& team, int k, int r, double shift, do
 }
 
 // First pass. M: (r, r); inverse: out, M^+; R, T: out, (r, r), R T = 1. Returns whether a second
-// pass is needed; where it is not, R and T are the identity.
-// eigenvalues: r; work: 2 r^2 + r.
+// pass is needed; where it is not, R and T are not written.
+// work: 2 r^2 + 2 r.
 template <class Team>
 EFLAT_HD bool invert_gram(const Team& team, int r, const double* M, double rtol, DType dtype,
-                          double* inverse, double* R, double* T, double* eigenvalues,
-                          double* work) {
+                          double* inverse, double* R, double* T, double* work) {
   const double precise = inversion_tolerance(dtype) / kEps64, above_cutoff = 0.25 / (rtol * rtol);
   const double limit = precise < above_cutoff ? precise : above_cutoff;
-  bool again = false;
-  if (!inverse_if_well_conditioned(team, r, M, limit, inverse, work)) {
-    team.sync();
-    double* shifted = work;
-    double shift = 0;
-    for (int j = 0; j < r; ++j) shift += 16 * kEps64 * M[j * r + j];
-    for (int e = team.lane(); e < r * r; e += team.lanes())
-      shifted[e] = M[e] + (e % (r + 1) == 0 ? shift : 0);
-    team.sync();
-    const int k = pivoted_cholesky(team, r, shifted, R, work + r * r);
-    orthogonalise_rows(team, k, r, R, eigenvalues);
-    const double largest = largest_of(k, eigenvalues) - shift;
-    double smallest = largest;  // that counts, or that might after correction
-    for (int p = 0; p < k; ++p) {
-      const double value = eigenvalues[p] - shift;
-      if (value > 0.25 * rtol * rtol * largest && value < smallest) smallest = value;
-    }
-    // k < r: the factor is zero or not finite.
-    again = k == r && largest * kEps64 > inversion_tolerance(dtype) * smallest;
-    truncated_inverse(team, k, r, shift, rtol, R, eigenvalues, inverse, work);
+  if (inverse_if_well_conditioned(team, r, M, limit, inverse, work)) return false;
+  team.sync();
+  double* shifted = work;
+  double* rows = work + r * r;
+  double* eigenvalues = work + 2 * r * r;
+  double shift = 0;
+  for (int j = 0; j < r; ++j) shift += 16 * kEps64 * M[j * r + j];
+  for (int e = thread_of(team); e < r * r; e += threads_of(team))
+    shifted[e] = M[e] + (e % (r + 1) == 0 ? shift : 0);
+  team.sync();
+  const int k = pivoted_cholesky(team, r, shifted, r, rows, eigenvalues + r);
+  orthogonalise_rows(team, k, r, rows, eigenvalues);
+  const double largest = largest_of(k, eigenvalues) - shift;
+  double smallest = largest;  // that counts, or that might after correction
+  for (int p = 0; p < k; ++p) {
+    const double value = eigenvalues[p] - shift;
+    if (value > 0.25 * rtol * rtol * largest && value < smallest) smallest = value;
   }
-  for (int j = 0; j < r; ++j) {
-    for (int p = team.lane(); p < r; p += team.lanes()) {
-      if (again) {
-        T[j * r + p] = R[p * r + j] / eigenvalues[p];
-      } else {
-        T[j * r + p] = R[j * r + p] = j == p;
-      }
+  truncated_inverse(team, k, r, shift, rtol, rows, eigenvalues, inverse, shifted);
+  // k < r: the factor is zero or not finite.
+  const bool again = k == r && largest * kEps64 > inversion_tolerance(dtype) * smallest;
+  if (!again) return false;
+  for (int p = team.row(); p < r; p += team.rows()) {
+    for (int j = team.lane(); j < r; j += team.lanes()) {
+      R[p * r + j] = rows[p * r + j];
+      T[j * r + p] = rows[p * r + j] / eigenvalues[p];
     }
   }
   team.sync();
-  return again;
+  return true;
+}
+
+// The bases of a side that is not why its pair needs a second pass.
+template <class Team>
+EFLAT_HD void identity_bases(const Team& team, int r, double* R, double* T) {
+  for (int e = thread_of(team); e < r * r; e += threads_of(team)) R[e] = T[e] = e % (r + 1) == 0;
+  team.sync();
 }
 
 // After the second pass. second: (2r, 2r), the Gram matrix of [X T | ...]; again: as invert_gram
 // returned for this side; inverse: M^+ of the first pass, replaced by that in the basis T.
-// work: 3 r^2 + 2 r.
+// work: 2 r^2 + 2 r.
 template <class Team>
 EFLAT_HD void correct_inverse(const Team& team, int r, bool again, const double* second,
                               double rtol, const double* R, double* inverse, double* work) {
   if (!again) return;  // T is the identity
-  double* M = work;
-  double* root = work + r * r;
-  double* corrected = work + 2 * r * r;  // corrected^T corrected = X^T X
-  double* eigenvalues = work + 3 * r * r;
-  for (int i = 0; i < r; ++i)
-    for (int j = team.lane(); j < r; j += team.lanes()) M[i * r + j] = second[i * 2 * r + j];
-  team.sync();
-  const int rank = pivoted_cholesky(team, r, M, root, eigenvalues + r);
+  double* root = work;
+  double* corrected = work + r * r;  // corrected^T corrected = X^T X
+  double* eigenvalues = work + 2 * r * r;
+  const int rank = pivoted_cholesky(team, r, second, 2 * r, root, eigenvalues + r);
   multiply(team, rank, r, r, root, R, corrected);
   orthogonalise_rows(team, rank, r, corrected, eigenvalues);
   // R M^+ R^T, from its roots: M^+ itself would lose cond^2 here.
   const double largest = largest_of(rank, eigenvalues);
+  double* kept_rows = work;
   int kept = 0;
   for (int p = 0; p < rank; ++p) {
     if (!(eigenvalues[p] > rtol * rtol * largest)) continue;
-    for (int j = team.lane(); j < r; j += team.lanes()) {
-      double sum = 0;
-      for (int i = 0; i < r; ++i) sum += corrected[p * r + i] * R[j * r + i];
-      work[kept * r + j] = sum / eigenvalues[p];
+    if (kept % team.rows() == team.row()) {
+      for (int j = team.lane(); j < r; j += team.lanes()) {
+        double sum = 0;
+        for (int i = 0; i < r; ++i) sum += corrected[p * r + i] * R[j * r + i];
+        kept_rows[kept * r + j] = sum / eigenvalues[p];
+      }
     }
     ++kept;
   }
   team.sync();
-  gram_of_rows(team, kept, r, work, inverse);
+  gram_of_rows(team, kept, r, kept_rows, inverse);
 }
 
 }  // namespace EFLAT_TARGET

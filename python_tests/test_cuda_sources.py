@@ -1,7 +1,8 @@
 """The CUDA kernels' own sources, run on the CPU, give the reference's numbers.
 
-``csrc/tests/ops_host_cuda.cpp`` registers the operators as ``torch.ops.eflat_host_cuda``: every
-CUDA thread is a fiber, workspace and shared memory are poisoned with NaN.
+``csrc/tests/ops_host_cuda.cpp`` registers the operators as ``torch.ops.eflat_float64`` and
+``torch.ops.eflat_two_float``, after the kernels' two arithmetics: every CUDA thread is a fiber,
+workspace and shared memory are poisoned with NaN.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from eflat_ext import reference
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def host_cuda():
+@pytest.fixture(scope="module")
+def built():
     folder = ROOT / "build" / "host_cuda"
     folder.mkdir(parents=True, exist_ok=True)
     cpp_extension.load(
         "eflat_host_cuda",
-        [str(ROOT / "csrc" / "tests" / "ops_host_cuda.cpp")],
+        [str(ROOT / "csrc" / "tests" / name) for name in ("ops_host_cuda.cpp", "host_cuda.cpp")],
         extra_cflags=[
             "-O2",
             "-std=c++20",
@@ -53,8 +54,14 @@ def host_cuda():
     )
 
 
+@pytest.fixture(autouse=True, scope="module", params=["float64", "two_float"])
+def ops(request, built):
+    global kernels
+    kernels = getattr(torch.ops, f"eflat_{request.param}")
+
+
 def foreach_perturb(given: list[Pair], onto: str, norm_scope: str):
-    return torch.ops.eflat_host_cuda.foreach_perturb(*lists(given), RHO, onto, norm_scope, None)
+    return kernels.foreach_perturb(*lists(given), RHO, onto, norm_scope, None)
 
 
 def check(given: list[Pair], onto: str, norm_scope: str) -> None:
@@ -73,24 +80,70 @@ def check(given: list[Pair], onto: str, norm_scope: str) -> None:
 
 
 small = st.integers(1, 40)
-small_ranks = st.integers(1, 12)
+# Whole vectors, whole fragments, and neither; one square of a Gram matrix, and several.
+sizes = st.one_of(small, st.sampled_from([64, 128, 132, 150]))
+ranks = st.one_of(st.integers(1, 12), st.sampled_from([16, 17, 24, 32, 33, 48, 64]))
 
 
-@settings(max_examples=60)
-@given(st.lists(pairs(sizes=small, ranks=small_ranks), min_size=1, max_size=4), sides, scopes)
+@settings(max_examples=250)
+@given(st.lists(pairs(sizes=sizes, ranks=ranks), min_size=1, max_size=4), sides, scopes)
 def test_mixed_lists(given, onto, norm_scope):
     assume(not any(ambiguous(pair) for pair in given))
     check(given, onto, norm_scope)
 
 
+@settings(max_examples=20)
+@given(st.lists(pairs(sizes=small, ranks=st.integers(1, 10)), min_size=1, max_size=3), sides, scopes)
+def test_naive_kernels_are_a_second_witness(given, onto, norm_scope):
+    assume(not any(ambiguous(pair) for pair in given))
+    E, norms = foreach_perturb(given, onto, norm_scope)
+    expected, expected_norms = torch.ops.eflat_naive.foreach_perturb(
+        *lists(given), RHO, onto, norm_scope, None
+    )
+    for e, x, norm, expected_norm in zip(E, expected, norms, expected_norms, strict=True):
+        assert float(norm) == pytest.approx(float(expected_norm), rel=1e-6)
+        assert error(e, x) <= {8: 1e-9, 4: 2e-7, 2: 4e-3}[e.element_size()]
+
+
 @pytest.mark.parametrize("onto", ["B", "A"])
-@pytest.mark.parametrize("n, m, r", [(1300, 5, 4), (5, 1100, 16), (700, 600, 33), (90, 80, 96)])
-def test_more_than_one_block_and_chunk(n, m, r, onto):
-    check([make_pair(n + r, n, m, r, torch.float32)], onto, "layer")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "n, m, r", [(1300, 5, 4), (8, 1100, 16), (700, 600, 33), (520, 640, 64), (90, 80, 96)]
+)
+def test_more_than_one_block_and_chunk(n, m, r, onto, dtype):
+    check([make_pair(n + r, n, m, r, dtype)], onto, "layer")
 
 
-def test_largest_rank():
-    check([make_pair(3, 300, 290, 256, torch.float32)], "B", "layer")
+@pytest.mark.parametrize("r", [65, 100, 128, 255, 256])
+def test_large_ranks(r):
+    check([make_pair(r, 300, 290, r, torch.float32)], "B", "layer")
+
+
+@pytest.mark.parametrize("norm_scope", ["layer", "global"])
+def test_more_pairs_than_one_launch_takes(norm_scope):
+    given = [make_pair(seed, 9 + seed % 7, 8, 1 + seed % 3) for seed in range(300)]
+    check([pair for pair in given if not ambiguous(pair)][:290], "B", norm_scope)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+def test_magnitudes_that_float32_products_cannot_hold(scale):
+    pair = make_pair(11, 60, 50, 6)
+    _, norms = foreach_perturb([pair], "B", "layer")
+    E, _ = foreach_perturb([pair], "B", "layer")
+    pair.grad_A.mul_(scale)
+    pair.grad_B.mul_(scale)
+    scaled, scaled_norms = foreach_perturb([pair], "B", "layer")
+    assert error(scaled[0], E[0]) < 1e-6
+    assert float(scaled_norms / norms) == pytest.approx(scale, rel=1e-5)
+
+
+def test_strides_that_no_vector_fits():
+    pair = make_pair(12, 64, 72, 8)
+    shifted = []
+    for t in pair[:4]:
+        storage = torch.empty(t.numel() + 1)
+        shifted.append(storage[1:].view(t.shape).copy_(t))  # 4 bytes from alignment
+    check([Pair(*shifted, pair.scaling)], "B", "layer")
 
 
 @pytest.mark.parametrize("onto", ["B", "A"])
@@ -131,7 +184,7 @@ def test_moving_average(onto):
     before = [e.clone() for e in ema]
     skipped = torch.zeros((), dtype=torch.int64)
     arguments = lists([good, bad])
-    norms = torch.ops.eflat_host_cuda.foreach_perturb_ema_(
+    norms = kernels.foreach_perturb_ema_(
         *arguments[:4], ema, skipped, arguments[4], RHO, 0.3, onto
     )
     expected, _ = reference.perturb(*good, RHO, onto)
@@ -145,7 +198,7 @@ def test_bound(norm_scope):
     given = [make_pair(1, 50, 40, 6), make_pair(2, 20, 30, 3)]
     ema = [torch.randn(p.A.shape) for p in given]
     scaling = [p.scaling for p in given]
-    factors = torch.ops.eflat_host_cuda.foreach_bound(
+    factors = kernels.foreach_bound(
         ema, [p.B for p in given], scaling, 0.1, norm_scope
     )
     expected = reference.bounded(

@@ -32,7 +32,7 @@ struct Kernels {
 
   // Of pseudo_inverse.h and coefficients.h.
   bool (*invert_gram)(int r, const double* M, double rtol, DType dtype, double* inverse, double* R,
-                      double* T, double* eigenvalues, double* work);
+                      double* T, double* work);
   void (*correct_inverse)(int r, bool again, const double* second, double rtol, const double* R,
                           double* inverse, double* work);
   double (*norm_and_weights)(int r, const double* gram_t, const double* P_t, const double* gram_o,

@@ -47,14 +47,13 @@ struct SideWork {
   double* inverse;      // (r, r), M^+, in the basis T after a second pass
   double* R;            // (r, r)
   double* T;            // (r, r)
-  double* eigenvalues;  // r
   bool again;           // this side is why the pair needs a second pass
 
   int r() const { return pair->rank; }
   int64_t blocks() const { return block_count(*side, r()); }
   static int64_t doubles(const Pair& pair, const Side& side) {
     const int64_t r = pair.rank;
-    return (block_count(side, pair.rank) + 2) * 4 * r * r + 3 * r * r + r;
+    return (block_count(side, pair.rank) + 2) * 4 * r * r + 3 * r * r;
   }
 };
 
@@ -143,7 +142,6 @@ class Perturbation {
         w.inverse = take(rr);
         w.R = take(rr);
         w.T = take(rr);
-        w.eigenvalues = take(p.rank);
         sides.push_back(w);
       }
     }
@@ -187,7 +185,7 @@ class Perturbation {
     double* work = M + square(r);
     for (int i = 0; i < r; ++i) std::copy_n(w.gram + i * 2 * r, r, M + i * r);
     w.again =
-        k_.invert_gram(r, M, w.pair->rtol, w.pair->dtype, w.inverse, w.R, w.T, w.eigenvalues, work);
+        k_.invert_gram(r, M, w.pair->rtol, w.pair->dtype, w.inverse, w.R, w.T, work);
   }
 
   // Both sides of the pairs that need it, in the bases that the first pass has found.
@@ -197,6 +195,7 @@ class Perturbation {
     for (size_t i = 0; i < sides.size(); ++i) {
       if (!sides[i].again && !sides[i ^ 1].again) continue;
       chosen.push_back(int(i));
+      if (!sides[i].again) identity_bases(SerialTeam(), sides[i].r(), sides[i].R, sides[i].T);
       append_blocks(blocks, int(i), *sides[i].side, sides[i].r());
     }
     parallel_for(blocks.size(), [&](int64_t i) {

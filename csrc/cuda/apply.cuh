@@ -1,57 +1,229 @@
-// Stage 3: E = scale * [factor | grad] * weights, or its moving average.
+// Stage 3: E = scale * [factor | grad] * weights, or its moving average, and the optimizer's step.
 //
-// Bytes: the target's factor and gradient once, E once (its average twice); flops: length * 2r * r
-// multiply-adds in float64. Block: 256 threads, 32 KiB of shared memory for a chunk of rows; each
-// thread computes entries of E.
+// Bytes: the target's factor and gradient, from L2 where reduce has read them lately; E once, its
+// average twice; with a step, per element of both factors: gradient, value and two moments read,
+// value and moments written. Flops: 2 r^2 multiply-adds a row, in tiles of 64, 512 at r = 16.
+// Block: a chunk of at most 128 rows and the weights in shared memory (ranks to kSharedRank;
+// beyond, the weights come from the cache). A warp computes 16 rows by 2 or 4 tiles of columns; the
+// results take the place of the chunk in shared memory, in the order of the output, and go out four
+// neighbours at a time.
 #pragma once
-#include "cuda.h"
+#include "solve.cuh"
 
 namespace eflat::cuda {
 
+// Results of a chunk in shared memory: `fast` neighbours in memory to a row. Rows are an odd number
+// of 64 bytes apart, for the banks.
+struct Results {
+  bool transposed;
+  int fast, ld;
+
+  __device__ Results(const SideArgs& side, int r, int rows)
+      : transposed(side.transposed), fast(side.transposed ? rows : r) {
+    ld = ceil_div(fast, 8) * 8;
+    if (ld % 16 == 0) ld += 8;
+  }
+};
+
+// x[n] for n < count become E, or go into its moving average, from element i of `out` on.
 template <class T>
-__device__ void store(void* out, int64_t i, double e, Update update) {
+__device__ void store(void* out, int64_t i, const double* x, int count, bool four,
+                      const CallHeader& call) {
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
+    T x[4];
+  };
   T* p = static_cast<T*>(out) + i;
-  *p = from_double<T>(update.average ? (1 - update.beta) * to_double(*p) + update.beta * e : e);
-}
-
-__device__ inline void store(void* out, DType dtype, int64_t i, double e, Update update) {
-  switch (dtype) {
-    case DType::f64:
-      return store<double>(out, i, e, update);
-    case DType::f32:
-      return store<float>(out, i, e, update);
-    case DType::bf16:
-      return store<bf16>(out, i, e, update);
-    default:
-      return store<f16>(out, i, e, update);
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) apply_kernel(Tables t, Update update) {
-  EFLAT_SHARED_DYNAMIC(double, z);
-  const BlockTask block = t.apply_blocks[blockIdx.x];
-  const PairTask& pair = t.pairs[block.owner];
-  const SideTask& task = t.sides[pair.target];
-  const Side& side = task.side;
-  const int r = task.rank, width = 2 * r;
-  const bool use = usable(t.norms[block.owner]);
-  if (!use && update.average) return;
-  const double scale = t.scales[block.owner];
-  const int chunk = kSharedBytes / int(sizeof(double)) / width;
-  for (int64_t k = block.begin; k < block.end; k += chunk) {
-    const int count = int(block.end - k < chunk ? block.end - k : chunk);
-    if (use) stage(side, task.dtype, r, width, k, count, z);
-    __syncthreads();
-    for (int e = threadIdx.x; e < count * r; e += blockDim.x) {
-      const int row = side.transposed ? e % count : e / r;
-      const int j = side.transposed ? e / count : e % r;
-      double sum = 0;
-      for (int i = 0; use && i < width; ++i) sum += z[row * width + i] * pair.weights[i * r + j];
-      const int64_t at = side.transposed ? j * side.length + k + row : (k + row) * r + j;
-      store(pair.out, pair.out_dtype, at, use ? scale * sum : 0.0, update);
+  Four values;
+  if (call.average) {
+    if (four) {
+      values = *reinterpret_cast<const Four*>(p);
+    } else {
+      for (int n = 0; n < 4; ++n)
+        if (n < count) values.x[n] = p[n];
     }
-    __syncthreads();
+    EFLAT_UNROLL
+    for (int n = 0; n < 4; ++n)
+      values.x[n] = from_double<T>((1 - call.beta) * to_double(values.x[n]) + call.beta * x[n]);
+  } else {
+    EFLAT_UNROLL
+    for (int n = 0; n < 4; ++n) values.x[n] = from_double<T>(x[n]);
   }
+  if (four) {
+    *reinterpret_cast<Four*>(p) = values;
+  } else {
+    for (int n = 0; n < 4; ++n)
+      if (n < count) p[n] = values.x[n];
+  }
+}
+
+__device__ inline void store(const PairArgs& p, int64_t i, const double* x, int count,
+                             const CallHeader& call) {
+  const bool four = p.out_vectors && count == 4;
+  switch (p.out_dtype) {
+    case DType::f64:
+      return store<double>(p.out, i, x, count, four, call);
+    case DType::f32:
+      return store<float>(p.out, i, x, count, four, call);
+    case DType::bf16:
+      return store<bf16>(p.out, i, x, count, four, call);
+    default:
+      return store<f16>(p.out, i, x, count, four, call);
+  }
+}
+
+// A warp's 16 rows by kTiles tiles of a chunk's results.
+template <class Math, int kTiles>
+class ResultTiles {
+ public:
+  using Element = typename Math::Element;
+  using Weight = typename Math::Weight;
+
+  __device__ ResultTiles(int tiles) : tiles_(tiles) {
+    const int groups = ceil_div(tiles, kTiles);
+    row_ = warp() / groups * 16;
+    tile_ = warp() % groups * kTiles;
+  }
+
+  // Which operand is which follows the layout of the output: a lane's two results are neighbours.
+  __device__ void multiply(const Element* z, const Chunk& chunk, const Weight* weights,
+                           const double* packed, bool transposed) {
+    EFLAT_UNROLL
+    for (int c = 0; c < kTiles; ++c) sums_[0][c] = sums_[1][c] = Math::zero();
+    const int steps = ceil_div(chunk.width, 4);
+    EFLAT_ROLL
+    for (int s = 0; s < steps; ++s) {
+      const int column = 4 * s + lane() % 4;
+      const Element x = z[chunk.at(row_ + lane() / 4, column)];
+      const Element y = z[chunk.at(row_ + 8 + lane() / 4, column)];
+      EFLAT_UNROLL
+      for (int c = 0; c < kTiles; ++c) {
+        if (tile_ + c >= tiles_) continue;
+        const int e = (s * tiles_ + tile_ + c) * 32 + lane();
+        const Weight w = weights ? weights[e] : Math::weight(packed[e]);
+        if constexpr (sizeof(Weight) == sizeof(Element)) {
+          Math::multiply_add(sums_[0][c], transposed ? w : x, transposed ? x : w);
+          Math::multiply_add(sums_[1][c], transposed ? w : y, transposed ? y : w);
+        } else if (transposed) {
+          Math::multiply_add(sums_[0][c], w, x);
+          Math::multiply_add(sums_[1][c], w, y);
+        } else {
+          Math::multiply_add(sums_[0][c], x, w);
+          Math::multiply_add(sums_[1][c], y, w);
+        }
+      }
+    }
+  }
+
+  __device__ void write(const Results& results, double scale, double* out) const {
+    EFLAT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      EFLAT_UNROLL
+      for (int c = 0; c < kTiles; ++c) {
+        if (tile_ + c >= tiles_) continue;
+        one_by_one();
+        const int across = 8 * (tile_ + c), along = row_ + 8 * half;
+        const int slow = (results.transposed ? across : along) + lane() / 4;
+        const int fast = (results.transposed ? along : across) + lane() % 4 * 2;
+        auto* two = reinterpret_cast<Two<double>*>(out + slow * results.ld + fast);
+        *two = {scale * Math::first(sums_[half][c]), scale * Math::second(sums_[half][c])};
+      }
+    }
+  }
+
+  __device__ bool has_rows(int rows) const { return row_ < rows; }
+
+ private:
+  const int tiles_;
+  int row_, tile_;
+  typename Math::Sum sums_[2][kTiles];
+};
+
+// Rows [k, k + count) of the results go where they belong.
+template <bool kStep>
+__device__ void write_out(Block& block, int ld, const double* results, int64_t k, int count) {
+  const SideArgs& side = block.side;
+  const int r = block.chunk.rank;
+  const int fast = side.transposed ? count : r, slow = side.transposed ? r : count;
+  const int fours = ceil_div(fast, 4);
+  EFLAT_ROLL
+  for (int e = threadIdx.x; e < slow * fours; e += kThreads) {
+    const int i = e / fours, j = e % fours * 4, here = fast - j < 4 ? fast - j : 4;
+    const int64_t at = side.transposed ? i * int64_t(side.length) + k + j : (k + i) * r + j;
+    store(block.pair, at, results + i * ld + j, here, *block.call);
+    if constexpr (kStep) {
+      EFLAT_ROLL
+      for (int n = 0; n < here; ++n)
+        step_element(side, block.step->clean, block.step->target, block.adamw, at + n);
+    }
+  }
+}
+
+// The block's rows of the target of a pair whose norm is usable.
+template <class Math, bool kWide, bool kStep>
+EFLAT_NOINLINE void apply(Block& block, void* space) {
+  using Element = typename Math::Element;
+  using Weight = typename Math::Weight;
+  const SideArgs& side = block.side;
+  const Chunk& chunk = block.chunk;
+  const PairResult& result = *block.result;
+  const int tiles = ceil_div(chunk.rank, 8);
+  auto* z = static_cast<Element*>(space);
+  const double* packed = block.space.packed_weights;
+  Weight* weights = nullptr;
+  if (chunk.rank <= kSharedRank) {
+    weights = reinterpret_cast<Weight*>(static_cast<double*>(space) + stage_doubles(chunk));
+    EFLAT_ROLL
+    for (int e = threadIdx.x; e < ceil_div(chunk.width, 4) * tiles * 32; e += kThreads)
+      weights[e] = Math::weight(packed[e]);
+  }
+  const double scale = result.scale * ldexp(1.0, result.sum_exponent);
+  const StageScales scales{float(ldexp(1.0, -result.factor_exponent)),
+                           float(ldexp(1.0, -result.grad_exponent))};
+  Stage<Math> stage(side, chunk, scales, z);
+  ResultTiles<Math, kWide ? 4 : 2> mine(tiles);
+  auto* out = static_cast<double*>(space);
+  for_chunks<kWide>(stage, block.begin, block.end, chunk.rows, [&](int64_t k, int count) {
+    const Results results(side, chunk.rank, chunk.rows);
+    if (mine.has_rows(count)) mine.multiply(z, chunk, weights, packed, side.transposed);
+    __syncthreads();
+    if (mine.has_rows(count)) mine.write(results, scale, out);
+    __syncthreads();
+    write_out<kStep>(block, results.ld, out, k, count);
+  });
+}
+
+// What is left of the block's rows of the target of a pair that has no perturbation.
+template <bool kStep>
+EFLAT_NOINLINE void apply_nothing(Block& block) {
+  for_elements(block.side, block.pair.rank, block.begin, block.end, [&](int64_t i) {
+    const double zeros[4] = {0, 0, 0, 0};
+    if (!block.call->average) store(block.pair, i, zeros, 1, *block.call);
+    if constexpr (kStep)
+      step_element(block.side, block.step->clean, block.step->target, block.adamw, i);
+  });
+}
+
+// The block's rows: of the target or, with a step, of the other side.
+template <class Math, bool kWide, bool kStep>
+__device__ void apply_block(Block& block, bool on_target, void* space) {
+  if constexpr (kStep) {
+    const AdamWArgs& args = on_target ? block.step->target : block.step->other;
+    if (threadIdx.x == 0) block.adamw.set(block.hypers[args.hyper], args.step);
+    __syncthreads();
+    if (!on_target) {
+      for_elements(block.side, block.pair.rank, block.begin, block.end, [&](int64_t i) {
+        step_element(block.side, block.side.factor, args, block.adamw, i);
+      });
+      return;
+    }
+  }
+  const PairResult& result = *block.result;
+  if (!usable(result.norm)) return apply_nothing<kStep>(block);
+  if constexpr (sizeof(typename Math::Element) == 4) {
+    if (result.again_t || result.again_o || block.side.dtype == DType::f64)
+      return apply<Float64, kWide, kStep>(block, space);
+  }
+  apply<Math, kWide, kStep>(block, space);
 }
 
 }  // namespace eflat::cuda

@@ -1,9 +1,13 @@
 // What the kernels need of CUDA, so that the same sources can be compiled for the host, too: there
 // EFLAT_HOST_CUDA names a header that runs CUDA threads on the CPU. Hence dynamic shared memory
-// and launches through macros.
+// and launches through macros, and a plain twin beside each piece of code that only a GPU has.
 #pragma once
 #if defined(EFLAT_HOST_CUDA)
 #include EFLAT_HOST_CUDA
+#define EFLAT_GRID_CONSTANT(T) const T&
+#define EFLAT_NOINLINE inline
+#define EFLAT_UNROLL
+#define EFLAT_ROLL
 #else
 #include <cuda_runtime.h>
 #define EFLAT_SHARED_DYNAMIC(T, name)                                  \
@@ -11,22 +15,87 @@
   T* name = reinterpret_cast<T*>(eflat_shared_memory)
 #define EFLAT_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define EFLAT_GRID_CONSTANT(T) const __grid_constant__ T
+#define EFLAT_NOINLINE __device__ __noinline__
+#define EFLAT_UNROLL _Pragma("unroll")
+#define EFLAT_ROLL _Pragma("unroll 1")
 #endif
 
 #define EFLAT_TARGET cuda_device
 #include "../coefficients.h"
-#include "tasks.h"
 
 namespace eflat::cuda {
 
-// One warp, for the r x r mathematics of small_matrix.h.
-struct WarpTeam {
-  __device__ static int lane() { return threadIdx.x % 32; }
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarps = kThreads / 32;
+
+__device__ inline int lane() { return int(threadIdx.x) % 32; }
+__device__ inline int warp() { return int(threadIdx.x) / 32; }
+
+// A flag that other blocks set. What they wrote before is visible after a fence.
+__device__ inline int read_flag(const int* flag) {
+#if defined(EFLAT_HOST_CUDA)
+  return host_cuda::load_acquire(flag);
+#else
+  return *static_cast<const volatile int*>(flag);
+#endif
+}
+
+// What is computed from x in a loop is computed in each round: kept, it would take registers.
+__device__ inline void recompute_from([[maybe_unused]] int& x) {
+#if !defined(EFLAT_HOST_CUDA)
+  asm volatile("" : "+r"(x));
+#endif
+}
+
+// What follows is not begun before what comes first is done: both at once would take registers.
+__device__ inline void one_by_one() {
+#if !defined(EFLAT_HOST_CUDA)
+  asm volatile("" ::: "memory");
+#endif
+}
+
+// Not to be kept in the L1 cache: read once.
+template <class T>
+__device__ T read_once(const T* p) {
+#if defined(EFLAT_HOST_CUDA)
+  return *p;
+#else
+  return __ldcg(p);
+#endif
+}
+
+// The sum over the lanes of a warp, bit-equal in all of them.
+__device__ inline double warp_sum(double x) {
+#if defined(EFLAT_HOST_CUDA)
+  double all[32];  // the same butterfly, at the price of one exchange
+  host_cuda::warp_exchange(x, all);
+  for (int offset = 16; offset > 0; offset /= 2)
+    for (int i = 0; i < offset; ++i) all[i] += all[i + offset];
+  return all[0];
+#else
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+#endif
+}
+
+// A thread block, for the r x r mathematics of small_matrix.h: a warp per row.
+struct BlockTeam {
+  double* scratch;  // in shared memory, one per warp
+  __device__ static int lane() { return cuda::lane(); }
   __device__ static constexpr int lanes() { return 32; }
-  __device__ static void sync() { __syncwarp(); }
-  __device__ static double sum(double x) {
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
+  __device__ static int row() { return warp(); }
+  __device__ static constexpr int rows() { return kWarps; }
+  __device__ static void sync() { __syncthreads(); }
+  __device__ static double sum(double x) { return warp_sum(x); }
+  __device__ double total(double x) const {
+    x = warp_sum(x);
+    if (lane() == 0) scratch[row()] = x;
+    __syncthreads();
+    double sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += scratch[w];
+    __syncthreads();
+    return sum;
   }
 };
 
@@ -45,21 +114,6 @@ __device__ inline double element(const void* x, DType dtype, int64_t i) {
       return element<bf16>(x, i);
     default:
       return element<f16>(x, i);
-  }
-}
-
-// z[k * width + j]: rows begin ... begin + count of [factor | grad], or of factor alone, in
-// float64. Neighbouring threads read neighbouring addresses.
-__device__ inline void stage(const Side& side, DType dtype, int r, int width, int64_t begin,
-                             int count, double* z) {
-  for (int matrix = 0; matrix * r < width; ++matrix) {
-    const void* x = matrix == 0 ? side.factor : side.grad;
-    for (int e = threadIdx.x; e < count * r; e += blockDim.x) {
-      const int k = side.transposed ? e % count : e / r;
-      const int j = side.transposed ? e / count : e % r;
-      const int64_t source = side.transposed ? j * side.length + begin + k : (begin + k) * r + j;
-      z[k * width + matrix * r + j] = element(x, dtype, source);
-    }
   }
 }
 

@@ -1,150 +1,285 @@
-// Builds the tables of a call and enqueues its kernels.
-#include "../blocks.h"
-#include "apply.cuh"
+// Tells kernels what to do: arguments, sizes of blocks, and launches.
+#include <algorithm>
+#include <climits>
+#include <memory>
+#include <type_traits>
+
 #include "launch.h"
-#include "reduce.cuh"
-#include "solve.cuh"
+#include "perturb.cuh"
 
 namespace eflat::cuda {
 namespace {
 
-// Hands out pieces of the workspace; without memory, only counts.
-class Arena {
+constexpr int kEnoughBlocks = 1056;     // eight for each SM of a large card
+constexpr int64_t kLagBytes = 8 << 20;  // a later stage follows an earlier one: it is in L2
+constexpr int kDefaultSharedBytes = 48 * 1024;
+
+bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+SideArgs side_args(const Side& side, int rank, DType dtype) {
+  const int four = 4 * size_of(dtype);
+  const bool whole = (side.transposed ? side.length : rank) % 4 == 0;
+  SideArgs args{};
+  args.factor = side.factor;
+  args.grad = side.grad;
+  args.length = int(side.length);
+  args.dtype = dtype;
+  args.transposed = side.transposed;
+  args.vectors = whole && side.length * rank < INT_MAX && aligned(side.factor, four) &&
+                 aligned(side.grad, four);
+  return args;
+}
+
+PairArgs pair_args(const Pair& p) {
+  PairArgs args{};
+  args.target = side_args(p.target, p.rank, p.dtype);
+  // A bare factor (of foreach_bound) has the type of the moving average.
+  args.other = side_args(p.other, p.rank, p.other.grad ? p.dtype : p.out_dtype);
+  args.out = p.out;
+  args.scaling = p.scaling;
+  args.rtol = p.rtol;
+  args.rank = p.rank;
+  args.out_dtype = p.out_dtype;
+  args.out_vectors = (p.target.transposed ? p.target.length : p.rank) % 4 == 0 &&
+                     aligned(p.out, std::min(4 * size_of(p.out_dtype), 16));
+  return args;
+}
+
+// Few rows where that is needed to fill the machine; else many, but not so many that the blocks
+// under way hold more than L2 does. More for large ranks, whose partial sums are larger.
+BlockRows block_rows(const Problem& problem) {
+  int64_t total = 0;
+  int rank = 1;
+  for (int l = 0; l < problem.count; ++l) {
+    total += problem.pairs[l].target.length + problem.pairs[l].other.length;
+    rank = std::max(rank, problem.pairs[l].rank);
+  }
+  int rows = rank <= 16 ? 512 : rank <= 32 ? 1024 : 2048;
+  while (rows > 128 && total / rows < kEnoughBlocks) rows /= 2;
+  return {rows, 2 * rows, std::min(rows, 512)};
+}
+
+int lag_of(const Problem& problem) {
+  if (problem.global_norm) return problem.count;
+  int64_t bytes = 0;
+  for (int l = 0; l < problem.count; ++l) {
+    const Pair& p = problem.pairs[l];
+    bytes += 2 * (p.target.length + p.other.length) * p.rank * size_of(p.dtype);
+  }
+  return int(std::clamp<int64_t>(kLagBytes * problem.count / bytes, 1, problem.count));
+}
+
+int64_t shared_bytes(const PairArgs& p) {
+  const Chunk chunk(p.rank, width_of(p.target, p.rank));
+  int64_t doubles = stage_doubles(chunk);
+  if (p.rank <= kSharedRank) {
+    const int64_t weights = int64_t(ceil_div(2 * p.rank, 4)) * ceil_div(p.rank, 8) * 32;
+    doubles = std::max<int64_t>(doubles + weights, 2 * p.rank * (p.rank + 1));
+  }
+  return kBlockBytes + doubles * int64_t(sizeof(double));
+}
+
+template <class Kernel, class Arguments>
+cudaError_t launch(Kernel kernel, int blocks, int64_t shared, cudaStream_t stream,
+                   const Arguments& arguments) {
+  if (shared > kDefaultSharedBytes) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return error;
+  }
+  (void)stream;  // of no concern to a launch on the host
+  EFLAT_LAUNCH(kernel, blocks, kThreads, shared, stream, arguments);
+  return cudaGetLastError();
+}
+
+template <class Math, class CallType>
+cudaError_t launch_with(const CallType& call, bool wide, int blocks, int64_t shared,
+                        cudaStream_t stream) {
+  if constexpr (std::is_same_v<CallType, StepCall>)
+    return launch(wide ? step_kernel<Math, true> : step_kernel<Math, false>, blocks, shared, stream,
+                  call);
+  else
+    return launch(wide ? perturb_kernel<Math, true> : perturb_kernel<Math, false>, blocks, shared,
+                  stream, call);
+}
+
+template <class CallType>
+cudaError_t launch(const CallType& call, bool wide, Arithmetic arithmetic, int blocks,
+                   int64_t shared, cudaStream_t stream) {
+#if defined(EFLAT_HOST_CUDA)
+  if (arithmetic == Arithmetic::two_float)
+    return launch_with<TwoFloat>(call, wide, blocks, shared, stream);
+  return launch_with<Float64>(call, wide, blocks, shared, stream);
+#else
+  if (arithmetic != Arithmetic::native) return cudaErrorInvalidValue;
+  return launch_with<Native>(call, wide, blocks, shared, stream);
+#endif
+}
+
+AdamWArgs adamw_args(const AdamW& a, int hyper) { return {a.exp_avg, a.exp_avg_sq, a.step, hyper}; }
+
+Hyper hyper_of(const AdamW& a) {
+  return {a.step ? 0.0 : a.step_number, a.lr, a.beta1, a.beta2, a.eps, a.weight_decay};
+}
+
+// The arguments of one launch, filled pair by pair.
+template <class CallType>
+class Launch {
  public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
-    return p;
+  static constexpr int kPairs = sizeof(CallType::pairs) / sizeof(PairArgs);
+  static constexpr bool kStep = sizeof(CallType::steps) > sizeof(StepArgs);
+
+  explicit Launch(const CallHeader& header) : call_(std::make_unique<CallType>()) {
+    static_cast<CallHeader&>(*call_) = header;
+    clear(0);
   }
-  int64_t used() const { return used_; }
 
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
+  void clear(int first) {
+    call_->first = first;
+    call_->count = hypers_ = 0;
+    reduce_ = second_ = apply_ = 0;
+    shared_ = 0;
+    wide_ = false;
+  }
 
-struct HostTables {
-  std::vector<SideTask> sides;
-  std::vector<PairTask> pairs;
-  std::vector<BlockTask> reduce_blocks, apply_blocks;
-  Tables device;
-
-  HostTables(const Problem& problem, Arena& arena) {
-    for (int l = 0; l < problem.count; ++l) {
-      const Pair& p = problem.pairs[l];
-      const int64_t rr = int64_t(p.rank) * p.rank;
-      pairs.push_back({2 * l, 2 * l + 1, p.scaling, p.out, p.out_dtype, arena.take<double>(2 * rr),
-                       arena.take<double>(rr)});
-      add_side(p.target, p, p.dtype, arena);
-      // A bare factor (of foreach_bound) has the type of the moving average.
-      add_side(p.other, p, p.other.grad ? p.dtype : p.out_dtype, arena);
-      add_blocks(apply_blocks, l, p.target, p.rank);
+  // False, and nothing added, when the launch is full.
+  bool add(const Pair& pair, int64_t workspace) {
+    CallType& c = *call_;
+    if (c.count == kPairs) return false;
+    if constexpr (kStep) {
+      const int before = hypers_;
+      const int target = find(hyper_of(pair.step->target)),
+                other = find(hyper_of(pair.step->other));
+      if (target < 0 || other < 0) {
+        hypers_ = before;
+        return false;
+      }
+      c.steps[c.count] = {pair.step->clean, adamw_args(pair.step->target, target),
+                          adamw_args(pair.step->other, other)};
     }
-    device.sides = arena.take<SideTask>(sides.size());
-    device.pairs = arena.take<PairTask>(pairs.size());
-    device.reduce_blocks = arena.take<BlockTask>(reduce_blocks.size());
-    device.apply_blocks = arena.take<BlockTask>(apply_blocks.size());
-    device.side_count = int(sides.size());
-    device.pair_count = int(pairs.size());
-    device.reduce_count = int(reduce_blocks.size());
-    device.apply_count = int(apply_blocks.size());
-    device.norms = arena.take<double>(pairs.size());
-    device.sizes = arena.take<double>(pairs.size());
-    device.scales = arena.take<double>(pairs.size());
+    PairArgs& p = c.pairs[c.count++] = pair_args(pair);
+    p.workspace = unsigned(workspace / 16);
+    p.reduce_before = reduce_;
+    p.second_before = second_;
+    p.apply_before = apply_;
+    reduce_ += gram_blocks(p, c.rows.reduce);
+    second_ += gram_blocks(p, c.rows.second);
+    apply_ += BlocksBefore{c, c.pairs, kStep}.apply_blocks(p);
+    shared_ = std::max(shared_, shared_bytes(p));
+    wide_ = wide_ || square_count(width_of(p.target, p.rank)) > 1;
+    return true;
   }
 
-  cudaError_t copy_to_device(cudaStream_t stream) const {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    cudaError_t error = cudaStreamIsCapturing(stream, &status);
-    if (error == cudaSuccess && status != cudaStreamCaptureStatusNone)
-      error = cudaErrorStreamCaptureUnsupported;
-    if (error == cudaSuccess) error = copy(device.sides, sides, stream);
-    if (error == cudaSuccess) error = copy(device.pairs, pairs, stream);
-    if (error == cudaSuccess) error = copy(device.reduce_blocks, reduce_blocks, stream);
-    if (error == cudaSuccess) error = copy(device.apply_blocks, apply_blocks, stream);
-    return error;
+  // tickets: of the launches before; those of this one are added.
+  cudaError_t run(Arithmetic arithmetic, cudaStream_t stream, int& tickets) {
+    CallType& c = *call_;
+    c.lag = std::min(c.lag, c.count);
+    const BlocksBefore before{c, c.pairs, kStep};
+    const int blocks = before.before_turn(before.turns());
+    c.tickets_before = tickets;
+    tickets += blocks;
+    return launch(c, wide_, arithmetic, blocks, shared_, stream);
   }
 
  private:
-  // From pageable memory: staged before the call returns, which may wait for the stream. A capture
-  // would read the vectors when it is replayed, after they are gone.
-  template <class T>
-  static cudaError_t copy(const T* to, const std::vector<T>& from, cudaStream_t stream) {
-    return cudaMemcpyAsync(const_cast<T*>(to), from.data(), from.size() * sizeof(T),
-                           cudaMemcpyHostToDevice, stream);
+  int find(const Hyper& hyper) {
+    for (int i = 0; i < hypers_; ++i)
+      if (call_->hypers[i] == hyper) return i;
+    if (hypers_ == kHypers) return -1;
+    call_->hypers[hypers_] = hyper;
+    return hypers_++;
   }
 
-  static void add_blocks(std::vector<BlockTask>& out, int owner, const Side& side, int rank) {
-    std::vector<Block> blocks;
-    append_blocks(blocks, owner, side, rank);
-    for (size_t i = 0; i < blocks.size(); ++i)
-      out.push_back({owner, int(i), blocks[i].begin, blocks[i].end});
-  }
-
-  void add_side(const Side& side, const Pair& p, DType dtype, Arena& arena) {
-    const int64_t r = p.rank, rr = r * r, blocks = block_count(side, p.rank);
-    add_blocks(reduce_blocks, int(sides.size()), side, p.rank);
-    const int index = int(sides.size());
-    SideTask task{};
-    task.side = side;
-    task.rank = p.rank;
-    task.dtype = dtype;
-    task.rtol = p.rtol;
-    task.blocks = int(blocks);
-    task.partner = index ^ 1;
-    task.partial = arena.take<double>(blocks * 4 * rr);
-    task.gram = arena.take<double>(4 * rr);
-    task.second = arena.take<double>(4 * rr);
-    task.inverse = arena.take<double>(rr);
-    task.R = arena.take<double>(rr);
-    task.T = arena.take<double>(rr);
-    task.eigenvalues = arena.take<double>(r);
-    task.work = arena.take<double>(3 * rr + 2 * r);
-    task.again = arena.take<bool>(1);
-    sides.push_back(task);
-  }
+  std::unique_ptr<CallType> call_;
+  int hypers_, reduce_, second_, apply_;
+  int64_t shared_;
+  bool wide_;
 };
+
+// Where the workspace of each pair begins.
+template <class Body>
+int64_t lay_out(const Problem& problem, const BlockRows& rows, Body body) {
+  int64_t at = spaces_at(problem.count);
+  for (int l = 0; l < problem.count; ++l) {
+    body(l, at);
+    at += PairSpace(nullptr, pair_args(problem.pairs[l]), rows.reduce).doubles * sizeof(double);
+  }
+  return at;
+}
+
+template <class CallType>
+cudaError_t launch_all(const Problem& problem, const CallHeader& header, Arithmetic arithmetic,
+                       cudaStream_t stream, int& tickets) {
+  cudaError_t error = cudaSuccess;
+  Launch<CallType> launch(header);
+  lay_out(problem, header.rows, [&](int l, int64_t at) {
+    if (error != cudaSuccess || launch.add(problem.pairs[l], at)) return;
+    error = launch.run(arithmetic, stream, tickets);
+    launch.clear(l);
+    launch.add(problem.pairs[l], at);
+  });
+  return error == cudaSuccess ? launch.run(arithmetic, stream, tickets) : error;
+}
+
+CallHeader header_of(const Problem& problem, void* workspace, void* norms, DType norms_dtype) {
+  CallHeader header{};
+  header.workspace = static_cast<char*>(workspace);
+  header.norms = norms;
+  header.norms_dtype = norms_dtype;
+  header.rho = problem.rho;
+  header.beta = problem.update.beta;
+  header.average = problem.update.average;
+  header.global_norm = problem.global_norm;
+  header.total = problem.count;
+  header.rows = block_rows(problem);
+  header.reduces = true;
+  return header;
+}
+
+cudaError_t check_and_clear(const Problem& problem, void* workspace, cudaStream_t stream) {
+  for (int l = 0; l < problem.count; ++l) {
+    const Pair& p = problem.pairs[l];
+    if (std::max(p.target.length, p.other.length) > (1 << 30)) return cudaErrorInvalidValue;
+  }
+  return cudaMemsetAsync(workspace, 0, cleared_bytes(problem.count), stream);
+}
 
 }  // namespace
 
 int64_t workspace_bytes(const Problem& problem) {
-  Arena arena(nullptr);
-  HostTables(problem, arena);
-  return arena.used();
+  return lay_out(problem, block_rows(problem), [](int, int64_t) {});
 }
 
 cudaError_t perturb(const Problem& problem, void* workspace, void* norms, int64_t* skipped,
-                    cudaStream_t stream) {
-  Arena arena(workspace);
-  const HostTables tables(problem, arena);
-  const Tables& t = tables.device;
-  const cudaError_t error = tables.copy_to_device(stream);
+                    cudaStream_t stream, Arithmetic arithmetic) {
+  cudaError_t error = check_and_clear(problem, workspace, stream);
   if (error != cudaSuccess) return error;
-  EFLAT_LAUNCH(reduce_kernel, t.reduce_count, kThreads, kSharedBytes, stream, t);
-  EFLAT_LAUNCH(invert_kernel, t.side_count, 32, 0, stream, t);
-  EFLAT_LAUNCH(second_reduce_kernel, t.reduce_count, kThreads, kSharedBytes, stream, t);
-  EFLAT_LAUNCH(correct_kernel, t.side_count, 32, 0, stream, t);
-  EFLAT_LAUNCH(weights_kernel, t.pair_count, 32, 0, stream, t, problem.rho, problem.norms_dtype);
-  EFLAT_LAUNCH(scales_kernel, 1, 1, 0, stream, t, problem.rho, problem.global_norm, norms,
-               problem.norms_dtype, skipped);
-  EFLAT_LAUNCH(apply_kernel, t.apply_count, kThreads, kSharedBytes, stream, t, problem.update);
-  return cudaGetLastError();
+  CallHeader header = header_of(problem, workspace, norms, problem.norms_dtype);
+  header.skipped = reinterpret_cast<unsigned long long*>(skipped);
+  header.lag = lag_of(problem);
+  const bool step = problem.pairs[0].step;
+  const bool one_launch = problem.count <= (step ? Launch<StepCall>::kPairs : Launch<Call>::kPairs);
+  int tickets = 0;
+  auto run = [&](bool reduces, bool applies) {
+    header.reduces = header.second_pass = reduces;
+    header.applies = applies;
+    return step ? launch_all<StepCall>(problem, header, arithmetic, stream, tickets)
+                : launch_all<Call>(problem, header, arithmetic, stream, tickets);
+  };
+  // One norm for all: no pair can be applied before the last is reduced.
+  if (!problem.global_norm || (one_launch && !step)) return run(true, true);
+  error = run(true, false);
+  return error == cudaSuccess ? run(false, true) : error;
 }
 
 cudaError_t bound(const Problem& problem, void* workspace, void* factors, DType factors_dtype,
-                  cudaStream_t stream) {
-  Arena arena(workspace);
-  const HostTables tables(problem, arena);
-  const Tables& t = tables.device;
-  const cudaError_t error = tables.copy_to_device(stream);
+                  cudaStream_t stream, Arithmetic arithmetic) {
+  const cudaError_t error = check_and_clear(problem, workspace, stream);
   if (error != cudaSuccess) return error;
-  EFLAT_LAUNCH(reduce_kernel, t.reduce_count, kThreads, kSharedBytes, stream, t);
-  EFLAT_LAUNCH(applied_norm_kernel, t.pair_count, 32, 0, stream, t);
-  EFLAT_LAUNCH(bound_kernel, 1, 1, 0, stream, t, problem.rho, problem.global_norm, factors,
-               factors_dtype);
-  return cudaGetLastError();
+  int tickets = 0;
+  CallHeader header = header_of(problem, workspace, factors, factors_dtype);
+  header.bound = true;
+  return launch_all<Call>(problem, header, arithmetic, stream, tickets);
 }
 
 }  // namespace eflat::cuda

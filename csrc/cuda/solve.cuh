@@ -1,73 +1,98 @@
-// Stage 2: pseudo-inverses, norms and coefficients, one warp per matrix, in device memory.
+// Stage 2: pseudo-inverses, norms and coefficients of a pair, by the block that wrote the last of
+// its Gram matrices' partial sums.
 //
-// Bytes and flops are those of a few r x r products per pair: nothing beside the other stages. The
-// latency of one warp bounds it.
+// Bytes: the partial sums, and a dozen r x r matrices that stay in the L1 cache. Flops: about 10
+// r^3 multiply-adds, nothing beside the other stages; a chain of r dependent steps per
+// factorisation bounds it. Block: one warp per row of a matrix; what is eliminated or rotated lies
+// in shared memory up to rank kSharedRank, in the workspace beyond.
 #pragma once
+#include "adamw.cuh"
 #include "reduce.cuh"
 
 namespace eflat::cuda {
 
-// gram = sum of the partial ones, in order.
-__device__ inline void sum_partials(const SideTask& task, int size, double* gram) {
-  for (int e = WarpTeam::lane(); e < size; e += WarpTeam::lanes()) {
-    double sum = 0;
-    for (int b = 0; b < task.blocks; ++b) sum += task.partial[int64_t(b) * size + e];
-    gram[e] = sum;
-  }
-  WarpTeam::sync();
-}
+constexpr int kSharedRank = 64;
 
-// M^+ of each side, and the bases of a second pass.
-__global__ void __launch_bounds__(32) invert_kernel(Tables t) {
-  const SideTask& task = t.sides[blockIdx.x];
-  const int r = task.rank;
-  sum_partials(task, 4 * r * r, task.gram);
-  double* M = task.second;  // free until the second pass
-  for (int e = WarpTeam::lane(); e < r * r; e += WarpTeam::lanes())
-    M[e] = task.gram[e / r * 2 * r + e % r];
-  WarpTeam::sync();
-  const bool again = invert_gram(WarpTeam(), r, M, task.rtol, task.dtype, task.inverse, task.R,
-                                 task.T, task.eigenvalues, task.work);
-  if (WarpTeam::lane() == 0) *task.again = again;
-}
+enum class Stages { kReduce, kSecond, kApply };
 
-// After second_reduce_kernel.
-__global__ void __launch_bounds__(32) correct_kernel(Tables t) {
-  const SideTask& task = t.sides[blockIdx.x];
-  if (!pair_again(t, task)) return;
-  const int r = task.rank;
-  sum_partials(task, 4 * r * r, task.second);
-  correct_inverse(WarpTeam(), r, *task.again, task.second, task.rtol, task.R, task.inverse,
-                  task.work);
-}
-
-__global__ void __launch_bounds__(32) weights_kernel(Tables t, double rho, DType norms_dtype) {
-  const int l = blockIdx.x;
-  const PairTask& pair = t.pairs[l];
-  const SideTask &target = t.sides[pair.target], &other = t.sides[pair.other];
-  const int r = target.rank;
-  const bool again = pair_again(t, target);
-  const double norm =
-      norm_and_weights(WarpTeam(), r, again ? target.second : target.gram, target.inverse,
-                       again ? other.second : other.gram, other.inverse, pair.scaling, norms_dtype,
-                       pair.weights, pair.work);
-  if (again) leave_bases(WarpTeam(), r, target.T, other.T, pair.weights, pair.work);
-  const double size = perturbation_size(WarpTeam(), r, target.gram, pair.scaling, pair.weights,
-                                        norm, rho, pair.out_dtype);
-  if (WarpTeam::lane() == 0) {
-    t.norms[l] = norm;
-    t.sizes[l] = size;
-  }
-}
-
-struct TableLayers {  // what finish_scales asks
-  Tables t;
-  __device__ double& norm(int l) { return t.norms[l]; }
-  __device__ double& scale(int l) { return t.scales[l]; }
-  __device__ double size(int l) const { return t.sizes[l]; }
-  __device__ double scaling(int l) const { return t.pairs[l].scaling; }
-  __device__ DType dtype(int l) const { return t.pairs[l].out_dtype; }
+struct Task {
+  Stages stage;
+  int pair;
+  int index;  // of the block among those of the pair and stage
 };
+
+// What a block knows of its work, in shared memory before what the stages use: so that it takes no
+// registers where it is not needed. Written by one thread.
+struct Block {
+  const CallHeader* call;
+  const StepArgs* step;  // of the pair; null: none
+  const Hyper* hypers;
+  Progress* progress;
+  PairProgress* pair_progress;
+  PairResult* results;  // of all pairs
+  PairResult* result;
+  Task task;
+  int pair_number;  // in the whole call
+  PairArgs pair;
+  SideArgs side;  // the one that this block reads
+  Chunk chunk;
+  int64_t begin, end;  // rows of it
+  bool two_float;      // the arithmetic
+  int round;           // of the Gram matrix's shares
+  double* partial;     // where its Gram matrix goes
+  PairSpace space;
+  AdamWConstants adamw;
+  double scratch[kWarps];
+  int flag;
+};
+constexpr int kBlockBytes = (sizeof(Block) + 15) / 16 * 16;
+
+// All threads of the block are done with what they write, and the block is counted. Whether it was
+// the last of `total`; then what the others wrote can be read.
+__device__ inline bool last_to_arrive(int* arrived, int total, Block& block) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    block.flag = atomicAdd(arrived, 1) == total - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return block.flag;
+}
+
+// What the block has written can be read by those that see `state` here.
+__device__ inline void publish(int* state, int value) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicExch(state, value);
+  }
+}
+
+// Waits until an earlier block publishes; returns what.
+__device__ inline int await(int* state, int at_least, Block& block) {
+  if (threadIdx.x == 0) {
+    int value;
+    while ((value = read_flag(state)) < at_least) __nanosleep(100);
+    __threadfence();
+    block.flag = value;
+  }
+  __syncthreads();
+  return block.flag;
+}
+
+// gram (width, width), symmetric, = sum of the partial ones in order.
+__device__ inline void sum_partials(const double* partial, int blocks, int width, double* gram) {
+  const int64_t size = int64_t(width) * width;
+  for (int i = warp(); i < width; i += kWarps) {
+    for (int j = i + lane(); j < width; j += 32) {
+      double sum = 0;
+      for (int b = 0; b < blocks; ++b) sum += partial[b * size + i * width + j];
+      gram[i * width + j] = gram[j * width + i] = sum;
+    }
+  }
+  __syncthreads();
+}
 
 // values[l] = x, values of float64 or float32.
 __device__ inline void report(void* values, DType dtype, int l, double x) {
@@ -78,37 +103,150 @@ __device__ inline void report(void* values, DType dtype, int l, double x) {
   }
 }
 
-// One thread: a few flops per layer, in a fixed order.
-__global__ void scales_kernel(Tables t, double rho, bool global_norm, void* norms,
-                              DType norms_dtype, int64_t* skipped) {
-  TableLayers layers{t};
-  finish_scales(layers, t.pair_count, rho, global_norm);
-  for (int l = 0; l < t.pair_count; ++l) {
-    report(norms, norms_dtype, l, t.norms[l]);
-    if (skipped && !usable(t.norms[l])) ++*skipped;
+struct ResultLayers {  // what finish_scales asks
+  PairResult* results;
+  __device__ double& norm(int l) { return results[l].norm; }
+  __device__ double& scale(int l) { return results[l].scale; }
+  __device__ double size(int l) const { return results[l].size; }
+  __device__ double scaling(int l) const { return results[l].scaling; }
+  __device__ DType dtype(int l) const { return results[l].dtype; }
+};
+
+// Scales of `count` pairs from `first` on, by one thread: a few flops per pair, in a fixed order.
+__device__ inline void finish(const CallHeader& call, PairResult* results, int first, int count) {
+  ResultLayers layers{results + first};
+  finish_scales(layers, count, call.rho, call.global_norm);
+  unsigned long long skipped = 0;
+  for (int l = first; l < first + count; ++l) {
+    report(call.norms, call.norms_dtype, l, results[l].norm);
+    skipped += !usable(results[l].norm);
+  }
+  if (call.skipped && skipped) atomicAdd(call.skipped, skipped);
+}
+
+// The exponent of the largest magnitude; 0 where there is none.
+__device__ inline int exponent_of(double x) {
+  if (!(x > 0 && x < HUGE_VAL)) return 0;
+  const int exponent = ilogb(x);
+  return exponent < -120 ? -120 : exponent > 120 ? 120 : exponent;
+}
+
+// Weights (2r, r) as fragments: entry (k, j), zeros beyond, at lane 4 (j % 8) + k % 4 of fragment
+// (k / 4, j / 8). With the scales of TwoFloat they and all products are about 1.
+__device__ inline void pack_weights(int r, const double* weights, const PairResult& result,
+                                    double* packed) {
+  const int tiles = ceil_div(r, 8), steps = ceil_div(2 * r, 4);
+  const double of_factor = ldexp(1.0, result.factor_exponent - result.sum_exponent);
+  const double of_grad = ldexp(1.0, result.grad_exponent - result.sum_exponent);
+  EFLAT_ROLL
+  for (int e = threadIdx.x; e < steps * tiles * 32; e += kThreads) {
+    const int k = e / 32 / tiles * 4 + e % 4, j = e / 32 % tiles * 8 + e % 32 / 4;
+    packed[e] = k < 2 * r && j < r ? weights[k * r + j] * (k < r ? of_factor : of_grad) : 0.0;
   }
 }
 
-// t.norms = |s| ||B E_A||, from ||B E_A||^2 = tr(B^T B E_A E_A^T).
-__global__ void __launch_bounds__(32) applied_norm_kernel(Tables t) {
-  const PairTask& pair = t.pairs[blockIdx.x];
-  const SideTask &target = t.sides[pair.target], &other = t.sides[pair.other];
-  const int size = target.rank * target.rank;
-  sum_partials(target, size, target.gram);
-  sum_partials(other, size, other.gram);
-  const double square = dot(WarpTeam(), size, target.gram, other.gram);
-  if (WarpTeam::lane() == 0)
-    t.norms[blockIdx.x] = fabs(pair.scaling) * sqrt(square > 0 ? square : 0.0);
+// The norm of a pair whose pseudo-inverses are known, and its weights.
+__device__ inline void finish_pair(Block& block, bool again, double* work) {
+  const CallHeader& call = *block.call;
+  const PairArgs& p = block.pair;
+  const PairSpace& s = block.space;
+  const BlockTeam team{block.scratch};
+  const int r = p.rank;
+  const double norm = norm_and_weights(team, r, again ? s.second_t : s.gram_t, s.inverse_t,
+                                       again ? s.second_o : s.gram_o, s.inverse_o, p.scaling,
+                                       call.norms_dtype, s.weights, work);
+  if (again) leave_bases(team, r, s.T_t, s.T_o, s.weights, work);
+  const double size =
+      perturbation_size(team, r, s.gram_t, p.scaling, s.weights, norm, call.rho, p.out_dtype);
+  const bool in_floats = block.two_float && !again && p.target.dtype != DType::f64;
+  double of_P = 0;
+  if (in_floats) of_P = sqrt(dot(team, r * r, s.weights + r * r, s.weights + r * r));
+  PairResult& result = *block.result;
+  if (threadIdx.x == 0) {
+    double of_factor = 0, of_grad = 0;
+    for (int i = 0; i < r; ++i) {
+      of_factor += s.gram_t[i * 2 * r + i];
+      of_grad += s.gram_t[(r + i) * 2 * r + r + i];
+    }
+    result.norm = norm;
+    result.size = size;
+    result.scaling = p.scaling;
+    result.dtype = p.out_dtype;
+    result.factor_exponent = in_floats ? exponent_of(sqrt(of_factor)) : 0;
+    result.grad_exponent = in_floats ? exponent_of(sqrt(of_grad)) : 0;
+    result.sum_exponent = in_floats ? result.grad_exponent + exponent_of(of_P) : 0;
+    if (!call.global_norm) finish(call, block.results, block.pair_number, 1);
+    if (block.step)
+      for (float* step : {block.step->target.step, block.step->other.step})
+        if (step) *step += 1;
+  }
+  __syncthreads();
+  pack_weights(r, s.weights, result, s.packed_weights);
+  if (call.global_norm && last_to_arrive(&block.progress->solved, call.total, block)) {
+    if (threadIdx.x == 0) finish(call, block.results, 0, call.total);
+    publish(&block.progress->finished, 1);
+  }
+  publish(&block.pair_progress->state, kReady);
 }
 
-// factors = min(1, rho / norm), by layer or for all.
-__global__ void bound_kernel(Tables t, double rho, bool global_norm, void* factors, DType dtype) {
+// Of foreach_bound's pairs, bare factors: |s| ||B E_A||, from ||B E_A||^2 = tr(B^T B E_A E_A^T);
+// the last pair's block turns them into factors.
+__device__ inline void bound_pair(Block& block) {
+  const CallHeader& call = *block.call;
+  const int r = block.pair.rank;
+  const double square =
+      dot(BlockTeam{block.scratch}, r * r, block.space.gram_t, block.space.gram_o);
+  if (threadIdx.x == 0)
+    block.result->norm = fabs(block.pair.scaling) * sqrt(square > 0 ? square : 0.0);
+  if (!last_to_arrive(&block.progress->solved, call.total, block) || threadIdx.x != 0) return;
+  const PairResult* results = block.results;
   double squares = 0;
-  for (int l = 0; l < t.pair_count; ++l) squares += t.norms[l] * t.norms[l];
-  for (int l = 0; l < t.pair_count; ++l) {
-    const double norm = global_norm ? sqrt(squares) : t.norms[l];
-    report(factors, dtype, l, norm > rho ? rho / norm : 1.0);
+  for (int i = 0; i < call.total; ++i) squares += results[i].norm * results[i].norm;
+  for (int i = 0; i < call.total; ++i) {
+    const double norm = call.global_norm ? sqrt(squares) : results[i].norm;
+    report(call.norms, call.norms_dtype, i, norm > call.rho ? call.rho / norm : 1.0);
   }
+}
+
+// After the first pass: M^+ of both sides; then all the rest, or the bases of a second pass.
+// After the second: what it corrects, and the rest.
+EFLAT_NOINLINE void solve(Block& block, void* space) {
+  const CallHeader& call = *block.call;
+  const PairArgs& p = block.pair;
+  const PairSpace& s = block.space;
+  const BlockTeam team{block.scratch};
+  const bool second = block.task.stage == Stages::kSecond;
+  const int r = p.rank, width = width_of(p.target, r);
+  const int rows = second ? call.rows.second : call.rows.reduce;
+  double* work = r <= kSharedRank ? static_cast<double*>(space) : s.work;
+  bool again = false;
+  EFLAT_ROLL
+  for (int side = 0; side < 2; ++side) {
+    const double* partial = side ? s.partial_o : s.partial_t;
+    double* inverse = side ? s.inverse_o : s.inverse_t;
+    double* R = side ? s.R_o : s.R_t;
+    double* T = side ? s.T_o : s.T_t;
+    bool& side_again = side ? block.result->again_o : block.result->again_t;
+    double* gram = second ? (side ? s.second_o : s.second_t) : side ? s.gram_o : s.gram_t;
+    sum_partials(partial, ceil_div((side ? p.other : p.target).length, rows), width, gram);
+    if (call.bound) continue;
+    if (second) {
+      correct_inverse(team, r, side_again, gram, p.rtol, R, inverse, work);
+    } else {
+      EFLAT_ROLL
+      for (int e = threadIdx.x; e < r * r; e += kThreads) s.M[e] = gram[e / r * 2 * r + e % r];
+      __syncthreads();
+      const bool bad = invert_gram(team, r, s.M, p.rtol, p.target.dtype, inverse, R, T, work);
+      if (!bad) identity_bases(team, r, R, T);
+      if (threadIdx.x == 0) side_again = bad;
+      again = again || bad;
+    }
+  }
+  if (call.bound) return bound_pair(block);
+  if (second || !again) return finish_pair(block, second, work);
+  pack_bases(r, s.T_t, s.T_o, s.bases_t);
+  pack_bases(r, s.T_o, s.T_t, s.bases_o);
+  publish(&block.pair_progress->state, kSecondPass);
 }
 
 }  // namespace eflat::cuda

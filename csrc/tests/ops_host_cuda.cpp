@@ -1,26 +1,31 @@
-// torch.ops.eflat_host_cuda: the operators of torch.ops.eflat on CPU tensors, computed by the CUDA
-// kernels run on the host. For the tests; not part of the package.
+// torch.ops.eflat_float64 and torch.ops.eflat_two_float: the operators of torch.ops.eflat on CPU
+// tensors, computed by the CUDA kernels run on the host, in both of their arithmetics. For the
+// tests; not part of the package.
 #define EFLAT_HOST_CUDA "../tests/host_cuda.h"
 #include "../cuda/launch.cu"
 #include "../operators.h"
+#include "naive.h"
 
 namespace eflat {
 namespace {
 
+template <cuda::Arithmetic arithmetic>
 struct HostCuda {
   explicit HostCuda(const Tensor&) {}
 
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
     std::vector<double> space = workspace(problem);
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
-    cuda::perturb(problem, space.data(), norms.mutable_data_ptr(), count, nullptr);
+    check(
+        cuda::perturb(problem, space.data(), norms.mutable_data_ptr(), count, nullptr, arithmetic));
   }
 
   void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
     const Problem problem{pairs.data(), int(pairs.size()), rho,
                           global_norm,  {false, 0},        dtype_of(factors)};
     std::vector<double> space = workspace(problem);
-    cuda::bound(problem, space.data(), factors.mutable_data_ptr(), dtype_of(factors), nullptr);
+    check(cuda::bound(problem, space.data(), factors.mutable_data_ptr(), dtype_of(factors), nullptr,
+                      arithmetic));
   }
 
  private:
@@ -28,10 +33,37 @@ struct HostCuda {
   static std::vector<double> workspace(const Problem& problem) {
     return std::vector<double>(cuda::workspace_bytes(problem) / sizeof(double) + 1, NAN);
   }
+  static void check(cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "cudaError_t ", int(error));
+  }
 };
+
+struct Naive {
+  explicit Naive(const Tensor&) {}
+  void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
+    std::vector<double> values(problem.count, NAN);
+    auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
+    cuda::naive::perturb(problem, values.data(), count);
+    for (int l = 0; l < problem.count; ++l) {
+      void* out = norms.mutable_data_ptr();
+      if (dtype_of(norms) == DType::f64) static_cast<double*>(out)[l] = values[l];
+      if (dtype_of(norms) == DType::f32) static_cast<float*>(out)[l] = float(values[l]);
+    }
+  }
+  void bound(const std::vector<Pair>&, double, bool, const Tensor&) {
+    STD_TORCH_CHECK(false, "no naive kernel");
+  }
+};
+
+using Float64 = HostCuda<cuda::Arithmetic::float64>;
+using TwoFloat = HostCuda<cuda::Arithmetic::two_float>;
 
 }  // namespace
 }  // namespace eflat
 
-STABLE_TORCH_LIBRARY(eflat_host_cuda, m) { EFLAT_DEFINE(m); }
-STABLE_TORCH_LIBRARY_IMPL(eflat_host_cuda, CPU, m) { EFLAT_REGISTER(m, eflat::HostCuda); }
+STABLE_TORCH_LIBRARY(eflat_float64, m) { EFLAT_DEFINE(m); }
+STABLE_TORCH_LIBRARY_IMPL(eflat_float64, CPU, m) { EFLAT_REGISTER(m, eflat::Float64); }
+STABLE_TORCH_LIBRARY(eflat_two_float, m) { EFLAT_DEFINE(m); }
+STABLE_TORCH_LIBRARY_IMPL(eflat_two_float, CPU, m) { EFLAT_REGISTER(m, eflat::TwoFloat); }
+STABLE_TORCH_LIBRARY(eflat_naive, m) { EFLAT_DEFINE(m); }
+STABLE_TORCH_LIBRARY_IMPL(eflat_naive, CPU, m) { EFLAT_REGISTER(m, eflat::Naive); }
