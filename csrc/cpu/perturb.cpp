@@ -228,20 +228,30 @@ class Perturbation {
   void apply(int first, int last, const ParallelFor& parallel_for) {
     Layers layers{*this, first};
     finish_scales(layers, last - first, problem_.rho, problem_.global_norm);
-    std::vector<Block> blocks;
+    std::vector<Block> blocks;  // of sides 2l and 2l + 1, target and other of pair l
     for (int l = first; l < last; ++l) {
       const Pair& p = problem_.pairs[l];
-      if (usable(norms_[l])) {
-        append_blocks(blocks, l, p.target, p.rank);
+      if (usable(norms_[l]) || p.step) {
+        append_blocks(blocks, 2 * l, p.target, p.rank);
       } else if (!problem_.update.average) {
         std::memset(p.out, 0, p.target.length * p.rank * size_of(p.out_dtype));
       }
+      if (p.step) append_blocks(blocks, 2 * l + 1, p.other, p.rank);
     }
+    // All that reads a whole factor is done: AdamW may follow E block by block.
     parallel_for(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
-      const Pair& p = problem_.pairs[b.owner];
-      k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[b.owner], scales_[b.owner],
-               problem_.update, p.out, p.out_dtype, thread_scratch(p.rank));
+      const int l = b.owner / 2;
+      const Pair& p = problem_.pairs[l];
+      const bool is_target = b.owner % 2 == 0;
+      if (is_target && usable(norms_[l])) {
+        k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[l], scales_[l],
+                 problem_.update, p.out, p.out_dtype, thread_scratch(p.rank));
+      }
+      if (!p.step) return;
+      const AdamW& a = is_target ? p.step->target : p.step->other;
+      k_.adamw(is_target ? p.target : p.other, p.dtype, p.rank, b.begin, b.end, a,
+               is_target ? p.step->clean : a.factor);
     });
   }
 

@@ -117,6 +117,8 @@ int64_t workspace_bytes(const Problem& problem) {
 
 cudaError_t perturb(const Problem& problem, void* workspace, void* norms, int64_t* skipped,
                     cudaStream_t stream) {
+  for (int l = 0; l < problem.count; ++l)
+    if (problem.pairs[l].step) return cudaErrorNotSupported;
   Arena arena(workspace);
   const HostTables tables(problem, arena);
   const Tables& t = tables.device;

@@ -240,7 +240,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 
 // The little of the runtime that launch.cu uses: host memory is device memory.
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorStreamCaptureUnsupported };
+enum cudaError_t { cudaSuccess = 0, cudaErrorNotSupported, cudaErrorStreamCaptureUnsupported };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) {
   return cudaSuccess;

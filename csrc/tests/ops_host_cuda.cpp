@@ -8,12 +8,15 @@ namespace eflat {
 namespace {
 
 struct HostCuda {
+  static constexpr bool kReadsSteps = true;
   explicit HostCuda(const Tensor&) {}
 
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
     std::vector<double> space = workspace(problem);
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
-    cuda::perturb(problem, space.data(), norms.mutable_data_ptr(), count, nullptr);
+    const cudaError_t error =
+        cuda::perturb(problem, space.data(), norms.mutable_data_ptr(), count, nullptr);
+    STD_TORCH_CHECK(error == cudaSuccess, "cudaError_t ", int(error));
   }
 
   void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {

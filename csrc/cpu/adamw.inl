@@ -1,0 +1,95 @@
+// AdamW of a factor's rows. Included before kernels.inl, under the same rules.
+//
+// Bytes per element of the factor: clean value, gradient and both moments are read, factor and
+// moments are written, 28 in float32. Square root and divisions are vectors of the machine's own
+// width, chosen by the compiler.
+#include "kernels.h"
+
+namespace eflat {
+inline namespace EFLAT_TARGET {
+namespace {
+
+template <class T>
+void to_floats(const T* x, int n, float* out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = float(to_double(x[i]));
+}
+template <class T>
+void from_floats(const float* x, int n, T* out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = from_double<T>(x[i]);
+}
+
+// `clean` may be the factor.
+template <class C>
+void adamw_strip(const C* clean, const C* grad, C* factor, C* exp_avg, C* exp_avg_sq, int64_t n,
+                 AdamWNumbers<C> numbers) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    C x = clean[i], m = exp_avg[i], v = exp_avg_sq[i];
+    adamw(x, grad[i], m, v, numbers);
+    factor[i] = x;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+  }
+}
+
+// 16-bit types, by way of float32 in the L1 cache.
+template <class T>
+void adamw_strip_16(const T* clean, const T* grad, T* factor, T* exp_avg, T* exp_avg_sq, int64_t n,
+                    const AdamWNumbers<float>& numbers) {
+  constexpr int kChunk = 256;
+  float x[kChunk], g[kChunk], m[kChunk], v[kChunk];
+  for (int64_t i = 0; i < n; i += kChunk) {
+    const int count = int(n - i < kChunk ? n - i : kChunk);
+    to_floats(clean + i, count, x);
+    to_floats(grad + i, count, g);
+    to_floats(exp_avg + i, count, m);
+    to_floats(exp_avg_sq + i, count, v);
+    adamw_strip(x, g, x, m, v, count, numbers);
+    from_floats(x, count, factor + i);
+    from_floats(m, count, exp_avg + i);
+    from_floats(v, count, exp_avg_sq + i);
+  }
+}
+
+void adamw_strip(const bf16* clean, const bf16* grad, bf16* factor, bf16* exp_avg, bf16* exp_avg_sq,
+                 int64_t n, const AdamWNumbers<float>& numbers) {
+  adamw_strip_16(clean, grad, factor, exp_avg, exp_avg_sq, n, numbers);
+}
+void adamw_strip(const f16* clean, const f16* grad, f16* factor, f16* exp_avg, f16* exp_avg_sq,
+                 int64_t n, const AdamWNumbers<float>& numbers) {
+  adamw_strip_16(clean, grad, factor, exp_avg, exp_avg_sq, n, numbers);
+}
+
+template <class T, class C>
+void adamw_rows(const Side& side, int r, int64_t begin, int64_t end, const AdamW& a,
+                const void* clean) {
+  const AdamWNumbers<C> numbers = adamw_numbers<C>(a, a.step_number);
+  const int strips = side.transposed ? r : 1;
+  const int64_t width = side.transposed ? 1 : r;
+  for (int j = 0; j < strips; ++j) {
+    const int64_t first = j * side.length + begin * width;
+    adamw_strip(static_cast<const T*>(clean) + first, static_cast<const T*>(side.grad) + first,
+                static_cast<T*>(a.factor) + first, static_cast<T*>(a.exp_avg) + first,
+                static_cast<T*>(a.exp_avg_sq) + first, (end - begin) * width, numbers);
+  }
+}
+
+void adamw_rows(const Side& side, DType dtype, int r, int64_t begin, int64_t end, const AdamW& a,
+                const void* clean) {
+  switch (dtype) {
+    case DType::f64:
+      return adamw_rows<double, double>(side, r, begin, end, a, clean);
+    case DType::f32:
+      return adamw_rows<float, float>(side, r, begin, end, a, clean);
+    case DType::bf16:
+      return adamw_rows<bf16, float>(side, r, begin, end, a, clean);
+    case DType::f16:
+      return adamw_rows<f16, float>(side, r, begin, end, a, clean);
+  }
+}
+
+}  // namespace
+}  // namespace EFLAT_TARGET
+}  // namespace eflat
