@@ -132,12 +132,11 @@ class PerturbedWeights:
         copied = {}
         if self._dirty:
             copied = {i: copy for i, copy in enumerate(self._clean) if self._held[i] is targets[i]}
+        self._applied = False
         yield [copied.get(i, targets[i]) for i in stepped]
         if self._dirty:
-            others = sorted(set(range(len(targets))) - (copied.keys() & set(stepped)))
-            self._applied = False
             with torch.no_grad():
-                for i in others:
+                for i in set(range(len(targets))) - (copied.keys() & set(stepped)):
                     self._held[i].copy_(self._clean[i])
             self._dirty = False
 
