@@ -98,13 +98,15 @@ def _usable(factor: Tensor, state: dict[str, Any]) -> bool:
         grad is not None
         and grad.layout == torch.strided
         and factor.is_contiguous()
-        and all(
-            moment.dtype == factor.dtype
-            and moment.device == factor.device
-            and moment.is_contiguous()
-            for moment in (state["exp_avg"], state["exp_avg_sq"])
-        )
+        and _like(state["exp_avg"], factor)
+        and _like(state["exp_avg_sq"], factor)
         and step.dtype == torch.float32
         and step.dim() == 0
         and (step.device == factor.device or step.device.type == "cpu")
+    )
+
+
+def _like(moment: Tensor, factor: Tensor) -> bool:
+    return (
+        moment.dtype == factor.dtype and moment.device == factor.device and moment.is_contiguous()
     )
