@@ -66,6 +66,9 @@ Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
   return norms;
 }
 
+// As foreach_perturb_ema_; then the targets become `clean`, and every A and B takes a step of
+// torch.optim.AdamW. Lists from exp_avg on hold two entries per pair, those of all A and those of
+// all B. No tensor that is written may occur twice.
 template <class Device>
 Tensor foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> grad_A,
                            std::vector<Tensor> grad_B, std::vector<Tensor> clean,

@@ -20,46 +20,34 @@ void from_floats(const float* x, int n, T* out) {
   for (int i = 0; i < n; ++i) out[i] = from_double<T>(x[i]);
 }
 
-// `clean` may be the factor.
-template <class C>
-void adamw_strip(const C* clean, const C* grad, C* factor, C* exp_avg, C* exp_avg_sq, int64_t n,
+// C is T, or float for the 16-bit types. `clean` may be the factor.
+template <class T, class C>
+void adamw_strip(const T* clean, const T* grad, T* factor, T* exp_avg, T* exp_avg_sq, int64_t n,
                  AdamWNumbers<C> numbers) {
+  if constexpr (sizeof(T) == sizeof(C)) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    C x = clean[i], m = exp_avg[i], v = exp_avg_sq[i];
-    adamw(x, grad[i], m, v, numbers);
-    factor[i] = x;
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
+    for (int64_t i = 0; i < n; ++i) {
+      T x = clean[i], m = exp_avg[i], v = exp_avg_sq[i];
+      adamw(x, grad[i], m, v, numbers);
+      factor[i] = x;
+      exp_avg[i] = m;
+      exp_avg_sq[i] = v;
+    }
+  } else {
+    constexpr int kChunk = 256;  // in the L1 cache
+    C x[kChunk], g[kChunk], m[kChunk], v[kChunk];
+    for (int64_t i = 0; i < n; i += kChunk) {
+      const int count = int(n - i < kChunk ? n - i : kChunk);
+      to_floats(clean + i, count, x);
+      to_floats(grad + i, count, g);
+      to_floats(exp_avg + i, count, m);
+      to_floats(exp_avg_sq + i, count, v);
+      adamw_strip<C, C>(x, g, x, m, v, count, numbers);
+      from_floats(x, count, factor + i);
+      from_floats(m, count, exp_avg + i);
+      from_floats(v, count, exp_avg_sq + i);
+    }
   }
-}
-
-// 16-bit types, by way of float32 in the L1 cache.
-template <class T>
-void adamw_strip_16(const T* clean, const T* grad, T* factor, T* exp_avg, T* exp_avg_sq, int64_t n,
-                    const AdamWNumbers<float>& numbers) {
-  constexpr int kChunk = 256;
-  float x[kChunk], g[kChunk], m[kChunk], v[kChunk];
-  for (int64_t i = 0; i < n; i += kChunk) {
-    const int count = int(n - i < kChunk ? n - i : kChunk);
-    to_floats(clean + i, count, x);
-    to_floats(grad + i, count, g);
-    to_floats(exp_avg + i, count, m);
-    to_floats(exp_avg_sq + i, count, v);
-    adamw_strip(x, g, x, m, v, count, numbers);
-    from_floats(x, count, factor + i);
-    from_floats(m, count, exp_avg + i);
-    from_floats(v, count, exp_avg_sq + i);
-  }
-}
-
-void adamw_strip(const bf16* clean, const bf16* grad, bf16* factor, bf16* exp_avg, bf16* exp_avg_sq,
-                 int64_t n, const AdamWNumbers<float>& numbers) {
-  adamw_strip_16(clean, grad, factor, exp_avg, exp_avg_sq, n, numbers);
-}
-void adamw_strip(const f16* clean, const f16* grad, f16* factor, f16* exp_avg, f16* exp_avg_sq,
-                 int64_t n, const AdamWNumbers<float>& numbers) {
-  adamw_strip_16(clean, grad, factor, exp_avg, exp_avg_sq, n, numbers);
 }
 
 template <class T, class C>

@@ -231,11 +231,9 @@ class Perturbation {
     std::vector<Block> blocks;  // of sides 2l and 2l + 1, target and other of pair l
     for (int l = first; l < last; ++l) {
       const Pair& p = problem_.pairs[l];
-      if (usable(norms_[l]) || p.step) {
-        append_blocks(blocks, 2 * l, p.target, p.rank);
-      } else if (!problem_.update.average) {
+      if (!usable(norms_[l]) && !problem_.update.average)
         std::memset(p.out, 0, p.target.length * p.rank * size_of(p.out_dtype));
-      }
+      if (usable(norms_[l]) || p.step) append_blocks(blocks, 2 * l, p.target, p.rank);
       if (p.step) append_blocks(blocks, 2 * l + 1, p.other, p.rank);
     }
     // All that reads a whole factor is done: AdamW may follow E block by block.
