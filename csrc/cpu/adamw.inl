@@ -1,4 +1,4 @@
-// AdamW of a factor's rows. Included before kernels.inl, under the same rules.
+// AdamW of a factor's elements. Included before kernels.inl, under the same rules.
 //
 // Bytes per element of the factor: clean value, gradient and both moments are read, factor and
 // moments are written, 28 in float32. Square root and divisions are vectors of the machine's own
@@ -22,8 +22,8 @@ void from_floats(const float* x, int n, T* out) {
 
 // C is T, or float for the 16-bit types. `clean` may be the factor.
 template <class T, class C>
-void adamw_strip(const T* clean, const T* grad, T* factor, T* exp_avg, T* exp_avg_sq, int64_t n,
-                 AdamWNumbers<C> numbers) {
+void adamw_loop(const T* clean, const T* grad, T* factor, T* exp_avg, T* exp_avg_sq, int64_t n,
+                AdamWNumbers<C> numbers) {
   if constexpr (sizeof(T) == sizeof(C)) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
@@ -42,7 +42,7 @@ void adamw_strip(const T* clean, const T* grad, T* factor, T* exp_avg, T* exp_av
       to_floats(grad + i, count, g);
       to_floats(exp_avg + i, count, m);
       to_floats(exp_avg_sq + i, count, v);
-      adamw_strip<C, C>(x, g, x, m, v, count, numbers);
+      adamw_loop<C, C>(x, g, x, m, v, count, numbers);
       from_floats(x, count, factor + i);
       from_floats(m, count, exp_avg + i);
       from_floats(v, count, exp_avg_sq + i);
@@ -51,30 +51,25 @@ void adamw_strip(const T* clean, const T* grad, T* factor, T* exp_avg, T* exp_av
 }
 
 template <class T, class C>
-void adamw_rows(const Side& side, int r, int64_t begin, int64_t end, const AdamW& a,
-                const void* clean) {
-  const AdamWNumbers<C> numbers = adamw_numbers<C>(a, a.step_number);
-  const int strips = side.transposed ? r : 1;
-  const int64_t width = side.transposed ? 1 : r;
-  for (int j = 0; j < strips; ++j) {
-    const int64_t first = j * side.length + begin * width;
-    adamw_strip(static_cast<const T*>(clean) + first, static_cast<const T*>(side.grad) + first,
-                static_cast<T*>(a.factor) + first, static_cast<T*>(a.exp_avg) + first,
-                static_cast<T*>(a.exp_avg_sq) + first, (end - begin) * width, numbers);
-  }
+void adamw_elements(const AdamW& a, const void* clean, const void* grad, int64_t begin,
+                    int64_t end) {
+  adamw_loop(static_cast<const T*>(clean) + begin, static_cast<const T*>(grad) + begin,
+             static_cast<T*>(a.factor) + begin, static_cast<T*>(a.exp_avg) + begin,
+             static_cast<T*>(a.exp_avg_sq) + begin, end - begin,
+             adamw_numbers<C>(a, a.step_number));
 }
 
-void adamw_rows(const Side& side, DType dtype, int r, int64_t begin, int64_t end, const AdamW& a,
-                const void* clean) {
+void adamw_elements(const AdamW& a, const void* clean, const void* grad, DType dtype, int64_t begin,
+                    int64_t end) {
   switch (dtype) {
     case DType::f64:
-      return adamw_rows<double, double>(side, r, begin, end, a, clean);
+      return adamw_elements<double, double>(a, clean, grad, begin, end);
     case DType::f32:
-      return adamw_rows<float, float>(side, r, begin, end, a, clean);
+      return adamw_elements<float, float>(a, clean, grad, begin, end);
     case DType::bf16:
-      return adamw_rows<bf16, float>(side, r, begin, end, a, clean);
+      return adamw_elements<bf16, float>(a, clean, grad, begin, end);
     case DType::f16:
-      return adamw_rows<f16, float>(side, r, begin, end, a, clean);
+      return adamw_elements<f16, float>(a, clean, grad, begin, end);
   }
 }
 

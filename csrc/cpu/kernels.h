@@ -31,9 +31,9 @@ struct Kernels {
                 const double* weights, double scale, Update update, void* out, DType out_dtype,
                 double* scratch);
 
-  // AdamW of rows [begin, end) of a side; `clean`: what the factor starts from, perhaps itself.
-  void (*adamw)(const Side& side, DType dtype, int r, int64_t begin, int64_t end, const AdamW& a,
-                const void* clean);
+  // AdamW of elements [begin, end) of a factor; `clean`: what it starts from, perhaps itself.
+  void (*adamw)(const AdamW& a, const void* clean, const void* grad, DType dtype, int64_t begin,
+                int64_t end);
 
   // Of pseudo_inverse.h and coefficients.h.
   bool (*invert_gram)(int r, const double* M, double rtol, DType dtype, double* inverse, double* R,

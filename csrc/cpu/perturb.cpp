@@ -4,6 +4,7 @@
 //   solve    M^+ of both sides (and a second pass over a pair where one is too ill-conditioned),
 //            then norm and weights
 //   apply    blocks of rows of the target → E
+//   step     blocks of elements of both sides → AdamW, where a pair asks for it
 //
 // Many pairs are handed out whole, one at a time. Few are taken in groups, small enough that apply
 // finds in the cache what reduce has read, and each stage of a group is spread over the threads.
@@ -22,6 +23,7 @@ namespace eflat::cpu {
 namespace {
 
 constexpr int64_t kGroupBytes = 1 << 20;  // of factors, gradients and partial sums
+constexpr int64_t kStepBlock = 1 << 14;   // elements of a factor that AdamW takes at once
 
 // Memory that grows and is kept, so that a training loop allocates nothing after its first step.
 // Aligned to a cache line: a vector load that crosses one costs two.
@@ -228,28 +230,43 @@ class Perturbation {
   void apply(int first, int last, const ParallelFor& parallel_for) {
     Layers layers{*this, first};
     finish_scales(layers, last - first, problem_.rho, problem_.global_norm);
-    std::vector<Block> blocks;  // of sides 2l and 2l + 1, target and other of pair l
+    std::vector<Block> blocks;
     for (int l = first; l < last; ++l) {
       const Pair& p = problem_.pairs[l];
-      if (!usable(norms_[l]) && !problem_.update.average)
+      if (usable(norms_[l])) {
+        append_blocks(blocks, l, p.target, p.rank);
+      } else if (!problem_.update.average) {
         std::memset(p.out, 0, p.target.length * p.rank * size_of(p.out_dtype));
-      if (usable(norms_[l]) || p.step) append_blocks(blocks, 2 * l, p.target, p.rank);
-      if (p.step) append_blocks(blocks, 2 * l + 1, p.other, p.rank);
+      }
     }
-    // All that reads a whole factor is done: AdamW may follow E block by block.
     parallel_for(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
-      const int l = b.owner / 2;
+      const Pair& p = problem_.pairs[b.owner];
+      k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[b.owner], scales_[b.owner],
+               problem_.update, p.out, p.out_dtype, thread_scratch(p.rank));
+    });
+    step(first, last, parallel_for);
+  }
+
+  // Once E is there, nothing reads these pairs' factors and gradients any more.
+  void step(int first, int last, const ParallelFor& parallel_for) {
+    std::vector<Block> blocks;  // of elements, in whatever layout; sides as in lay_out
+    for (int l = first; l < last; ++l) {
       const Pair& p = problem_.pairs[l];
-      const bool is_target = b.owner % 2 == 0;
-      if (is_target && usable(norms_[l])) {
-        k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[l], scales_[l],
-                 problem_.update, p.out, p.out_dtype, thread_scratch(p.rank));
+      if (!p.step) continue;
+      for (int other : {0, 1}) {
+        const int64_t size = (other ? p.other : p.target).length * p.rank;
+        for (int64_t begin = 0; begin < size; begin += kStepBlock)
+          blocks.push_back({2 * l + other, begin, std::min(begin + kStepBlock, size)});
       }
-      if (!p.step) return;
-      const AdamW& a = is_target ? p.step->target : p.step->other;
-      k_.adamw(is_target ? p.target : p.other, p.dtype, p.rank, b.begin, b.end, a,
-               is_target ? p.step->clean : a.factor);
+    }
+    parallel_for(blocks.size(), [&](int64_t i) {
+      const Block& b = blocks[i];
+      const Pair& p = problem_.pairs[b.owner / 2];
+      const bool other = b.owner % 2;
+      const AdamW& a = other ? p.step->other : p.step->target;
+      k_.adamw(a, other ? a.factor : p.step->clean, (other ? p.other : p.target).grad, p.dtype,
+               b.begin, b.end);
     });
   }
 
