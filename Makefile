@@ -61,6 +61,7 @@ bench: $(VENV)/built
 	$(BIN)/python bench/perturb_cpu.py
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/fused_step.py
 
 $(VENV)/requirements: requirements/run.txt requirements/models.txt
 	$(PYTHON) -m venv $(VENV)

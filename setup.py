@@ -158,6 +158,7 @@ CXX_FLAGS = [
     "-std=c++20",
     "-fvisibility=hidden",
     "-fopenmp-simd",
+    "-fno-math-errno",  # square roots are vectors then
     "-Wall",
     "-Wno-psabi",
     f"-ffile-prefix-map={Path.cwd()}/=",  # error messages name files of the project

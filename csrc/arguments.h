@@ -173,6 +173,30 @@ struct Arguments {
     return new_norms(A[0], {count});
   }
 
+  // As add_all, with the moving averages that the perturbations go into. No pairs: no norms.
+  Tensor add_averages(const std::vector<Tensor>& A, const std::vector<Tensor>& B,
+                      const std::vector<Tensor>& grad_A, const std::vector<Tensor>& grad_B,
+                      const std::vector<Tensor>& ema, const Tensor& skipped,
+                      const std::vector<double>& scaling, double beta, std::optional<double> rtol) {
+    STD_TORCH_CHECK(beta >= 0 && beta <= 1, "beta must be in [0, 1], got ", beta);
+    STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.dim() == 0,
+                    "skipped must be an int64 tensor without dimensions, got shape ",
+                    shape_of(skipped));
+    check_length("ema", ema.size(), A.size());
+    if (A.empty()) {
+      check_lengths(A, B, grad_A, grad_B, scaling);
+      return torch::stable::new_empty(skipped, {0}, ScalarType::Float);
+    }
+    const Tensor norms = add_all(A, B, grad_A, grad_B, scaling, rtol);
+    STD_TORCH_CHECK(skipped.device() == A[0].device(), "skipped must be on the device of A[0]");
+    for (size_t l = 0; l < A.size(); ++l) {
+      check_average(ema[l], l, onto_B ? B[l] : A[l], onto_B ? "B" : "A");
+      pairs[l].out = ema[l].mutable_data_ptr();
+      pairs[l].out_dtype = dtype_of(ema[l]);
+    }
+    return norms;
+  }
+
   // A moving average onto A and the B it is to be applied beside.
   void add_applied(const Tensor& ema, const Tensor& B, double scaling, int64_t index,
                    const Tensor& first) {
@@ -215,24 +239,24 @@ struct Arguments {
     check_dtype_and_device(grad, name, factor, factor_name);
   }
 
+  // Whether a moving average can be updated.
+  static void check_average(const Tensor& ema, int64_t index, const Tensor& target,
+                            const char* target_name) {
+    const std::string name = argument("ema", index), like = argument(target_name, index);
+    check_like(ema, name, target, like);
+    STD_TORCH_CHECK(ema.device() == target.device(), name, " must be on the device of ", like);
+    const ScalarType expected =
+        target.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    STD_TORCH_CHECK(ema.scalar_type() == expected, name, " must be ", dtype_name(expected), " for ",
+                    dtype_name(target.scalar_type()), " factors, got ",
+                    dtype_name(ema.scalar_type()));
+    STD_TORCH_CHECK(ema.is_contiguous(), name, " must be contiguous, since it is updated in place");
+  }
+
   static void check_scaling(double scaling, int64_t index) {
     STD_TORCH_CHECK(std::isfinite(scaling) && scaling != 0, argument("scaling", index),
                     " must be finite and not 0, got ", scaling);
   }
 };
-
-// Whether a moving average is what foreach_perturb_ema_ can update.
-inline void check_average(const Tensor& ema, int64_t index, const Tensor& target,
-                          const char* target_name) {
-  const std::string name = argument("ema", index), like = argument(target_name, index);
-  check_like(ema, name, target, like);
-  STD_TORCH_CHECK(ema.device() == target.device(), name, " must be on the device of ", like);
-  const ScalarType expected =
-      target.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(ema.scalar_type() == expected, name, " must be ", dtype_name(expected), " for ",
-                  dtype_name(target.scalar_type()), " factors, got ",
-                  dtype_name(ema.scalar_type()));
-  STD_TORCH_CHECK(ema.is_contiguous(), name, " must be contiguous, since it is updated in place");
-}
 
 }  // namespace eflat

@@ -2,6 +2,7 @@
 // Problem. Data flow only; the mathematics is in coefficients.h and the kernels.
 //
 // struct Device {
+//   static constexpr bool kReadsSteps;  // whether the kernels read and raise steps on the device
 //   explicit Device(const Tensor& on);
 //   // norms: float64 or float32, (pairs); skipped: int64, 0-d, or null
 //   void perturb(const Problem&, const Tensor& norms, const Tensor* skipped);
@@ -11,7 +12,7 @@
 #pragma once
 #include <tuple>
 
-#include "arguments.h"
+#include "adamw_arguments.h"
 
 namespace eflat {
 
@@ -57,24 +58,37 @@ Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
                             double rho, double beta, std::string onto, std::string norm_scope,
                             std::optional<double> rtol) {
   Arguments arguments(onto, norm_scope, rho, rtol);
-  STD_TORCH_CHECK(beta >= 0 && beta <= 1, "beta must be in [0, 1], got ", beta);
-  STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.dim() == 0,
-                  "skipped must be an int64 tensor without dimensions, got shape ",
-                  shape_of(skipped));
-  check_length("ema", ema.size(), A.size());
-  if (A.empty()) {  // the counter alone has brought the call here
-    arguments.check_lengths(A, B, grad_A, grad_B, scaling);
-    return torch::stable::new_empty(skipped, {0}, ScalarType::Float);
-  }
-  const Tensor norms = arguments.add_all(A, B, grad_A, grad_B, scaling, rtol);
-  STD_TORCH_CHECK(skipped.device() == A[0].device(), "skipped must be on the device of A[0]");
-  for (size_t l = 0; l < A.size(); ++l) {
-    check_average(ema[l], l, arguments.onto_B ? B[l] : A[l], arguments.onto_B ? "B" : "A");
-    arguments.pairs[l].out = ema[l].mutable_data_ptr();
-    arguments.pairs[l].out_dtype = dtype_of(ema[l]);
-  }
+  const Tensor norms =
+      arguments.add_averages(A, B, grad_A, grad_B, ema, skipped, scaling, beta, rtol);
+  if (A.empty()) return norms;  // the counter alone has brought the call here
   Device device(A[0]);
   device.perturb(arguments.problem(rho, {true, beta}), norms, &skipped);
+  return norms;
+}
+
+// As foreach_perturb_ema_; then the targets become `clean`, and every A and B takes a step of
+// torch.optim.AdamW. Lists from exp_avg on hold two entries per pair, those of all A and those of
+// all B. No tensor that is written may occur twice.
+template <class Device>
+Tensor foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> grad_A,
+                           std::vector<Tensor> grad_B, std::vector<Tensor> clean,
+                           std::vector<Tensor> ema, std::vector<Tensor> exp_avg,
+                           std::vector<Tensor> exp_avg_sq, std::vector<Tensor> step, Tensor skipped,
+                           std::vector<double> scaling, double rho, double beta,
+                           std::vector<double> lr, std::vector<double> beta1,
+                           std::vector<double> beta2, std::vector<double> eps,
+                           std::vector<double> weight_decay, std::string onto,
+                           std::string norm_scope, std::optional<double> rtol) {
+  Arguments arguments(onto, norm_scope, rho, rtol);
+  const Tensor norms =
+      arguments.add_averages(A, B, grad_A, grad_B, ema, skipped, scaling, beta, rtol);
+  const AdamWSteps steps(arguments, A, B, clean,
+                         {exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay},
+                         Device::kReadsSteps);
+  if (A.empty()) return norms;
+  Device device(A[0]);
+  device.perturb(arguments.problem(rho, {true, beta}), norms, &skipped);
+  steps.raise();
   return norms;
 }
 
@@ -106,6 +120,13 @@ Tensor foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B, std::vector
       "Tensor(a!)[] ema, Tensor(b!) skipped, float[] scaling, float rho, float beta, "       \
       "str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) -> Tensor norms");        \
   m.def(                                                                                     \
+      "foreach_adamw_step_(Tensor(a!)[] A, Tensor(b!)[] B, Tensor[] grad_A, "                \
+      "Tensor[] grad_B, Tensor[] clean, Tensor(c!)[] ema, Tensor(d!)[] exp_avg, "            \
+      "Tensor(e!)[] exp_avg_sq, Tensor(f!)[] step, Tensor(g!) skipped, float[] scaling, "    \
+      "float rho, float beta, float[] lr, float[] beta1, float[] beta2, float[] eps, "       \
+      "float[] weight_decay, str onto=\"B\", str norm_scope=\"layer\", "                     \
+      "float? rtol=None) -> Tensor norms");                                                  \
+  m.def(                                                                                     \
       "foreach_bound(Tensor[] ema, Tensor[] B, float[] scaling, float rho, "                 \
       "str norm_scope=\"layer\") -> Tensor factors")
 
@@ -113,6 +134,7 @@ Tensor foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B, std::vector
   m.impl("perturb", TORCH_BOX(&eflat::perturb<Device>));                           \
   m.impl("foreach_perturb", TORCH_BOX(&eflat::foreach_perturb<Device>));           \
   m.impl("foreach_perturb_ema_", TORCH_BOX(&eflat::foreach_perturb_ema_<Device>)); \
+  m.impl("foreach_adamw_step_", TORCH_BOX(&eflat::foreach_adamw_step_<Device>));   \
   m.impl("foreach_bound", TORCH_BOX(&eflat::foreach_bound<Device>))
 
 }  // namespace eflat

@@ -31,6 +31,8 @@ void write(const std::vector<double>& values, const Tensor& out) {
 }
 
 struct Cpu {
+  static constexpr bool kReadsSteps = false;
+
   explicit Cpu(const Tensor&) {}
 
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
@@ -74,6 +76,17 @@ Tensor no_foreach_perturb_ema_(std::vector<Tensor>, std::vector<Tensor>, std::ve
   return skipped;
 }
 
+Tensor no_foreach_adamw_step_(std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+                              std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+                              std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+                              Tensor skipped, std::vector<double>, double, double,
+                              std::vector<double>, std::vector<double>, std::vector<double>,
+                              std::vector<double>, std::vector<double>, std::string, std::string,
+                              std::optional<double>) {
+  STD_TORCH_CHECK(false, kNoKernels);
+  return skipped;
+}
+
 Norms empty_foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B,
                             std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
                             std::vector<double> scaling, double rho, std::string onto,
@@ -102,6 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(eflat, CompositeExplicitAutograd, m) {
   m.impl("perturb", TORCH_BOX(&eflat::no_perturb));
   m.impl("foreach_perturb", TORCH_BOX(&eflat::empty_foreach_perturb));
   m.impl("foreach_perturb_ema_", TORCH_BOX(&eflat::no_foreach_perturb_ema_));
+  m.impl("foreach_adamw_step_", TORCH_BOX(&eflat::no_foreach_adamw_step_));
   m.impl("foreach_bound", TORCH_BOX(&eflat::empty_foreach_bound));
 }
 

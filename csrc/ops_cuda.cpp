@@ -12,6 +12,8 @@ namespace {
 
 class Cuda {
  public:
+  static constexpr bool kReadsSteps = true;
+
   explicit Cuda(const Tensor& on) : guard_(on.get_device_index()), on_(on) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));

@@ -22,15 +22,15 @@ struct AdamW {
   void* factor;  // written: the factor of the pair's side
   void* exp_avg;
   void* exp_avg_sq;    // both of the factor's type
-  float* step;         // the steps so far, where the kernels can raise it; null: step_number
-  double step_number;  // from 1
+  float* step;         // steps before this one, where the kernels can read it and raise it by one;
+  double step_number;  // null: this is the number of this step, from 1
   double lr, beta1, beta2, eps, weight_decay;
 };
 
 // The optimizer's step of a pair, after its perturbation has gone into the moving average: the
 // target returns to its clean values, then AdamW of both factors.
 struct Step {
-  const void* clean;  // like the target
+  const void* clean;  // like the target, perhaps the target itself
   AdamW target, other;
 };
 

@@ -185,6 +185,20 @@ def _check_pair(
 # Fake kernels: shapes and dtypes for tracing.
 
 
+def _check_averages(ema: Sequence[Tensor], targets: Sequence[Tensor], beta: float) -> None:
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    _check_shapes("ema", ema, [t.shape for t in targets])
+
+
+def _check_shapes(name: str, tensors: Sequence[Tensor], expected: Sequence[torch.Size]) -> None:
+    if [t.shape for t in tensors] != list(expected):
+        raise ValueError(
+            f"{name} must have the shapes {[tuple(shape) for shape in expected]}, "
+            f"got {[tuple(t.shape) for t in tensors]}"
+        )
+
+
 def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if all(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -223,10 +237,53 @@ def _(
 ):
     _check_options(rho, onto, norm_scope, rtol)
     _check_pairs(A, B, grad_A, grad_B, scaling)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
-    if [e.shape for e in ema] != [t.shape for t in (B if onto == "B" else A)]:
-        raise ValueError(f"ema must have the shapes of {onto}, got {[tuple(e.shape) for e in ema]}")
+    _check_averages(ema, B if onto == "B" else A, beta)
+    return skipped.new_empty(len(A), dtype=_norm_dtype(A) if A else torch.float32)
+
+
+@torch.library.register_fake("eflat::foreach_adamw_step_")
+def _(
+    A,
+    B,
+    grad_A,
+    grad_B,
+    clean,
+    ema,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    skipped,
+    scaling,
+    rho,
+    beta,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    onto="B",
+    norm_scope="layer",
+    rtol=None,
+):
+    _check_options(rho, onto, norm_scope, rtol)
+    _check_pairs(A, B, grad_A, grad_B, scaling)
+    targets, factors = list(B if onto == "B" else A), [*A, *B]
+    _check_averages(ema, targets, beta)
+    _check_shapes("clean", clean, [t.shape for t in targets])
+    _check_shapes("exp_avg", exp_avg, [t.shape for t in factors])
+    _check_shapes("exp_avg_sq", exp_avg_sq, [t.shape for t in factors])
+    _check_shapes("step", step, [torch.Size()] * len(factors))
+    for name, values in (
+        ("lr", lr),
+        ("beta1", beta1),
+        ("beta2", beta2),
+        ("eps", eps),
+        ("weight_decay", weight_decay),
+    ):
+        if len(values) != len(factors):
+            raise ValueError(
+                f"{name} must have two entries per pair, {len(factors)}, got {len(values)}"
+            )
     return skipped.new_empty(len(A), dtype=_norm_dtype(A) if A else torch.float32)
 
 
@@ -340,9 +397,9 @@ def _backward(ctx, grad_E, grad_norm):
     return *_gradients(ctx, [grad_E], grad_norm.reshape(1)), None, None, None, None
 
 
-# The other two have no gradient: nothing is recorded, and what is written in place is marked so.
+# The others have no gradient: nothing is recorded, and what is written in place is marked so.
 _library = torch.library.Library("eflat", "FRAGMENT")
-for _name in ("foreach_perturb_ema_", "foreach_bound"):
+for _name in ("foreach_perturb_ema_", "foreach_adamw_step_", "foreach_bound"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -355,7 +412,25 @@ def _perturb_ema_in_place(keyset, A, B, grad_A, grad_B, ema, skipped, *options):
     return norms
 
 
+def _adamw_step_in_place(
+    keyset, A, B, grad_A, grad_B, clean, ema, exp_avg, exp_avg_sq, step, skipped, *options
+):
+    written = [*A, *B, *ema, *exp_avg, *exp_avg_sq, *step, skipped]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in written):
+        raise RuntimeError(
+            "foreach_adamw_step_ writes to tensors that require a gradient: call it within "
+            "torch.no_grad()"
+        )
+    norms = torch.ops.eflat.foreach_adamw_step_.default.redispatch(
+        keyset & torch._C._after_ADInplaceOrView_keyset,
+        *(A, B, grad_A, grad_B, clean, ema, exp_avg, exp_avg_sq, step, skipped, *options),
+    )
+    torch.autograd.graph.increment_version(written)
+    return norms
+
+
 _library.impl("foreach_perturb_ema_", _perturb_ema_in_place, "ADInplaceOrView", with_keyset=True)
+_library.impl("foreach_adamw_step_", _adamw_step_in_place, "ADInplaceOrView", with_keyset=True)
 
 torch.library.register_autograd("eflat::perturb", _backward, setup_context=_setup)
 torch.library.register_autograd(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .fused_step import adamw_lists, without_gradients
 from .optimizer_base import Addition, PerturbingOptimizer, Rho, check_transfer
 from .pairs import LoraPair
 from .two_gradients import FlatLoRA, LoRASAM
@@ -50,6 +51,9 @@ class EFlatLoRA(PerturbingOptimizer):
         norm_scope: "layer" gives every pair the radius rho, "global" all pairs together.
         rtol: relative singular value below which a factor's direction counts as zero, in
             [1e-7, 1); None for the default of the operators.
+        fused_step: use the fused operator where it applies: around a plain
+            ``torch.optim.AdamW``, one operator does the whole step of all pairs, in float32 for
+            factors of up to 32 bits. May be assigned between steps.
 
     Raises:
         TypeError: ``base`` is no optimizer, or one that needs a closure (LBFGS).
@@ -67,6 +71,7 @@ class EFlatLoRA(PerturbingOptimizer):
         onto: str = "B",
         norm_scope: str = "layer",
         rtol: float | None = None,
+        fused_step: bool = True,
     ) -> None:
         check_transfer(onto, rtol)
         if not 0 < beta <= 1:
@@ -75,6 +80,7 @@ class EFlatLoRA(PerturbingOptimizer):
         self.beta = float(beta)
         self.onto = onto
         self.rtol = rtol
+        self.fused_step = fused_step
         targets = [getattr(*slot) for slot in self._targets]
         averages = [torch.zeros(t.shape, dtype=_average_dtype(t), device=t.device) for t in targets]
         self._perturbation = (
@@ -96,7 +102,8 @@ class EFlatLoRA(PerturbingOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; the weights are clean afterwards, also when it raises.
 
-        If the base optimizer raises, the averages have taken this step's perturbation already.
+        If the base optimizer raises, the averages have taken this step's perturbation already, and
+        the pairs their step where the fused operator applies.
 
         Args:
             closure: evaluated once, at the perturbed weights: zero_grad, forward, backward.
@@ -105,17 +112,19 @@ class EFlatLoRA(PerturbingOptimizer):
             What the closure returned, None without one.
         """
         loss = None
+        stepped: list[Tensor] = []
         try:
             if closure is not None:
                 if not self._weights.alive:
                     self.train()
                 with torch.enable_grad():
                     loss = closure()
-            self._fold_in()
+            stepped = self._fold_in()
         finally:
             self._weights.restore()
         self._weights.visited = False
-        self.base.step()
+        with without_gradients(stepped):
+            self.base.step()
         self._steps += 1
         self._rho_changed()
         return loss
@@ -124,7 +133,8 @@ class EFlatLoRA(PerturbingOptimizer):
         super().load_state_dict(state_dict)
         self._rho_changed()
 
-    def _fold_in(self) -> None:
+    def _fold_in(self) -> list[Tensor]:
+        """Put this step's perturbations into the averages; returns what was stepped with them."""
         rho = self._rho_now()
         rows = self._with_gradients()
         if self._weights.visited:
@@ -132,22 +142,25 @@ class EFlatLoRA(PerturbingOptimizer):
             self._weights.perturb()
         elif self._steps and rows.indices:
             self._warn_clean_gradient()
-        averages = self._averages()
-        norms = torch.ops.eflat.foreach_perturb_ema_(
-            rows.A,
-            rows.B,
-            rows.grad_A,
-            rows.grad_B,
-            [averages[i] for i in rows.indices],
-            self._skipped_on(rows.A[0].device if rows.A else self._skipped.device),
-            rows.scaling,
-            rho,
-            self.beta,
-            self.onto,
-            self.norm_scope,
-            self.rtol,
-        )
+        all_averages = self._averages()
+        averages = [all_averages[i] for i in rows.indices]
+        skipped = self._skipped_on(rows.A[0].device if rows.A else self._skipped.device)
+        gradients = (rows.A, rows.B, rows.grad_A, rows.grad_B)
+        radius = (rows.scaling, rho, self.beta)
+        options = (self.onto, self.norm_scope, self.rtol)
+        adamw = adamw_lists(self.base, rows) if self.fused_step else None
+        if adamw is None:
+            norms = torch.ops.eflat.foreach_perturb_ema_(
+                *gradients, averages, skipped, *radius, *options
+            )
+        else:
+            moments, numbers = adamw[:3], adamw[3:]
+            with self._weights.restored_by(rows.indices) as clean:
+                norms = torch.ops.eflat.foreach_adamw_step_(
+                    *gradients, clean, averages, *moments, skipped, *radius, *numbers, *options
+                )
         self._norms = (rows.indices, norms)
+        return [] if adamw is None else [*rows.A, *rows.B]
 
     def _averages(self) -> list[Tensor]:
         targets = [getattr(*slot) for slot in self._targets]
@@ -216,19 +229,29 @@ def create_eflat_optimizer(
     onto: str = "B",
     norm_scope: str = "layer",
     rtol: float | None = None,
+    fused_step: bool = True,
     params: Any = None,
     **optimizer_kwargs: Any,
 ) -> EFlatLoRA:
     """An :class:`EFlatLoRA` over a new base optimizer of all trainable parameters of the model.
 
     Args:
-        model, rho, beta, onto, norm_scope, rtol: see :class:`EFlatLoRA`.
+        model, rho, beta, onto, norm_scope, rtol, fused_step: see :class:`EFlatLoRA`.
         optimizer_cls: class of the base optimizer.
         params: parameters, named parameters or groups for it, in place of all trainable ones.
         **optimizer_kwargs: passed on to it (``lr`` and so on).
     """
     base = optimizer_cls(_trainable(model, params), **optimizer_kwargs)
-    return EFlatLoRA(model, base, rho=rho, beta=beta, onto=onto, norm_scope=norm_scope, rtol=rtol)
+    return EFlatLoRA(
+        model,
+        base,
+        rho=rho,
+        beta=beta,
+        onto=onto,
+        norm_scope=norm_scope,
+        rtol=rtol,
+        fused_step=fused_step,
+    )
 
 
 def create_flat_optimizer(

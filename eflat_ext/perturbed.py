@@ -118,6 +118,29 @@ class PerturbedWeights:
         self._dirty = False
 
     @contextmanager
+    def restored_by(self, stepped: Sequence[int]) -> Iterator[list[Tensor]]:
+        """For code that puts the clean values of some targets back itself, and goes on from there.
+
+        Args:
+            stepped: indices of those targets; the others are restored here.
+
+        Yields:
+            Their clean values: the copies, or the targets themselves where those are clean. If the
+            code raises, :meth:`restore` is still due, for all targets.
+        """
+        targets = self._targets()
+        copied = {}
+        if self._dirty:
+            copied = {i: copy for i, copy in enumerate(self._clean) if self._held[i] is targets[i]}
+        self._applied = False
+        yield [copied.get(i, targets[i]) for i in stepped]
+        if self._dirty:
+            with torch.no_grad():
+                for i in set(range(len(targets))) - (copied.keys() & set(stepped)):
+                    self._held[i].copy_(self._clean[i])
+            self._dirty = False
+
+    @contextmanager
     def clean(self) -> Iterator[None]:
         """Clean weights within, whatever runs there; perturbed again afterwards if they were."""
         applied, suspended = self._applied, self._suspended

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adamw_case import one_after_another, random_call
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import (
@@ -26,6 +27,7 @@ from strategies import (
     rounding_errors,
     same_bits,
     scopes,
+    seeds,
     sides,
 )
 from torch.utils import cpp_extension
@@ -93,7 +95,9 @@ def test_mixed_lists(given, onto, norm_scope):
 
 
 @settings(max_examples=20)
-@given(st.lists(pairs(sizes=small, ranks=st.integers(1, 10)), min_size=1, max_size=3), sides, scopes)
+@given(
+    st.lists(pairs(sizes=small, ranks=st.integers(1, 10)), min_size=1, max_size=3), sides, scopes
+)
 def test_naive_kernels_are_a_second_witness(given, onto, norm_scope):
     assume(not any(ambiguous(pair) for pair in given))
     E, norms = foreach_perturb(given, onto, norm_scope)
@@ -184,13 +188,43 @@ def test_moving_average(onto):
     before = [e.clone() for e in ema]
     skipped = torch.zeros((), dtype=torch.int64)
     arguments = lists([good, bad])
-    norms = kernels.foreach_perturb_ema_(
-        *arguments[:4], ema, skipped, arguments[4], RHO, 0.3, onto
-    )
+    norms = kernels.foreach_perturb_ema_(*arguments[:4], ema, skipped, arguments[4], RHO, 0.3, onto)
     expected, _ = reference.perturb(*good, RHO, onto)
     assert error(ema[0], 0.7 * before[0].double() + 0.3 * expected) < 1e-6
     assert same_bits(ema[1], before[1])
     assert int(skipped) == 1 and bool(norms[0] > 0) and bool(norms[1].isnan())
+
+
+def check_step(call) -> None:
+    expected, norms = one_after_another(call)
+    given_norms = kernels.foreach_adamw_step_(**call)
+    torch.testing.assert_close(given_norms, norms, rtol=1e-6, atol=0, equal_nan=True)
+    assert int(call["skipped"]) == int(expected["skipped"])
+    assert all(same_bits(x, y) for x, y in zip(call["step"], expected["step"], strict=True))
+    for name in ("A", "B", "exp_avg", "exp_avg_sq", "ema"):
+        for x, y in zip(call[name], expected[name], strict=True):
+            assert torch.equal(x.isfinite(), y.isfinite()), name
+            x, y = (t.where(y.isfinite(), 0) for t in (x, y))
+            if x.dtype.itemsize == 2:
+                assert rounding_errors(x, y) <= 1.01, name
+            else:
+                assert error(x, y) <= (1e-9 if x.dtype == torch.float64 else 2e-6), name
+
+
+@settings(max_examples=40)
+@given(st.lists(pairs(sizes=sizes, ranks=ranks), min_size=1, max_size=4), sides, scopes, seeds)
+def test_adamw_step(given, onto, norm_scope, seed):
+    assume(not any(ambiguous(pair) for pair in given))
+    check_step(random_call(given, onto, norm_scope, seed))
+
+
+@pytest.mark.parametrize("norm_scope", ["layer", "global"])
+def test_adamw_step_of_bad_pairs_and_many_launches(norm_scope):
+    given = [make_pair(seed, 20, 30, 3) for seed in range(200)]
+    given[3].grad_A[1, 2] = math.nan
+    given[150].grad_B.zero_()
+    given[150].grad_A.zero_()
+    check_step(random_call(given, "B", norm_scope))
 
 
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
@@ -198,9 +232,7 @@ def test_bound(norm_scope):
     given = [make_pair(1, 50, 40, 6), make_pair(2, 20, 30, 3)]
     ema = [torch.randn(p.A.shape) for p in given]
     scaling = [p.scaling for p in given]
-    factors = kernels.foreach_bound(
-        ema, [p.B for p in given], scaling, 0.1, norm_scope
-    )
+    factors = kernels.foreach_bound(ema, [p.B for p in given], scaling, 0.1, norm_scope)
     expected = reference.bounded(
         [(p.A, p.B, p.scaling) for p in given], [e.double() for e in ema], 0.1, norm_scope
     )

@@ -89,7 +89,8 @@ def test_methods_start_from_the_same_weights_and_batches(settings):
 def test_radius_zero_is_plain_lora(settings):
     config = FinetuneConfig(**settings, rho=0.0)
     plain = one_run(config, "lora")[0]
-    assert one_run(config, "eflat")[0].losses == plain.losses
+    # To rounding: AdamW is computed by another operator.
+    assert one_run(config, "eflat")[0].losses == pytest.approx(plain.losses, rel=1e-5)
 
 
 def test_training_learns_the_task(settings):

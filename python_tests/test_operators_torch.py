@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from adamw_case import copied, mapped, on_meta, random_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
@@ -52,6 +53,7 @@ def test_opcheck(dtype, onto, scope, rtol):
                 *(RHO, 0.9, onto, scope, rtol),
             ),
         ),
+        (ops.foreach_adamw_step_, tuple(random_call(listed, onto, scope).values())),
         (ops.foreach_bound, (averages(listed, "A"), B, scaling, RHO, scope)),
     ):
         result = torch.library.opcheck(op.default, arguments)
@@ -84,6 +86,16 @@ def test_meta_tensors_give_shapes_and_dtypes():
             E, norm = ops.perturb(*[column[0] for column in meta], 1.0, RHO, onto)
             real_norm = ops.perturb(*[column[0] for column in columns[:4]], 1.0, RHO, onto)[1]
             assert E.shape == real[0].shape and norm.dtype == real_norm.dtype and norm.dim() == 0
+
+
+@pytest.mark.parametrize("onto", ["B", "A"])
+def test_meta_tensors_of_the_fused_step(onto):
+    for dtype in DTYPES:
+        call = random_call(two_pairs(dtype), onto)
+        norms = ops.foreach_adamw_step_(**on_meta(call))
+        real = ops.foreach_adamw_step_(**call)
+        assert (norms.shape, norms.dtype) == (real.shape, real.dtype)
+        assert norms.device.type == "meta"
 
 
 # Autograd.
@@ -217,6 +229,26 @@ def test_compiled_is_eager(backend, dynamic):
         assert same_bits(states[0][1], states[1][1])
 
 
+@pytest.mark.parametrize(
+    "backend, dynamic", [("inductor", None), ("aot_eager", None), ("aot_eager", True)]
+)
+def test_compiled_fused_step_is_eager(backend, dynamic):
+    torch._dynamo.reset()
+
+    def stepped(call):
+        return ops.foreach_adamw_step_(**call) * 2, [b + 1 for b in call["B"]]
+
+    compiled = torch.compile(stepped, fullgraph=True, backend=backend, dynamic=dynamic)
+    for seed in range(2):
+        call = random_call([make_pair(seed, 9 + 4 * seed, 11, 3), make_pair(7, 12, 7, 4)])
+        other = copied(call)
+        (norms, moved), (expected, moved_too) = compiled(call), stepped(other)
+        assert same_bits(norms, expected)
+        assert all(same_bits(x, y) for x, y in zip(moved, moved_too, strict=True))
+        for name in ("A", "B", "ema", "exp_avg", "exp_avg_sq", "step"):
+            assert all(same_bits(x, y) for x, y in zip(call[name], other[name], strict=True)), name
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_backward(dynamic):
     torch._dynamo.reset()
@@ -268,6 +300,9 @@ def test_tensors_without_a_kernel_are_refused_in_words():
         lambda: ops.foreach_bound([sparse[0]], [sparse[1]], [2.0], RHO),
         lambda: ops.foreach_perturb_ema_(
             *([t] for t in sparse), [sparse[1]], skipped.to_sparse(), [2.0], RHO, 0.9
+        ),
+        lambda: ops.foreach_adamw_step_(
+            **mapped(random_call([make_pair(5, 9, 8, 2)]), torch.Tensor.to_sparse)
         ),
     ):
         with pytest.raises(RuntimeError, match="no kernels for the device or layout"):

@@ -259,7 +259,49 @@ def test_an_exception_in_the_perturbation_loses_nothing() -> None:
     case.assert_clean()
 
 
-@pytest.mark.parametrize("action", ["perturb", "restore", "forward", "clean", "load"])
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("stepped", [[], [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("perturbed_first", [True, False])
+def test_code_that_restores_and_goes_on(
+    perturbed_first: bool, stepped: list[int], replaced: bool
+) -> None:
+    case = Case()
+    if perturbed_first:
+        case.weights.perturb()
+    held = case.inner.down.weight
+    if replaced:  # by another library, after the perturbation
+        case.inner.down.weight = nn.Parameter(torch.full_like(held, 7.0))
+        case.before["down.weight"] = torch.full_like(held, 7.0)
+    expected = dict(case.before)
+    targets = [getattr(case.inner, name.split(".")[0]).weight for name in NAMES]
+    with case.weights.restored_by(stepped) as clean, torch.no_grad():
+        assert len(clean) == len(stepped)
+        for i, value in zip(stepped, clean, strict=True):
+            assert same_bits(value, case.before[NAMES[i]])
+            targets[i].copy_(value).mul_(2)
+            expected[NAMES[i]] = case.before[NAMES[i]] * 2
+    assert_same_bits(weights(case.inner), expected)
+    assert not case.weights.applied
+    case.weights.restore()
+    assert_same_bits(weights(case.inner), expected)
+    if replaced and perturbed_first:  # the old one is clean, too
+        assert same_bits(held, Case().before["down.weight"])
+
+
+def test_code_that_fails_to_restore() -> None:
+    case = Case()
+    case.weights.perturb()
+    with pytest.raises(MemoryError), case.weights.restored_by([1]), torch.no_grad():
+        case.inner.down.weight.zero_()
+        raise MemoryError
+    assert_same_bits(dict(case.inner.state_dict()), case.before)
+    case.weights.restore()
+    case.assert_clean()
+
+
+@pytest.mark.parametrize(
+    "action", ["perturb", "restore", "forward", "clean", "load", "restored_by"]
+)
 def test_an_interrupt_at_any_line_loses_nothing(action: str) -> None:
     """KeyboardInterrupt before every single line of the module that the action runs through."""
     source = Path(perturbed.__file__).resolve()
@@ -274,13 +316,16 @@ def test_an_interrupt_at_any_line_loses_nothing(action: str) -> None:
                 case.assert_clean()
         elif action == "load":
             case.inner.load_state_dict(case.before)
+        elif action == "restored_by":
+            with case.weights.restored_by([1]) as clean, torch.no_grad():
+                case.inner.down.weight.copy_(clean[0])
         else:
             getattr(case.weights, action)()
 
     interrupted = 0
     for line in range(1, 1000):
         case, count = Case(), 0
-        if action in ("restore", "clean", "load"):
+        if action in ("restore", "clean", "load", "restored_by"):
             case.weights.perturb()
 
         def trace(frame, event, _, line=line):  # type: ignore[no-untyped-def]

@@ -1,5 +1,6 @@
 // The vectorised inner loops, compiled once per instruction set and chosen at run time.
 #pragma once
+#include "../adamw.h"
 #include "../coefficients.h"
 #include "../pairs.h"
 
@@ -29,6 +30,10 @@ struct Kernels {
   void (*apply)(const Side& side, DType dtype, int r, int64_t begin, int64_t end,
                 const double* weights, double scale, Update update, void* out, DType out_dtype,
                 double* scratch);
+
+  // AdamW of elements [begin, end) of a factor; `clean`: what it starts from, perhaps itself.
+  void (*adamw)(const AdamW& a, const void* clean, const void* grad, DType dtype, int64_t begin,
+                int64_t end);
 
   // Of pseudo_inverse.h and coefficients.h.
   bool (*invert_gram)(int r, const double* M, double rtol, DType dtype, double* inverse, double* R,

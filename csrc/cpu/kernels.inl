@@ -337,6 +337,7 @@ constexpr cpu::Kernels table(const char* name) {
       &gram,
       &second_gram,
       &apply,
+      &adamw_elements,
       [](auto... x) { return invert_gram(SerialTeam(), x...); },
       [](auto... x) { correct_inverse(SerialTeam(), x...); },
       [](auto... x) { return norm_and_weights(SerialTeam(), x...); },

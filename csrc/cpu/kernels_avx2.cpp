@@ -16,6 +16,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
+#include "adamw.inl"
 #include "kernels.h"
 #include "kernels.inl"
 

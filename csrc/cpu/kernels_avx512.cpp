@@ -18,6 +18,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,f16c")
 #endif
+#include "adamw.inl"
 #include "kernels.h"
 #include "kernels.inl"
 

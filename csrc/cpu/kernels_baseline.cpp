@@ -5,6 +5,7 @@
 #define EFLAT_VECTORS 2
 #include <utility>
 
+#include "adamw.inl"
 #include "kernels.h"
 #include "kernels.inl"
 

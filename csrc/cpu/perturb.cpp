@@ -4,6 +4,7 @@
 //   solve    M^+ of both sides (and a second pass over a pair where one is too ill-conditioned),
 //            then norm and weights
 //   apply    blocks of rows of the target → E
+//   step     blocks of elements of both sides → AdamW, where a pair asks for it
 //
 // Many pairs are handed out whole, one at a time. Few are taken in groups, small enough that apply
 // finds in the cache what reduce has read, and each stage of a group is spread over the threads.
@@ -22,6 +23,7 @@ namespace eflat::cpu {
 namespace {
 
 constexpr int64_t kGroupBytes = 1 << 20;  // of factors, gradients and partial sums
+constexpr int64_t kStepBlock = 1 << 14;   // elements of a factor that AdamW takes at once
 
 // Memory that grows and is kept, so that a training loop allocates nothing after its first step.
 // Aligned to a cache line: a vector load that crosses one costs two.
@@ -41,13 +43,13 @@ double* thread_scratch(int r) {
 struct SideWork {
   const Side* side;
   const Pair* pair;
-  double* partial;      // blocks x (2r, 2r)
-  double* gram;         // (2r, 2r)
-  double* second;       // (2r, 2r), of the second pass
-  double* inverse;      // (r, r), M^+, in the basis T after a second pass
-  double* R;            // (r, r)
-  double* T;            // (r, r)
-  bool again;           // this side is why the pair needs a second pass
+  double* partial;  // blocks x (2r, 2r)
+  double* gram;     // (2r, 2r)
+  double* second;   // (2r, 2r), of the second pass
+  double* inverse;  // (r, r), M^+, in the basis T after a second pass
+  double* R;        // (r, r)
+  double* T;        // (r, r)
+  bool again;       // this side is why the pair needs a second pass
 
   int r() const { return pair->rank; }
   int64_t blocks() const { return block_count(*side, r()); }
@@ -184,8 +186,7 @@ class Perturbation {
     double* M = thread_scratch(r);
     double* work = M + square(r);
     for (int i = 0; i < r; ++i) std::copy_n(w.gram + i * 2 * r, r, M + i * r);
-    w.again =
-        k_.invert_gram(r, M, w.pair->rtol, w.pair->dtype, w.inverse, w.R, w.T, work);
+    w.again = k_.invert_gram(r, M, w.pair->rtol, w.pair->dtype, w.inverse, w.R, w.T, work);
   }
 
   // Both sides of the pairs that need it, in the bases that the first pass has found.
@@ -241,6 +242,29 @@ class Perturbation {
       const Pair& p = problem_.pairs[b.owner];
       k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[b.owner], scales_[b.owner],
                problem_.update, p.out, p.out_dtype, thread_scratch(p.rank));
+    });
+    step(first, last, parallel_for);
+  }
+
+  // Once E is there, nothing reads these pairs' factors and gradients any more.
+  void step(int first, int last, const ParallelFor& parallel_for) {
+    std::vector<Block> blocks;  // of elements, in whatever layout; sides as in lay_out
+    for (int l = first; l < last; ++l) {
+      const Pair& p = problem_.pairs[l];
+      if (!p.step) continue;
+      for (int other : {0, 1}) {
+        const int64_t size = (other ? p.other : p.target).length * p.rank;
+        for (int64_t begin = 0; begin < size; begin += kStepBlock)
+          blocks.push_back({2 * l + other, begin, std::min(begin + kStepBlock, size)});
+      }
+    }
+    parallel_for(blocks.size(), [&](int64_t i) {
+      const Block& b = blocks[i];
+      const Pair& p = problem_.pairs[b.owner / 2];
+      const bool other = b.owner % 2;
+      const AdamW& a = other ? p.step->other : p.step->target;
+      k_.adamw(a, other ? a.factor : p.step->clean, (other ? p.other : p.target).grad, p.dtype,
+               b.begin, b.end);
     });
   }
 

@@ -1,58 +1,51 @@
-// torch.optim.AdamW of elements, in its order of operations: in float32, or in float64 for float64.
+// torch.optim.AdamW of a factor's elements.
 #pragma once
+#include <type_traits>
+
+#include "../adamw.h"
 #include "call.h"
 #include "cuda.h"
 
 namespace eflat::cuda {
 
-// What one step of one factor multiplies by. Made by one thread: powers in float64 are slow.
-struct AdamWConstants {
-  double decay, of_gradient, beta2, of_square, size, root, eps;
+// Numbers of one factor's step, made by one thread: powers in float64 are slow.
+struct FactorNumbers {
+  AdamWNumbers<float> of_float;
+  AdamWNumbers<double> of_double;
 
   __device__ void set(const Hyper& hyper, const float* step) {
+    AdamW a{};
+    a.lr = hyper.lr;
+    a.beta1 = hyper.beta1;
+    a.beta2 = hyper.beta2;
+    a.eps = hyper.eps;
+    a.weight_decay = hyper.weight_decay;
     const double number = step ? double(*step) : hyper.step_number;
-    decay = 1 - hyper.lr * hyper.weight_decay;
-    of_gradient = 1 - hyper.beta1;
-    beta2 = hyper.beta2;
-    of_square = 1 - hyper.beta2;
-    size = hyper.lr / (1 - pow(hyper.beta1, number));
-    root = sqrt(1 - pow(hyper.beta2, number));
-    eps = hyper.eps;
+    of_float = adamw_numbers<float>(a, number);
+    of_double = adamw_numbers<double>(a, number);
   }
+  __device__ const AdamWNumbers<float>& operator()(float) const { return of_float; }
+  __device__ const AdamWNumbers<double>& operator()(double) const { return of_double; }
 };
 
+// float, or double for double: what a type's step is computed in.
 template <class T>
-struct RealOf {
-  using type = float;
-};
-template <>
-struct RealOf<double> {
-  using type = double;
-};
-
-// The new value of element i, which was `value`; its moments are updated.
-template <class T>
-__device__ T adamw(const AdamWConstants& c, const AdamWArgs& args, int64_t i, T value, T gradient) {
-  using Real = typename RealOf<T>::type;
-  T& exp_avg = static_cast<T*>(args.exp_avg)[i];
-  T& exp_avg_sq = static_cast<T*>(args.exp_avg_sq)[i];
-  const Real g = Real(to_double(gradient)), old = Real(to_double(exp_avg));
-  const Real m = old + Real(c.of_gradient) * (g - old);
-  const Real v = Real(c.beta2) * Real(to_double(exp_avg_sq)) + Real(c.of_square) * g * g;
-  exp_avg = from_double<T>(m);
-  exp_avg_sq = from_double<T>(v);
-  const Real change = Real(c.size) * m / (sqrt(v) / Real(c.root) + Real(c.eps));
-  return from_double<T>(Real(c.decay) * Real(to_double(value)) - change);
-}
+using StepType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Element i of a factor: the step from its value in `from` (the clean values of a target).
 __device__ inline void step_element(const SideArgs& side, const void* from, const AdamWArgs& args,
-                                    const AdamWConstants& c, int64_t i) {
+                                    const FactorNumbers& numbers, int64_t i) {
   auto step = [&](auto type) {
     using T = decltype(type);
-    T* factor = static_cast<T*>(const_cast<void*>(side.factor));
-    factor[i] =
-        adamw<T>(c, args, i, static_cast<const T*>(from)[i], static_cast<const T*>(side.grad)[i]);
+    using C = StepType<T>;
+    T& exp_avg = static_cast<T*>(args.exp_avg)[i];
+    T& exp_avg_sq = static_cast<T*>(args.exp_avg_sq)[i];
+    C x = C(to_double(static_cast<const T*>(from)[i])), m = C(to_double(exp_avg));
+    C v = C(to_double(exp_avg_sq));
+    adamw(x, C(to_double(static_cast<const T*>(side.grad)[i])), m, v, numbers(C()));
+    exp_avg = from_double<T>(m);
+    exp_avg_sq = from_double<T>(v);
+    static_cast<T*>(const_cast<void*>(side.factor))[i] = from_double<T>(x);
   };
   switch (side.dtype) {
     case DType::f64:

@@ -70,8 +70,8 @@ __global__ void weights_kernel(Pair p, Space s, double rho, DType norms_dtype) {
   *s.norm = norm_and_weights(alone, p.rank, gram[0], s.inverse[0], gram[1], s.inverse[1], p.scaling,
                              norms_dtype, s.weights, s.work);
   if (again) leave_bases(alone, p.rank, s.T[0], s.T[1], s.weights, s.work);
-  *s.size = perturbation_size(alone, p.rank, s.gram[0], p.scaling, s.weights, *s.norm, rho,
-                              p.out_dtype);
+  *s.size =
+      perturbation_size(alone, p.rank, s.gram[0], p.scaling, s.weights, *s.norm, rho, p.out_dtype);
 }
 
 struct Layers {  // what finish_scales asks

@@ -41,7 +41,7 @@ struct Block {
   int round;           // of the Gram matrix's shares
   double* partial;     // where its Gram matrix goes
   PairSpace space;
-  AdamWConstants adamw;
+  FactorNumbers adamw;
   double scratch[kWarps];
   int flag;
 };

@@ -11,6 +11,7 @@ namespace {
 
 template <cuda::Arithmetic arithmetic>
 struct HostCuda {
+  static constexpr bool kReadsSteps = true;
   explicit HostCuda(const Tensor&) {}
 
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
@@ -39,6 +40,7 @@ struct HostCuda {
 };
 
 struct Naive {
+  static constexpr bool kReadsSteps = false;
   explicit Naive(const Tensor&) {}
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
     std::vector<double> values(problem.count, NAN);

@@ -1,0 +1,113 @@
+// The arguments of foreach_adamw_step_ that are AdamW's, checked.
+#pragma once
+#include "arguments.h"
+
+namespace eflat {
+
+// Lists of two entries per pair: those of all A, then those of all B.
+struct AdamWLists {
+  const std::vector<Tensor>&exp_avg, &exp_avg_sq, &step;
+  const std::vector<double>&lr, &beta1, &beta2, &eps, &weight_decay;
+
+  void check_lengths(size_t pairs) const {
+    const std::pair<const char*, size_t> given[] = {
+        {"exp_avg", exp_avg.size()}, {"exp_avg_sq", exp_avg_sq.size()},
+        {"step", step.size()},       {"lr", lr.size()},
+        {"beta1", beta1.size()},     {"beta2", beta2.size()},
+        {"eps", eps.size()},         {"weight_decay", weight_decay.size()}};
+    for (const auto& [name, size] : given) {
+      STD_TORCH_CHECK(size == 2 * pairs, name, " must have two entries per pair, all A and all B, ",
+                      2 * pairs, ", got ", size);
+    }
+  }
+};
+
+// The steps of all pairs, which `arguments.pairs` point to.
+class AdamWSteps {
+ public:
+  // on_device: whether the kernels read and raise those of the lists' steps that are on the device.
+  AdamWSteps(Arguments& arguments, const std::vector<Tensor>& A, const std::vector<Tensor>& B,
+             const std::vector<Tensor>& clean, const AdamWLists& lists, bool on_device)
+      : on_device_(on_device) {
+    lists.check_lengths(A.size());
+    check_length("clean", clean.size(), A.size());
+    steps_.reserve(A.size());
+    for (size_t l = 0; l < A.size(); ++l) {
+      const Tensor& target = arguments.onto_B ? B[l] : A[l];
+      const std::string name = argument("clean", l),
+                        like = argument(arguments.onto_B ? "B" : "A", l);
+      check_like(clean[l], name, target, like);
+      check_dtype_and_device(clean[l], name, target, like);
+      const AdamW a = of_factor(A[l], "A", l, lists, l),
+                  b = of_factor(B[l], "B", l, lists, A.size() + l);
+      steps_.push_back(
+          {arguments.keep(clean[l]), arguments.onto_B ? b : a, arguments.onto_B ? a : b});
+      arguments.pairs[l].step = &steps_.back();
+    }
+  }
+
+  // Counts this step where no kernel does.
+  void raise() const {
+    for (const auto& [step, number] : on_host_) *step = number;
+  }
+
+ private:
+  AdamW of_factor(const Tensor& factor, const char* factor_name, int64_t pair,
+                  const AdamWLists& lists, int64_t i) {
+    const std::string like = argument(factor_name, pair);
+    check_written(factor, like);
+    for (const auto& [list, list_name] :
+         {std::pair(&lists.exp_avg, "exp_avg"), std::pair(&lists.exp_avg_sq, "exp_avg_sq")}) {
+      const std::string name = argument(list_name, i);
+      check_like((*list)[i], name, factor, like);
+      check_dtype_and_device((*list)[i], name, factor, like);
+      check_written((*list)[i], name);
+    }
+    AdamW a{};
+    a.factor = factor.mutable_data_ptr();
+    a.exp_avg = lists.exp_avg[i].mutable_data_ptr();
+    a.exp_avg_sq = lists.exp_avg_sq[i].mutable_data_ptr();
+    a.lr = number("lr", lists.lr, i, 0, INFINITY);
+    a.beta1 = number("beta1", lists.beta1, i, 0, 1);
+    a.beta2 = number("beta2", lists.beta2, i, 0, 1);
+    a.eps = number("eps", lists.eps, i, 0, INFINITY);
+    a.weight_decay = number("weight_decay", lists.weight_decay, i, -INFINITY, INFINITY);
+    const Tensor& step = lists.step[i];
+    const std::string name = argument("step", i);
+    STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float && step.dim() == 0, name,
+                    " must be a float32 tensor without dimensions, got shape ", shape_of(step));
+    if (on_device_ && step.device() == factor.device()) {
+      a.step = static_cast<float*>(step.mutable_data_ptr());
+    } else {
+      STD_TORCH_CHECK(step.is_cpu(), name, " must be on the CPU or on the device of ", like);
+      float* at = static_cast<float*>(step.mutable_data_ptr());
+      STD_TORCH_CHECK(*at >= 0, name, " must be at least 0, got ", *at);
+      a.step_number = *at + 1;
+      on_host_.emplace_back(at, *at + 1);
+    }
+    return a;
+  }
+
+  static void check_written(const Tensor& t, const std::string& name) {
+    STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous, since it is updated in place");
+  }
+
+  // Finite, at least `least` and less than `bound`.
+  static double number(const char* name, const std::vector<double>& values, int64_t i, double least,
+                       double bound) {
+    const double x = values[i];
+    STD_TORCH_CHECK(std::isfinite(x) && x >= least && x < bound, argument(name, i),
+                    " must be finite",
+                    std::isfinite(bound)   ? " and in [0, 1)"
+                    : std::isfinite(least) ? " and at least 0"
+                                           : "",
+                    ", got ", x);
+    return x;
+  }
+
+  const bool on_device_;
+  std::vector<Step> steps_;
+  std::vector<std::pair<float*, float>> on_host_;
+};
+
+}  // namespace eflat

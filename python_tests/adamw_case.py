@@ -1,0 +1,104 @@
+"""Calls of ``foreach_adamw_step_`` at random, and what they have to leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from strategies import RHO, Pair, averages, generator, lists
+from torch import Tensor, nn
+
+ops = torch.ops.eflat
+NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+WRITTEN = ("A", "B", "ema", "exp_avg", "exp_avg_sq", "step")
+
+
+def random_call(
+    given: list[Pair], onto: str = "B", norm_scope: str = "layer", seed: int = 0
+) -> dict[str, Any]:
+    """A call in the middle of training: every factor has moments, a step and numbers of its own."""
+    g = generator(seed)
+
+    def one_of(*values: float) -> list[float]:
+        return [values[int(torch.randint(len(values), (), generator=g))] for _ in factors]
+
+    def like(tensors: list[Tensor], size: float) -> list[Tensor]:
+        draw = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in tensors]
+        return [(x * size).to(t.dtype) for x, t in zip(draw, tensors, strict=True)]
+
+    A, B, grad_A, grad_B, scaling = (list(column) for column in lists([p.clone() for p in given]))
+    factors, gradients = [*A, *B], [*grad_A, *grad_B]
+    targets = B if onto == "B" else A
+    ema = averages(given, onto)
+    for average, noise in zip(ema, like(ema, 0.1), strict=True):
+        average.copy_(noise)
+    return {
+        "A": A,
+        "B": B,
+        "grad_A": grad_A,
+        "grad_B": grad_B,
+        "clean": like(targets, 1.0),
+        "ema": ema,
+        "exp_avg": like(gradients, 0.5),
+        "exp_avg_sq": [t.square() for t in like(gradients, 0.5)],
+        "step": [torch.tensor(number) for number in one_of(0.0, 1.0, 7.0, 12345.0)],
+        "skipped": torch.tensor(3),
+        "scaling": scaling,
+        "rho": RHO,
+        "beta": 0.7,
+        "lr": one_of(0.0, 1e-4, 1e-2, 0.5),
+        "beta1": one_of(0.0, 0.3, 0.9, 0.99),
+        "beta2": one_of(0.0, 0.9, 0.999),
+        "eps": one_of(1e-8, 1e-3),
+        "weight_decay": one_of(0.0, 0.01, 1.0),
+        "onto": onto,
+        "norm_scope": norm_scope,
+    }
+
+
+def mapped(call: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The call with every tensor replaced."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(x) for x in value]
+        return function(value) if isinstance(value, Tensor) else value
+
+    return {name: of(value) for name, value in call.items()}
+
+
+def copied(call: dict[str, Any]) -> dict[str, Any]:
+    return mapped(call, Tensor.clone)
+
+
+def on_meta(call: dict[str, Any]) -> dict[str, Any]:
+    return mapped(call, lambda t: t.to("meta"))
+
+
+def one_after_another(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """What the operator has to leave behind; 16-bit factors are float64, before rounding."""
+    call = copied(call)
+    norms = ops.foreach_perturb_ema_(
+        **{name: call[name] for name in (*Pair._fields, "ema", "skipped", "rho", "beta")},
+        onto=call["onto"],
+        norm_scope=call["norm_scope"],
+    )
+    targets = call[call["onto"]]
+    for target, clean in zip(targets, call["clean"], strict=True):
+        target.copy_(clean)
+    factors = [*call["A"], *call["B"]]
+    for i, (factor, grad) in enumerate(zip(factors, call["grad_A"] + call["grad_B"], strict=True)):
+        wide = torch.float64 if factor.dtype.itemsize == 2 else factor.dtype
+        parameter = nn.Parameter(factor.to(wide))
+        parameter.grad = grad.to(wide)
+        numbers = {name: call[name][i] for name in NUMBERS}
+        betas = (numbers.pop("beta1"), numbers.pop("beta2"))
+        adamw = torch.optim.AdamW([parameter], betas=betas, foreach=False, **numbers)
+        state = {name: call[name][i].to(wide) for name in ("exp_avg", "exp_avg_sq")}
+        adamw.state[parameter] = {**state, "step": call["step"][i]}
+        adamw.step()
+        call["A" if i < len(call["A"]) else "B"][i % len(call["A"])] = parameter.detach()
+        for name in state:
+            call[name][i] = state[name]
+    return call, norms
