@@ -89,20 +89,16 @@ def pinv_form(*pair: Tensor) -> Tensor:
     return (E_W @ torch.linalg.pinv(A) / SCALING).to(pair[0].dtype)
 
 
-def gram_32(*pair: Tensor) -> Tensor:
+def gram_in(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The Gram form in plain torch, computed in a dtype."""
     from eflat_ext.ops import gram_form
 
-    A, B, grad_A, grad_B = (t.float() for t in pair)
-    U, _, c = gram_form(A, B, grad_A, grad_B, SCALING, RHO, rtol=1e-3)
-    return (c * U).to(pair[0].dtype)
+    def gram(*pair: Tensor) -> Tensor:
+        A, B, grad_A, grad_B = (t.to(dtype) for t in pair)
+        U, _, c = gram_form(A, B, grad_A, grad_B, SCALING, RHO, rtol=1e-3)
+        return (c * U).to(pair[0].dtype)
 
-
-def gram_64(*pair: Tensor) -> Tensor:
-    from eflat_ext.ops import gram_form
-
-    A, B, grad_A, grad_B = (t.double() for t in pair)
-    U, _, c = gram_form(A, B, grad_A, grad_B, SCALING, RHO, rtol=1e-3)
-    return (c * U).to(pair[0].dtype)
+    return gram
 
 
 # Contenders for lists.

@@ -4,8 +4,8 @@
     python bench/gpu.py --draw FILE.json --plot FILE
     python bench/gpu.py --device cpu --tiny --no-build      all of it, without a GPU
 
-Needs nvcc of the CUDA that torch was built with, and what pyproject.toml and requirements/test.txt
-name. The numbers go to bench/results/gpu-<card>.json.
+Needs nvcc of the CUDA that torch was built with; setuptools, wheel and ninja to build; pytest,
+hypothesis and expecttest to test. The numbers go to bench/results/gpu-<card>.json.
 
     us         median of many calls by CUDA events, with what it costs to launch them
     graph      the same call replayed as a CUDA graph
@@ -33,6 +33,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,8 +45,7 @@ from cases import (
     adamw,
     columns,
     fused_step,
-    gram_32,
-    gram_64,
+    gram_in,
     pinv_form,
     random_pairs,
     sam,
@@ -106,6 +106,18 @@ def environment(device: torch.device) -> dict[str, object]:
     }
 
 
+def contenders(device: torch.device) -> dict[str, Callable[..., torch.Tensor]]:
+    """For one pair each."""
+    gram_32 = gram_in(torch.float32)
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    return {
+        "gram32": gram_32,
+        "gram64": gram_in(torch.float64),
+        "compiled": torch.compile(gram_32, dynamic=True, backend=backend),
+        "pinv": pinv_form,
+    }
+
+
 def peer_seconds(clock: Clock, function, pairs, limit: float = 3.0) -> dict[str, object]:
     """Seconds for all pairs, one after another."""
     total = sum(
@@ -123,12 +135,12 @@ def relative_error(E, pairs) -> float:
     index = {id(pair): i for i, pair in enumerate(pairs)}
     errors = []
     for pair, _ in shapes(pairs):
-        expected = gram_64(*(t.double() for t in pair))
+        expected = gram_in(torch.float64)(*(t.double() for t in pair))
         errors.append(float((E[index[id(pair)]] - expected).norm() / expected.norm()))
     return max(errors)
 
 
-def measure(clock: Clock, case, dtype, compiled, deadline: float) -> dict[str, object]:
+def measure(clock: Clock, case, dtype, peers, deadline: float) -> dict[str, object]:
     import eflat_ext
 
     pairs = random_pairs(case, dtype, clock.device)
@@ -158,7 +170,6 @@ def measure(clock: Clock, case, dtype, compiled, deadline: float) -> dict[str, o
             row["step_seconds"], row["no_step"] = clock.seconds(step), ""
     except (RuntimeError, KeyError, TypeError) as error:
         row["no_step"] = str(error).split("\n")[0]
-    peers = {"gram32": gram_32, "gram64": gram_64, "compiled": compiled, "pinv": pinv_form}
     for name, function in peers.items():
         if time.monotonic() > deadline:
             row["peers"][name] = {"not_measured": "out of time"}
@@ -292,12 +303,11 @@ def main() -> int:
     torch.manual_seed(0)
     clock = Clock(device)
     results["copy_bandwidth"] = clock.copy_bandwidth()
-    backend = "inductor" if device.type == "cuda" else "aot_eager"
-    compiled = torch.compile(gram_32, dynamic=True, backend=backend)
+    peers = contenders(device)
     rows = []
     for case in TINY if options.tiny else CASES:
         for dtype in (torch.float32, torch.bfloat16):
-            rows.append(measure(clock, case, dtype, compiled, deadline))
+            rows.append(measure(clock, case, dtype, peers, deadline))
             print(f"{label(rows[-1])}: {microseconds(rows[-1]['seconds'])} us", flush=True)
     results["rows"] = rows
     results["minutes"] = (time.monotonic() - begin) / 60

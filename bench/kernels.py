@@ -143,19 +143,20 @@ def parse_ptx(ptx: str) -> dict[str, tuple[int | None, bool]]:
 
 
 COLUMNS = {
-    "LDG.128": r"LDG\..*(128|256)",
-    "LDG.64": r"LDG\..*64",
-    "LDG <64": r"LDG",
+    "LDG.128": r"LDG\.(\w+\.)*(128|256)(\.|$)",
+    "LDG.64": r"LDG\.(\w+\.)*64(\.|$)",
+    "LDG <64": r"LDG(\.|$)",
+    "LDGSTS": r"LDGSTS",  # cp.async
     "LD": r"LD(\.|$)",  # generic: the compiler does not know whose memory it is
-    "STG.128": r"STG\..*(128|256)",
-    "STG": r"STG",
-    "LDL": r"LDL",
-    "STL": r"STL",
-    "DMMA": r"DMMA",
-    "DFMA": r"DFMA",
+    "STG.128": r"STG\.(\w+\.)*(128|256)(\.|$)",
+    "STG": r"STG(\.|$)",
+    "LDL": r"LDL(\.|$)",
+    "STL": r"STL(\.|$)",
+    "DMMA": r"DMMA(\.|$)",
+    "DFMA": r"DFMA(\.|$)",
     "FFMA": r"FFMA2?(\.|$)",
     "F2F": r"F2F(\.|$)",
-    "BAR": r"BAR",
+    "BAR": r"BAR(\.|$)",
 }
 
 

@@ -94,6 +94,8 @@ _Z1aPf:
         /*0020*/              @!P0 LDG.E.64.CONSTANT R8, desc[UR4][R2.64+0x10] ;
         /*0030*/                   LDG.E.U16 R8, desc[UR4][R2.64+0x20] ;
         /*0040*/              @P1  LDG.E R8, desc[UR4][R2.64+0x24] ;
+        /*0048*/                   LDG.E.LTC128B.U8 R8, desc[UR4][R2.64+0x28] ;
+        /*004c*/                   LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64] ;
         /*0050*/                   LD.E.64 R10, [R2.64] ;
         /*0060*/                   LDS.128 R12, [R16] ;
         /*0070*/                   DMMA.8x8x4 R4, R4, R6, R8 ;
@@ -115,8 +117,8 @@ def test_instructions():
     nonzero = {name: {k: v for k, v in row.items() if v} for name, row in counts.items()}
     assert nonzero == {
         "_Z1aPf": {
-            **{"LDG.128": 1, "LDG.64": 1, "LDG <64": 2, "LD": 1, "STG.128": 1, "STG": 1, "STL": 1},
-            **{"DMMA": 1, "DFMA": 1, "F2F": 1, "BAR": 1},
+            **{"LDG.128": 1, "LDG.64": 1, "LDG <64": 3, "LDGSTS": 1, "LD": 1},
+            **{"STG.128": 1, "STG": 1, "STL": 1, "DMMA": 1, "DFMA": 1, "F2F": 1, "BAR": 1},
         },
         "_Z1bv": {"LDL": 1, "FFMA": 1},
     }
