@@ -201,9 +201,8 @@ def without_parameters(name: str) -> str:
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or shutil.which(
-        "/usr/local/cuda/bin/nvcc"
-    )
+    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for found in map(shutil.which, places) if found), None)
 
 
 def find_nvdisasm(nvcc: str) -> str | None:
