@@ -1,6 +1,6 @@
 # make demo   set up everything and run the main job: LoRA and EFlat-LoRA side by side
 # make test   set up everything and run the tests
-# make lint core cuda wheel test-wheel bench   see below
+# make lint core cuda wheel test-wheel bench kernels   see below
 
 PYTHON ?= python3
 VENV   := .venv
@@ -14,7 +14,7 @@ OTHER_TORCH ?= 2.14.1
 # Threads that spin while they wait cost a factor of 2 to 5 on a machine that does other things, too.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format core cuda wheel test-wheel bench clean
+.PHONY: demo test lint format core cuda wheel test-wheel bench kernels clean
 
 demo: $(VENV)/built
 	$(BIN)/eflat finetune
@@ -62,6 +62,10 @@ bench: $(VENV)/built
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/fused_step.py
+
+# Registers, shared memory, spills and occupancy of the CUDA kernels; needs nvcc, no GPU.
+kernels: $(VENV)/built
+	$(BIN)/python bench/kernels.py
 
 $(VENV)/requirements: requirements/run.txt requirements/models.txt
 	$(PYTHON) -m venv $(VENV)

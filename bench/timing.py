@@ -74,12 +74,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(description: str, plot: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them")
+    if plot:
+        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them")
     return parser
 
 

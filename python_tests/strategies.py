@@ -4,12 +4,18 @@ Factors are made from their singular values, so that a test can say how ill-cond
 Gradients are either consistent, ``G_A = s B^T G_W`` and ``G_B = s G_W A^T`` as back-propagation
 gives them, or independent of each other. The consistent ones are the harder: they are small along
 a factor's small singular directions, where the pseudo-inverse is large.
+
+``EFLAT_TEST_DEVICE=cuda`` runs the operators there; random numbers and references stay on the CPU.
+(``cpu:0`` goes through the same copies without a GPU.)
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +24,8 @@ import eflat_ext
 from eflat_ext import reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEVICE = torch.device(os.environ.get("EFLAT_TEST_DEVICE", "cpu"))
+cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU's kernels")
 SCALINGS = (1.0, 2.0, 0.25, -1.5, 16.0)
 RHO = 0.05
 
@@ -38,6 +46,40 @@ class Pair(NamedTuple):
 
     def clone(self) -> Pair:
         return Pair(*(t.clone() for t in self[:4]), self.scaling)
+
+
+def moved(x: Any, device: torch.device | str) -> Any:
+    """A copy of x, its tensors on another device, of the same strides in storage of the same size:
+    an operator sees there what it would see here."""
+    if isinstance(x, Tensor):
+        storage = x.detach().untyped_storage().clone().to(device=device)
+        copy = torch.empty(0, dtype=x.dtype, device=device)
+        copy.set_(storage, x.storage_offset(), x.size(), x.stride())
+        return copy.requires_grad_(x.requires_grad)
+    if isinstance(x, (list, tuple)):
+        items = [moved(item, device) for item in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    return x
+
+
+def on_device(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments) on DEVICE, results and what it writes in place back on the CPU."""
+    if torch.device("cpu") == DEVICE:
+        return function(*arguments)
+    copies = moved(arguments, DEVICE)
+    result = moved(function(*copies), "cpu")
+    for argument, copy in zip(arguments, copies, strict=True):
+        if isinstance(argument, (list, Tensor)):
+            write_back(argument, moved(copy, "cpu"))
+    return result
+
+
+def write_back(argument: Any, value: Any) -> None:
+    if isinstance(argument, list):
+        for x, y in zip(argument, value, strict=True):
+            write_back(x, y)
+    elif isinstance(argument, Tensor) and not same_bits(argument, value):
+        argument.copy_(value)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -81,6 +123,10 @@ def make_pair(
     else:
         grad_A, grad_B = normal(g, r, m), normal(g, n, r)
     return Pair(A, B, grad_A.to(dtype), grad_B.to(dtype), scaling)
+
+
+def make_pair_on_device(*arguments: Any, **options: Any) -> Pair:
+    return moved(make_pair(*arguments, **options), DEVICE)
 
 
 sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 511, 512, 513, 700]))
@@ -132,7 +178,7 @@ def averages(pairs: list[Pair], onto: str = "B") -> list[Tensor]:
     """Moving averages of the pairs' perturbations, as they are before the first step."""
     targets = [p.B if onto == "B" else p.A for p in pairs]
     wide = (torch.float64, torch.float32)
-    return [torch.zeros(t.shape, dtype=wide[t.dtype != wide[0]]) for t in targets]
+    return [torch.zeros(t.shape, dtype=wide[t.dtype != wide[0]], device=t.device) for t in targets]
 
 
 def ambiguous(pair: Pair, rtol: float | None = None) -> bool:
@@ -169,7 +215,7 @@ def rounding_errors(value: Tensor, expected: Tensor) -> float:
 def poison(*tensors: Tensor) -> None:
     """Leaves NaN in memory that the allocator is likely to hand out next for such tensors."""
     for t in tensors:
-        held = [torch.full(t.shape, torch.nan, dtype=t.dtype) for _ in range(3)]
+        held = [torch.full(t.shape, torch.nan, dtype=t.dtype, device=DEVICE) for _ in range(3)]
         del held
 
 
@@ -177,7 +223,7 @@ def perturb(
     pair: Pair, rho: float = RHO, onto: str = "B", rtol: float | None = None
 ) -> tuple[Tensor, Tensor]:
     poison(pair.B if onto == "B" else pair.A)
-    E, norm = eflat_ext.perturb(*pair, rho, onto, rtol)
+    E, norm = on_device(eflat_ext.perturb, *pair, rho, onto, rtol)
     target = pair.B if onto == "B" else pair.A
     assert E.shape == target.shape and E.dtype == target.dtype and E.is_contiguous()
     assert norm.shape == ()
@@ -194,7 +240,7 @@ def foreach_perturb(
     rtol: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     poison(*(p.B if onto == "B" else p.A for p in pairs))
-    E, norms = eflat_ext.foreach_perturb(*lists(pairs), rho, onto, norm_scope, rtol)
+    E, norms = on_device(eflat_ext.foreach_perturb, *lists(pairs), rho, onto, norm_scope, rtol)
     assert norms.shape == (len(pairs),)
     assert all(bool(e.isfinite().all()) for e in E)
     return E, norms

@@ -26,6 +26,7 @@ from strategies import (
     lists,
     make_pair,
     normal,
+    on_device,
     pairs,
     perturb,
     rounding_errors,
@@ -265,8 +266,19 @@ def test_moving_average(listed, onto, scope, beta, seed):
     assume(not any(ambiguous(p) for p in listed[1:]))
     A, B, grad_A, grad_B, ema, skipped, scaling = average_arguments(listed, onto, seed)
     before = [e.clone() for e in ema]
-    norms = torch.ops.eflat.foreach_perturb_ema_(
-        A, B, grad_A, grad_B, ema, skipped, scaling, RHO, beta, onto, scope
+    norms = on_device(
+        torch.ops.eflat.foreach_perturb_ema_,
+        A,
+        B,
+        grad_A,
+        grad_B,
+        ema,
+        skipped,
+        scaling,
+        RHO,
+        beta,
+        onto,
+        scope,
     )
     E, expected_norms = reference.foreach_perturb(A, B, grad_A, grad_B, scaling, RHO, onto, scope)
     same_norms = foreach_perturb(listed, RHO, onto, scope)[1]
@@ -301,8 +313,13 @@ def test_bound_of_averages_onto_A(shapes, seed, scope, exponent):
         for _, m, r, dtype in shapes
     ]
     rho = 10.0**exponent
-    factors = torch.ops.eflat.foreach_bound(
-        ema, [b for _, b, _ in pairs], [s for _, _, s in pairs], rho, scope
+    factors = on_device(
+        torch.ops.eflat.foreach_bound,
+        ema,
+        [b for _, b, _ in pairs],
+        [s for _, _, s in pairs],
+        rho,
+        scope,
     )
     double = all(e.dtype == torch.float64 for e in ema)
     assert factors.dtype == (torch.float64 if double else torch.float32)
@@ -315,5 +332,9 @@ def test_bound_of_averages_onto_A(shapes, seed, scope, exponent):
 def test_bound_of_zero_is_one():
     ema, B = torch.zeros(3, 8), factor(generator(0), 9, 3).float()
     for scope in ("layer", "global"):
-        assert torch.ops.eflat.foreach_bound([ema], [B], [2.0], 0.0, scope).tolist() == [1.0]
-        assert torch.ops.eflat.foreach_bound([ema + 1], [B], [2.0], 0.0, scope).tolist() == [0.0]
+        assert on_device(torch.ops.eflat.foreach_bound, [ema], [B], [2.0], 0.0, scope).tolist() == [
+            1.0
+        ]
+        assert on_device(
+            torch.ops.eflat.foreach_bound, [ema + 1], [B], [2.0], 0.0, scope
+        ).tolist() == [0.0]

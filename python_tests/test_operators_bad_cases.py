@@ -23,6 +23,7 @@ from strategies import (
     lists,
     make_pair,
     normal,
+    on_device,
     pairs,
     perturb,
     rounding_errors,
@@ -267,8 +268,19 @@ def test_no_perturbation_beside_a_norm_that_is_not_usable(seed, onto, scope):
     ema = [torch.ones_like(e) for e in E]
     skipped = torch.tensor(0)
     A, B, grad_A, grad_B, scaling = lists(listed)
-    norms = torch.ops.eflat.foreach_perturb_ema_(
-        A, B, grad_A, grad_B, ema, skipped, scaling, RHO, 0.9, onto, scope
+    norms = on_device(
+        torch.ops.eflat.foreach_perturb_ema_,
+        A,
+        B,
+        grad_A,
+        grad_B,
+        ema,
+        skipped,
+        scaling,
+        RHO,
+        0.9,
+        onto,
+        scope,
     )
     assert int(skipped) == sum(not 0 < norm < math.inf for norm in norms.tolist())
 
@@ -305,8 +317,19 @@ def test_moving_average_of_a_bad_layer_is_untouched(listed, onto, scope, name, v
         for t in (B if onto == "B" else A)
     ]
     before, skipped = [e.clone() for e in ema], torch.tensor(40)
-    torch.ops.eflat.foreach_perturb_ema_(
-        A, B, grad_A, grad_B, ema, skipped, scaling, RHO, 0.9, onto, scope
+    on_device(
+        torch.ops.eflat.foreach_perturb_ema_,
+        A,
+        B,
+        grad_A,
+        grad_B,
+        ema,
+        skipped,
+        scaling,
+        RHO,
+        0.9,
+        onto,
+        scope,
     )
     assert all(same_bits(x, y) for x, y in zip(ema, before, strict=True))
     assert int(skipped) == 40 + len(listed)
@@ -316,9 +339,13 @@ def test_bound_of_values_that_are_not_finite():
     # Nothing useful can be done, but one layer must not decide for the others.
     good, bad = torch.ones(2, 5), torch.full((2, 5), math.nan)
     B = torch.ones(6, 2)
-    factors = torch.ops.eflat.foreach_bound([good, bad], [B, B], [1.0, 1.0], 1.0, "layer")
-    alone = torch.ops.eflat.foreach_bound([good], [B], [1.0], 1.0, "layer")
+    factors = on_device(
+        torch.ops.eflat.foreach_bound, [good, bad], [B, B], [1.0, 1.0], 1.0, "layer"
+    )
+    alone = on_device(torch.ops.eflat.foreach_bound, [good], [B], [1.0], 1.0, "layer")
     assert factors[0] == alone[0] < 1
     assert (
-        torch.ops.eflat.foreach_bound([good], [B * math.inf], [1.0], 1.0, "layer").isfinite().all()
+        on_device(torch.ops.eflat.foreach_bound, [good], [B * math.inf], [1.0], 1.0, "layer")
+        .isfinite()
+        .all()
     )

@@ -15,13 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    DEVICE,
     DTYPES,
     RHO,
     averages,
+    cpu_only,
     error,
     foreach_perturb,
     lists,
     make_pair,
+    on_device,
     pairs,
     perturb,
     same_bits,
@@ -59,8 +62,9 @@ def test_expanded_inputs():
     A = torch.tensor([[1.0], [2.0]]).expand(2, 9)
     B = torch.tensor(0.5).expand(7, 2)
     ones_A, ones_B = torch.ones(()).expand(2, 9), torch.ones(1, 2).expand(7, 2)
-    result = eflat_ext.perturb(A, B, ones_A, ones_B, 1.0, RHO)
-    expected = eflat_ext.perturb(*(t.contiguous() for t in (A, B, ones_A, ones_B)), 1.0, RHO)
+    result = on_device(eflat_ext.perturb, A, B, ones_A, ones_B, 1.0, RHO)
+    contiguous = [t.contiguous() for t in (A, B, ones_A, ones_B)]
+    expected = on_device(eflat_ext.perturb, *contiguous, 1.0, RHO)
     assert all(same_bits(x, y) for x, y in zip(result, expected, strict=True))
 
 
@@ -71,10 +75,20 @@ def test_inputs_are_never_modified(listed, onto):
     foreach_perturb(listed, RHO, onto)
     perturb(listed[0], RHO, onto)
     A, B, grad_A, grad_B, scaling = lists(listed)
-    ops.foreach_perturb_ema_(
-        A, B, grad_A, grad_B, averages(listed, onto), torch.tensor(0), scaling, RHO, 0.9, onto
+    on_device(
+        ops.foreach_perturb_ema_,
+        A,
+        B,
+        grad_A,
+        grad_B,
+        averages(listed, onto),
+        torch.tensor(0),
+        scaling,
+        RHO,
+        0.9,
+        onto,
     )
-    ops.foreach_bound(averages(listed, "A"), B, scaling, RHO)
+    on_device(ops.foreach_bound, averages(listed, "A"), B, scaling, RHO)
     for p, q in zip(listed, before, strict=True):
         assert all(same_bits(x, y) for x, y in zip(p[:4], q[:4], strict=True))
     assert versions == [t._version for p in listed for t in p[:4]]
@@ -87,10 +101,10 @@ def test_modes_make_no_difference():
     with torch.inference_mode():
         inference = perturb(pair)
     with torch.no_grad():
-        no_grad = eflat_ext.perturb(*parameters, pair.scaling, RHO)
-    with torch.autocast("cpu", torch.bfloat16):
+        no_grad = on_device(eflat_ext.perturb, *parameters, pair.scaling, RHO)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         autocast = perturb(pair)
-    grad = eflat_ext.perturb(*parameters, pair.scaling, RHO)
+    grad = on_device(eflat_ext.perturb, *parameters, pair.scaling, RHO)
     for result in (inference, no_grad, autocast, [t.detach() for t in grad]):
         assert all(same_bits(x, y) for x, y in zip(result, expected, strict=True))
     assert not any(t.requires_grad for t in no_grad)
@@ -131,6 +145,7 @@ def hard_list():
     return [*listed, make_pair(20, 9000, 7, 5), make_pair(21, 7, 9000, 5, torch.float64, 1e6)]
 
 
+@cpu_only
 @pytest.mark.parametrize("onto, scope", [("B", "layer"), ("A", "global")])
 def test_results_do_not_depend_on_the_number_of_threads(onto, scope):
     listed = hard_list()
@@ -164,6 +179,7 @@ def test_calls_from_several_threads_at_once():
         assert same_bits(norms, expected[i % 3][1])
 
 
+@cpu_only
 @pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_numbers(instructions, tmp_path):
     # One that this processor or build lacks falls back to the baseline.
@@ -193,6 +209,7 @@ def test_every_instruction_set_gives_the_same_numbers(instructions, tmp_path):
             assert error(x, y) <= 1e-3 * torch.finfo(x.dtype).eps ** 0.5
 
 
+@cpu_only
 def test_memory_grows_with_n_plus_m_not_with_n_times_m():
     pair = make_pair(0, 2, 2, 2)
     n = 40_000  # n x m in float32: 6.4 GB

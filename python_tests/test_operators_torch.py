@@ -8,16 +8,17 @@ from adamw_case import copied, mapped, on_meta, random_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
+    DEVICE,
     DTYPES,
     RHO,
     averages,
     error,
     lists,
-    make_pair,
     same_bits,
     seeds,
     sides,
 )
+from strategies import make_pair_on_device as make_pair
 from torch.testing import assert_close
 
 import eflat_ext
@@ -49,7 +50,15 @@ def test_opcheck(dtype, onto, scope, rtol):
         (
             ops.foreach_perturb_ema_,
             (
-                *(A, B, grad_A, grad_B, averages(listed, onto), torch.tensor(0), scaling),
+                *(
+                    A,
+                    B,
+                    grad_A,
+                    grad_B,
+                    averages(listed, onto),
+                    torch.tensor(0, device=DEVICE),
+                    scaling,
+                ),
                 *(RHO, 0.9, onto, scope, rtol),
             ),
         ),
@@ -186,7 +195,9 @@ def test_in_place_operators_stay_outside_the_graph():
     A, B, grad_A, grad_B, scaling = lists(listed)
     A, B = ([torch.nn.Parameter(t) for t in column] for column in (A, B))
     ema = averages(listed)
-    norms = ops.foreach_perturb_ema_(A, B, grad_A, grad_B, ema, torch.tensor(0), scaling, RHO, 0.9)
+    norms = ops.foreach_perturb_ema_(
+        A, B, grad_A, grad_B, ema, torch.tensor(0, device=DEVICE), scaling, RHO, 0.9
+    )
     factors = ops.foreach_bound(averages(listed, "A"), B, scaling, RHO)
     assert not any(t.requires_grad for t in [*ema, norms, factors])
     assert all(t._version > 0 for t in ema)  # autograd sees what is modified
@@ -218,7 +229,7 @@ def test_compiled_is_eager(backend, dynamic):
         for x, y in zip(compiled(*lists(listed)), doubled(*lists(listed)), strict=True):
             assert all(same_bits(i, j) for i, j in zip(x, y, strict=True))
         *columns, scaling = lists(listed)
-        states = [(averages(listed), torch.tensor(seed)) for _ in range(2)]
+        states = [(averages(listed), torch.tensor(seed, device=DEVICE)) for _ in range(2)]
         results = [
             function(*columns, *state, scaling)
             for function, state in zip((compiled_average, averaged), states, strict=True)
@@ -293,7 +304,7 @@ def test_norms_and_perturbations_agree_in_lists_of_mixed_types():
 def test_tensors_without_a_kernel_are_refused_in_words():
     pair = make_pair(5, 9, 8, 2)
     sparse = [t.to_sparse() for t in pair[:4]]
-    skipped = torch.zeros((), dtype=torch.int64)
+    skipped = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for call in (
         lambda: ops.perturb(*sparse, 2.0, RHO),
         lambda: ops.foreach_perturb(*([t] for t in sparse), [2.0], RHO),
