@@ -153,10 +153,8 @@ class Perturbation {
   void solve(int first, int last, const ParallelFor& parallel_for) {
     std::vector<SideWork> sides = lay_out(first, last);
     std::vector<Block> blocks;
-    for (size_t i = 0; i < sides.size(); ++i) {  // the target last: apply reads it again
-      const int side = int(i ^ 1);
-      append_blocks(blocks, side, *sides[side].side, sides[side].r());
-    }
+    for (size_t i = 0; i < sides.size(); ++i)
+      append_blocks(blocks, int(i), *sides[i].side, sides[i].r());
     parallel_for(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
       const SideWork& w = sides[b.owner];
