@@ -6,12 +6,14 @@
 
 namespace eflat::cpu {
 
-constexpr int64_t kMaxPack = 16;  // packed rows are padded to at most a multiple of this
+constexpr int kTile = 4;  // columns are padded to a multiple of this
+// A chunk of packed rows has at most kChunk elements, but at least kFewestRows rows.
+constexpr int kMostRows = 512, kFewestRows = 64, kChunk = 16384;
 
 // Upper bound, in doubles, of what a kernel needs as scratch for rank r.
 constexpr int64_t scratch_size(int64_t r) {
-  const int64_t padded = 2 * r + kMaxPack;
-  return 2 * (4096 + 64 * padded) + 8 * r * r + 8 * padded;
+  const int64_t columns = 2 * r + 2 * kTile;  // of [factor | grad], and of its product
+  return 2 * (kChunk + (kFewestRows + 8) * columns + 8 * kMostRows) + 3 * columns * columns;
 }
 
 struct Kernels {

@@ -1,177 +1,94 @@
 // The vectorised inner loops. Included by kernels_{baseline,avx2,avx512}.cpp, which set
-//   EFLAT_TARGET  the inline namespace that keeps the three apart
-//   EFLAT_LANES   float64 lanes of a vector
-//   EFLAT_ROWS    accumulator rows of a register tile, a multiple of EFLAT_LANES
-//   EFLAT_VECTORS accumulator vectors of a row
+//   EFLAT_TARGET   the inline namespace that keeps the three apart
+//   EFLAT_LANES    float64 lanes of a vector
+//   EFLAT_VECTORS  a register tile has kTile x EFLAT_VECTORS vectors of sums
 // and the compiler's target. No inline function of the standard library may be called here: the
 // linker would keep one copy of it for all, perhaps one that this processor cannot run.
 //
-// Everything works on packed rows: a chunk of [factor | grad] rows, converted to float64,
+// Everything works on packed columns: a chunk of [factor | grad] rows, converted to float64,
 //
-//     z[k * ld + j],  k < chunk,  j < 2r,  zeros up to ld (a multiple of EFLAT_ROWS)
+//     z[j * ld + k],  j < 2r,  k < count,  zeros up to a multiple of kTile columns and of a vector
 //
-// small enough to stay in the L1 cache. A (r, m) is transposed on the way, so that both sides of a
-// pair go through the same two loops: z^T z (gram) and z * weights (product). Both keep a tile of
-// EFLAT_ROWS x EFLAT_VECTORS vectors in registers; per vector loaded there are EFLAT_ROWS fused
-// multiply-adds, so they run at the rate of the multiply-add units, not of memory: at rank 16 a
-// float32 row pair has 128 bytes and about 1,100 multiply-adds.
+// so that a vector holds one column of kLanes rows. A sum over rows then needs no lane of any
+// vector but its own until the very end, and of the symmetric z^T z exactly the upper triangle is
+// computed, whatever the rank. A (r, m) is stored so already; B (n, r) is transposed on the way.
+// Per two vectors loaded, gram and product do EFLAT_VECTORS fused multiply-adds or more: they run
+// at the rate of the multiply-add units.
+
+#include "pack.inl"
 
 namespace eflat {
 inline namespace EFLAT_TARGET {
 namespace {
 
-constexpr int kLanes = EFLAT_LANES, kRows = EFLAT_ROWS, kVectors = EFLAT_VECTORS;
-
-// Unaligned, aliasing vectors of EFLAT_LANES elements.
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(sizeof(T) * kLanes), aligned(sizeof(T)), may_alias));
-};
-using Vec = VectorOf<double>::type;
-using VecF = VectorOf<float>::type;
-using VecU = VectorOf<uint32_t>::type;
-using VecH = VectorOf<uint16_t>::type;
-
-EFLAT_HD Vec& at(double* p) { return *reinterpret_cast<Vec*>(p); }
-EFLAT_HD const Vec& at(const double* p) { return *reinterpret_cast<const Vec*>(p); }
-
-EFLAT_HD Vec widen(const double* p) { return at(p); }
-EFLAT_HD Vec widen(const float* p) {
-  return __builtin_convertvector(*reinterpret_cast<const VecF*>(p), Vec);
-}
-EFLAT_HD Vec widen(const bf16* p) {
-  const VecU bits = __builtin_convertvector(*reinterpret_cast<const VecH*>(p), VecU) << 16;
-  return __builtin_convertvector((VecF)bits, Vec);
-}
-EFLAT_HD Vec widen(const f16* p) {  // as to_double(f16)
-  const VecU half = __builtin_convertvector(*reinterpret_cast<const VecH*>(p), VecU);
-  const VecU sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
-  const VecU normal = (magnitude << 13) + (112u << 23);
-  const VecU special = (magnitude << 13) | 0x7f800000u;
-  const VecU subnormal = (VecU)((VecF)(magnitude | 0x3f000000u) - 0.5f);
-  const VecU bits = magnitude < 0x400u ? subnormal : magnitude < 0x7c00u ? normal : special;
-  return __builtin_convertvector((VecF)(bits | sign), Vec);
-}
-
-EFLAT_HD void narrow(const Vec& v, double* p) { at(p) = v; }
-EFLAT_HD void narrow(const Vec& v, float* p) {
-  *reinterpret_cast<VecF*>(p) = __builtin_convertvector(v, VecF);
-}
-template <class T>
-EFLAT_HD void narrow(const Vec& v, T* p) {
-  for (int i = 0; i < kLanes; ++i) p[i] = from_double<T>(v[i]);
-}
-
-template <int Step, int... Lane>
-EFLAT_HD void exchange_lanes(Vec& a, Vec& b, std::integer_sequence<int, Lane...>) {
-  const Vec low = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane - Step : Lane)...);
-  b = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane : Lane + Step)...);
-  a = low;
-}
-
-// rows[i][j] becomes rows[j][i]: blocks of Step x Step lanes change places, for Step = 1, 2, 4.
-template <int Step = 1>
-EFLAT_HD void transpose(Vec (&rows)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i)
-    if (!(i & Step))
-      exchange_lanes<Step>(rows[i], rows[i | Step], std::make_integer_sequence<int, kLanes>());
-  if constexpr (2 * Step < kLanes) transpose<2 * Step>(rows);
-}
-
-constexpr int pad(int n) { return (n + kRows - 1) / kRows * kRows; }
-
-// Rows of a chunk: a power of two for which it takes about 16 KiB.
-int chunk_rows(int ld) {
-  int rows = 256;
-  while (rows > 16 && rows * ld > 2048) rows /= 2;
-  return rows;
-}
-
-// z[k * ld + j] = x[(begin + k) * r + j], x row-major.
-template <class T>
-void pack_rows(const T* x, int r, int64_t begin, int count, double* z, int ld) {
-  x += begin * r;
-  for (int k = 0; k < count; ++k, x += r, z += ld) {
-    int j = 0;
-    for (; j + kLanes <= r; j += kLanes) at(z + j) = widen(x + j);
-    for (; j < r; ++j) z[j] = to_double(x[j]);
-  }
-}
-
-// z[k * ld + j] = x[j * length + begin + k]: a transposed factor, by square blocks.
-template <class T>
-void pack_columns(const T* x, int64_t length, int r, int64_t begin, int count, double* z, int ld) {
-  x += begin;
-  int j = 0;
-  for (; j + kLanes <= r; j += kLanes) {
-    int k = 0;
-    for (; k + kLanes <= count; k += kLanes) {
-      Vec rows[kLanes];
-      for (int i = 0; i < kLanes; ++i) rows[i] = widen(x + (j + i) * length + k);
-      transpose(rows);
-      for (int i = 0; i < kLanes; ++i) at(z + (k + i) * int64_t(ld) + j) = rows[i];
-    }
-    for (; k < count; ++k)
-      for (int i = 0; i < kLanes; ++i)
-        z[k * int64_t(ld) + j + i] = to_double(x[(j + i) * length + k]);
-  }
-  for (; j < r; ++j)
-    for (int k = 0; k < count; ++k) z[k * int64_t(ld) + j] = to_double(x[j * length + k]);
-}
-
-template <class T>
-void pack(const Side& side, int r, int64_t begin, int count, double* z, int ld) {
-  const T* factor = static_cast<const T*>(side.factor);
-  const T* grad = static_cast<const T*>(side.grad);
-  if (side.transposed) {
-    pack_columns(factor, side.length, r, begin, count, z, ld);
-    if (grad) pack_columns(grad, side.length, r, begin, count, z + r, ld);
-  } else {
-    pack_rows(factor, r, begin, count, z, ld);
-    if (grad) pack_rows(grad, r, begin, count, z + r, ld);
-  }
-}
-
-// By type; the padding is the caller's.
-void pack(const Side& side, DType dtype, int r, int64_t begin, int count, double* z, int ld) {
-  switch (dtype) {
-    case DType::f64:
-      return pack<double>(side, r, begin, count, z, ld);
-    case DType::f32:
-      return pack<float>(side, r, begin, count, z, ld);
-    case DType::bf16:
-      return pack<bf16>(side, r, begin, count, z, ld);
-    case DType::f16:
-      return pack<f16>(side, r, begin, count, z, ld);
-  }
-}
+constexpr int kVectors = EFLAT_VECTORS;
 
 void zero(double* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = 0;
 }
 
-// out[i0 + i, j0 + j] += sum over k of z[k, i0 + i] z[k, j0 + j].
+// out[i * ldo + j] += sum over k of x[i * ld + k] y[j * ld + k], for a tile of it.
 template <int V>
-void gram_tile(const double* z, int ld, int count, int i0, int j0, double* out) {
-  Vec sum[kRows][V] = {};
-  for (int k = 0; k < count; ++k, z += ld) {
+void gram_tile(const double* x, const double* y, int ld, int count, double* out, int ldo) {
+  Vec sum[kTile * V];
+  unrolled<kTile * V>([&](int i) EFLAT_INLINE { sum[i] = Vec{}; });
+  for (int k = 0; k < count; k += kLanes) {
     Vec column[V];
-    for (int v = 0; v < V; ++v) column[v] = at(z + j0 + v * kLanes);
-    for (int i = 0; i < kRows; ++i)
-      for (int v = 0; v < V; ++v) sum[i][v] += z[i0 + i] * column[v];
+    unrolled<V>([&](int v) EFLAT_INLINE { column[v] = at(y + v * int64_t(ld) + k); });
+    unrolled<kTile>([&](int i) EFLAT_INLINE {
+      const Vec row = at(x + i * int64_t(ld) + k);
+      unrolled<V>([&](int v) EFLAT_INLINE { sum[i * V + v] += row * column[v]; });
+    });
   }
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < V; ++v) at(out + (i0 + i) * int64_t(ld) + j0 + v * kLanes) += sum[i][v];
+  unrolled<kTile * V / kLanes>([&](int i) EFLAT_INLINE { add_lanes(sum + i * kLanes); });
+  unrolled<kTile * V>([&](int i) EFLAT_INLINE {
+    out[i / V * ldo + i % V] += sum[i / kLanes * kLanes][i % kLanes];
+  });
 }
 
-// out (ld, ld) += z^T z, at and right of the diagonal tiles only.
-void add_gram(const double* z, int ld, int count, double* out) {
-  for (int i0 = 0; i0 < ld; i0 += kRows) {
-    int j0 = i0;
-    for (; j0 + kVectors * kLanes <= ld; j0 += kVectors * kLanes)
-      gram_tile<kVectors>(z, ld, count, i0, j0, out);
-    for (; j0 < ld; j0 += kLanes) gram_tile<1>(z, ld, count, i0, j0, out);
+// The same for x = y and the upper triangle.
+void gram_triangle(const double* x, int ld, int count, double* out, int ldo) {
+  constexpr int kSums = pad(kTile * (kTile + 1) / 2, kLanes);
+  Vec sum[kSums];
+  unrolled<kSums>([&](int i) EFLAT_INLINE { sum[i] = Vec{}; });
+  for (int k = 0; k < count; k += kLanes) {
+    Vec column[kTile];
+    unrolled<kTile>([&](int i) EFLAT_INLINE { column[i] = at(x + i * int64_t(ld) + k); });
+    unrolled<kTile>([&](int j) EFLAT_INLINE {
+      unrolled<kTile>([&](int i) EFLAT_INLINE {
+        if (i <= j) sum[j * (j + 1) / 2 + i] += column[i] * column[j];
+      });
+    });
   }
+  unrolled<kSums / kLanes>([&](int i) EFLAT_INLINE { add_lanes(sum + i * kLanes); });
+  unrolled<kTile>([&](int j) EFLAT_INLINE {
+    unrolled<kTile>([&](int i) EFLAT_INLINE {
+      const int s = j * (j + 1) / 2 + i;
+      if (i <= j) out[i * ldo + j] += sum[s / kLanes * kLanes][s % kLanes];
+    });
+  });
+}
+
+// out (columns, columns) += z^T z, upper triangle; columns: a multiple of kTile.
+void add_gram(const double* z, int ld, int columns, int count, double* out, Ahead ahead) {
+  for (int i = 0; i < columns; i += kTile) {
+    const double* x = z + i * int64_t(ld);
+    ahead.fetch();
+    gram_triangle(x, ld, count, out + i * columns + i, columns);
+    for (int j = i + kTile; j < columns; j += kVectors) {
+      ahead.fetch();
+      gram_tile<kVectors>(x, z + j * int64_t(ld), ld, count, out + i * columns + j, columns);
+    }
+  }
+}
+
+// The rows after a chunk, in as many parts as add_gram has tiles.
+Ahead next_rows(const Side& side, DType dtype, int r, int columns, int64_t begin, int count) {
+  const int rows = columns / kTile;
+  Ahead ahead(rows + rows * (rows - 1) / 2 * (kTile / kVectors));
+  ahead.add(side.factor, side, size_of(dtype), r, begin, count);
+  ahead.add(side.grad, side, size_of(dtype), r, begin, count);
+  return ahead;
 }
 
 // Both halves of the padded sum, without padding.
@@ -180,152 +97,109 @@ void symmetrise(const double* padded, int ld, int n, double* gram) {
     for (int j = i; j < n; ++j) gram[i * n + j] = gram[j * n + i] = padded[i * ld + j];
 }
 
-// out[k, j0...] = sum over i of z[k, i] w[i, j0...] for M rows k and V vectors j.
-template <int M, int V>
-void product_tile(const double* z, int ldz, int depth, const double* w, int ldw, double* out) {
-  Vec sum[M][V] = {};
-  for (int i = 0; i < depth; ++i, w += ldw) {
+// out[j * ld + k] = sum over i of z[i * ld + k] w[i * kTile + j] for V vectors of k.
+template <int V>
+void product_tile(const double* z, int ld, int depth, const double* w, double* out) {
+  Vec sum[kTile * V];
+  unrolled<kTile * V>([&](int i) EFLAT_INLINE { sum[i] = Vec{}; });
+  for (int i = 0; i < depth; ++i, z += ld, w += kTile) {
     Vec row[V];
-    for (int v = 0; v < V; ++v) row[v] = at(w + v * kLanes);
-    for (int k = 0; k < M; ++k)
-      for (int v = 0; v < V; ++v) sum[k][v] += z[k * int64_t(ldz) + i] * row[v];
+    unrolled<V>([&](int v) EFLAT_INLINE { row[v] = at(z + v * kLanes); });
+    unrolled<kTile>([&](int j) EFLAT_INLINE {
+      unrolled<V>([&](int v) EFLAT_INLINE { sum[j * V + v] += w[j] * row[v]; });
+    });
   }
-  for (int k = 0; k < M; ++k)
-    for (int v = 0; v < V; ++v) at(out + k * int64_t(ldw) + v * kLanes) = sum[k][v];
+  unrolled<kTile * V>(
+      [&](int i) EFLAT_INLINE { at(out + i / V * int64_t(ld) + i % V * kLanes) = sum[i]; });
 }
 
-// out (count, ldw) = z (count, depth) * w (depth, ldw).
-void product(const double* z, int ldz, int count, int depth, const double* w, int ldw,
-             double* out) {
+// out (count, columns) = z (count, depth) * w (depth, columns), packed as below.
+void product(const double* z, int ld, int count, int depth, const double* w, int columns,
+             double* out, Ahead ahead) {
   int k = 0;
-  for (; k + kRows <= count; k += kRows, z += kRows * int64_t(ldz), out += kRows * int64_t(ldw)) {
-    int j = 0;
-    for (; j + kVectors * kLanes <= ldw; j += kVectors * kLanes)
-      product_tile<kRows, kVectors>(z, ldz, depth, w + j, ldw, out + j);
-    for (; j < ldw; j += kLanes) product_tile<kRows, 1>(z, ldz, depth, w + j, ldw, out + j);
+  for (; k + kVectors * kLanes <= count; k += kVectors * kLanes) {
+    ahead.fetch();
+    for (int j = 0; j < columns; j += kTile)
+      product_tile<kVectors>(z + k, ld, depth, w + j * depth, out + j * int64_t(ld) + k);
   }
-  for (; k < count; ++k, z += ldz, out += ldw)
-    for (int j = 0; j < ldw; j += kLanes) product_tile<1, 1>(z, ldz, depth, w + j, ldw, out + j);
+  for (; k < count; k += kLanes)
+    for (int j = 0; j < columns; j += kTile)
+      product_tile<1>(z + k, ld, depth, w + j * depth, out + j * int64_t(ld) + k);
 }
 
-// w (rows, columns) with its rows padded to ld.
-void pad_rows(const double* w, int rows, int columns, int ld, double* padded) {
-  zero(padded, int64_t(rows) * ld);
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < columns; ++j) padded[i * ld + j] = w[i * columns + j];
+// w (depth, columns) by kTile columns, with zeros up to a multiple of them.
+void pack_weights(const double* w, int depth, int columns, double* packed) {
+  for (int j = 0; j < columns; j += kTile)
+    for (int i = 0; i < depth; ++i)
+      for (int c = j; c < j + kTile; ++c) *packed++ = c < columns ? w[i * columns + c] : 0;
 }
 
 void gram(const Side& side, DType dtype, int r, int64_t begin, int64_t end, double* out,
           double* scratch) {
-  const int width = side.grad ? 2 * r : r, ld = pad(width), chunk = chunk_rows(ld);
+  const int width = side.grad ? 2 * r : r, columns = pad(width, kTile);
+  const int chunk = chunk_rows(columns), ld = leading_dimension(chunk);
   double* z = scratch;
-  double* padded = z + int64_t(chunk) * ld;
-  zero(scratch, int64_t(chunk) * ld + int64_t(ld) * ld);
+  double* padded = z + int64_t(columns) * ld;
+  zero(z + int64_t(width) * ld, int64_t(columns - width) * ld);
+  zero(padded, int64_t(columns) * columns);
   for (int64_t k = begin; k < end; k += chunk) {
     const int count = int(end - k < chunk ? end - k : chunk);
     pack(side, dtype, r, k, count, z, ld);
-    add_gram(z, ld, count, padded);
+    add_gram(z, ld, columns, count, padded, next_rows(side, dtype, r, columns, k + chunk, chunk));
   }
-  symmetrise(padded, ld, width, out);
+  symmetrise(padded, columns, width, out);
 }
 
 void second_gram(const Side& side, DType dtype, int r, const double* T, const double* T_grad,
                  int64_t begin, int64_t end, double* out, double* scratch) {
-  const int ld = pad(2 * r), chunk = chunk_rows(ld);
+  const int columns = pad(2 * r, kTile), half = pad(r, kTile);
+  const int chunk = chunk_rows(columns), ld = leading_dimension(chunk);
   double* z = scratch;
-  double* y = z + int64_t(chunk) * ld;
-  double* bases = y + int64_t(chunk) * ld;  // T and T_grad on the diagonal
-  double* padded = bases + int64_t(2 * r) * ld;
-  zero(bases, int64_t(2 * r) * ld);
-  for (int i = 0; i < r; ++i) {
-    for (int j = 0; j < r; ++j) {
-      bases[i * ld + j] = T[i * r + j];
-      bases[(r + i) * ld + r + j] = T_grad[i * r + j];
-    }
-  }
-  zero(padded, int64_t(ld) * ld);
+  double* y = z + int64_t(columns) * ld;
+  double* w = y + int64_t(columns + kTile) * ld;  // a product may write kTile - 1 columns too many
+  double* w_grad = w + half * r;
+  double* padded = w_grad + half * r;
+  pack_weights(T, r, r, w);
+  pack_weights(T_grad, r, r, w_grad);
+  zero(padded, int64_t(columns) * columns);
   for (int64_t k = begin; k < end; k += chunk) {
     const int count = int(end - k < chunk ? end - k : chunk);
     pack(side, dtype, r, k, count, z, ld);
-    product(z, ld, count, 2 * r, bases, ld, y);
-    add_gram(y, ld, count, padded);
+    product(z, ld, count, r, w, r, y, Ahead(1));
+    product(z + int64_t(r) * ld, ld, count, r, w_grad, r, y + int64_t(r) * ld, Ahead(1));
+    zero(y + int64_t(2 * r) * ld, int64_t(columns - 2 * r) * ld);
+    add_gram(y, ld, columns, count, padded, next_rows(side, dtype, r, columns, k + chunk, chunk));
   }
-  symmetrise(padded, ld, 2 * r, out);
-}
-
-// out = e, or its moving average: one element, or a vector of them.
-template <class T>
-EFLAT_HD void store(T* out, double e, Update update) {
-  *out = from_double<T>(update.average ? (1 - update.beta) * to_double(*out) + update.beta * e : e);
-}
-template <class T>
-EFLAT_HD void store(T* out, const Vec& e, Update update) {
-  narrow(update.average ? (1 - update.beta) * widen(out) + update.beta * e : e, out);
-}
-
-template <class T>
-void store_rows(const double* e, int ld, int count, int r, double scale, Update update, T* out) {
-  for (int k = 0; k < count; ++k, e += ld, out += r) {
-    int j = 0;
-    for (; j + kLanes <= r; j += kLanes) store(out + j, scale * at(e + j), update);
-    for (; j < r; ++j) store(out + j, scale * e[j], update);
-  }
-}
-
-template <class T>
-void store_columns(const double* e, int ld, int count, int r, int64_t length, double scale,
-                   Update update, T* out) {
-  int j = 0;
-  for (; j + kLanes <= r; j += kLanes) {
-    int k = 0;
-    for (; k + kLanes <= count; k += kLanes) {
-      Vec rows[kLanes];
-      for (int i = 0; i < kLanes; ++i) rows[i] = scale * at(e + (k + i) * int64_t(ld) + j);
-      transpose(rows);
-      for (int i = 0; i < kLanes; ++i) store(out + (j + i) * length + k, rows[i], update);
-    }
-    for (; k < count; ++k)
-      for (int i = 0; i < kLanes; ++i)
-        store(out + (j + i) * length + k, scale * e[k * int64_t(ld) + j + i], update);
-  }
-  for (; j < r; ++j)
-    for (int k = 0; k < count; ++k)
-      store(out + j * length + k, scale * e[k * int64_t(ld) + j], update);
-}
-
-template <class T>
-void store_chunk(const double* e, int ld, int count, int r, const Side& side, int64_t begin,
-                 double scale, Update update, T* out) {
-  if (side.transposed) {
-    store_columns(e, ld, count, r, side.length, scale, update, out + begin);
-  } else {
-    store_rows(e, ld, count, r, scale, update, out + begin * r);
-  }
+  symmetrise(padded, columns, 2 * r, out);
 }
 
 void apply(const Side& side, DType dtype, int r, int64_t begin, int64_t end, const double* weights,
            double scale, Update update, void* out, DType out_dtype, double* scratch) {
-  const int ld = pad(2 * r), ldw = pad(r), chunk = chunk_rows(ld);
+  const int columns = pad(r, kTile), chunk = chunk_rows(2 * r), ld = leading_dimension(chunk);
   double* z = scratch;
-  double* e = z + int64_t(chunk) * ld;
-  double* w = e + int64_t(chunk) * ldw;
-  pad_rows(weights, 2 * r, r, ldw, w);
+  double* e = z + int64_t(2 * r) * ld;
+  double* w = e + int64_t(columns) * ld;
+  pack_weights(weights, 2 * r, r, w);
   for (int64_t k = begin; k < end; k += chunk) {
     const int count = int(end - k < chunk ? end - k : chunk);
     pack(side, dtype, r, k, count, z, ld);
-    product(z, ld, count, 2 * r, w, ldw, e);
+    Ahead ahead(chunk / (kVectors * kLanes));
+    ahead.add(out, side, size_of(out_dtype), r, k, count);
+    ahead.add(side.factor, side, size_of(dtype), r, k + chunk, chunk);
+    ahead.add(side.grad, side, size_of(dtype), r, k + chunk, chunk);
+    product(z, ld, count, 2 * r, w, r, e, ahead);
     switch (out_dtype) {
       case DType::f64:
-        store_chunk(e, ldw, count, r, side, k, scale, update, static_cast<double*>(out));
+        store_chunk(e, ld, count, r, side, k, scale, update, static_cast<double*>(out));
         break;
       case DType::f32:
-        store_chunk(e, ldw, count, r, side, k, scale, update, static_cast<float*>(out));
+        store_chunk(e, ld, count, r, side, k, scale, update, static_cast<float*>(out));
         break;
       case DType::bf16:
-        store_chunk(e, ldw, count, r, side, k, scale, update, static_cast<bf16*>(out));
+        store_chunk(e, ld, count, r, side, k, scale, update, static_cast<bf16*>(out));
         break;
       case DType::f16:
-        store_chunk(e, ldw, count, r, side, k, scale, update, static_cast<f16*>(out));
+        store_chunk(e, ld, count, r, side, k, scale, update, static_cast<f16*>(out));
         break;
     }
   }

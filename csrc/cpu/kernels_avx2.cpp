@@ -2,7 +2,6 @@
 #if defined(__x86_64__)
 #define EFLAT_TARGET avx2
 #define EFLAT_LANES 4
-#define EFLAT_ROWS 4
 #define EFLAT_VECTORS 2
 #include <math.h>  // before the target changes: none of it may be compiled for avx2
 #include <stdint.h>

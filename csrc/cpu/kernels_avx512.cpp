@@ -2,8 +2,7 @@
 #if defined(__x86_64__)
 #define EFLAT_TARGET avx512
 #define EFLAT_LANES 8
-#define EFLAT_ROWS 8
-#define EFLAT_VECTORS 2
+#define EFLAT_VECTORS 4
 #include <math.h>  // before the target changes: none of it may be compiled for avx512
 #include <stdint.h>
 #include <string.h>

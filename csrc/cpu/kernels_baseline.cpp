@@ -1,7 +1,6 @@
 // What every processor of the architecture runs: SSE2, NEON.
 #define EFLAT_TARGET baseline
 #define EFLAT_LANES 2
-#define EFLAT_ROWS 4
 #define EFLAT_VECTORS 2
 #include <utility>
 
