@@ -32,40 +32,68 @@ struct FactorNumbers {
 template <class T>
 using StepType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Element i of a factor: the step from its value in `from` (the clean values of a target).
-__device__ inline void step_element(const SideArgs& side, const void* from, const AdamWArgs& args,
-                                    const FactorNumbers& numbers, int64_t i) {
-  auto step = [&](auto type) {
-    using T = decltype(type);
-    using C = StepType<T>;
-    T& exp_avg = static_cast<T*>(args.exp_avg)[i];
-    T& exp_avg_sq = static_cast<T*>(args.exp_avg_sq)[i];
-    C x = C(to_double(static_cast<const T*>(from)[i])), m = C(to_double(exp_avg));
-    C v = C(to_double(exp_avg_sq));
-    adamw(x, C(to_double(static_cast<const T*>(side.grad)[i])), m, v, numbers(C()));
-    exp_avg = from_double<T>(m);
-    exp_avg_sq = from_double<T>(v);
-    static_cast<T*>(const_cast<void*>(side.factor))[i] = from_double<T>(x);
+template <class T>
+struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
+  T x[4];
+};
+
+// The elements i to i + kCount of a factor: the step from their values in `from`.
+template <class T, int kCount>
+__device__ void step_elements(const SideArgs& side, const void* from, const AdamWArgs& args,
+                              const FactorNumbers& numbers, int64_t i) {
+  using C = StepType<T>;
+  using Some = std::conditional_t<kCount == 4, Four<T>, T>;
+  auto at = [i](const void* x) {
+    return reinterpret_cast<Some*>(static_cast<T*>(const_cast<void*>(x)) + i);
   };
-  switch (side.dtype) {
-    case DType::f64:
-      return step(double{});
-    case DType::f32:
-      return step(float{});
-    case DType::bf16:
-      return step(bf16{});
-    default:
-      return step(f16{});
+  Some value = *at(from), m = *at(args.exp_avg), v = *at(args.exp_avg_sq);
+  const Some grad = *at(side.grad);
+  EFLAT_UNROLL
+  for (int n = 0; n < kCount; ++n) {
+    C x = C(to_double(reinterpret_cast<T*>(&value)[n]));
+    C exp_avg = C(to_double(reinterpret_cast<T*>(&m)[n]));
+    C exp_avg_sq = C(to_double(reinterpret_cast<T*>(&v)[n]));
+    adamw(x, C(to_double(reinterpret_cast<const T*>(&grad)[n])), exp_avg, exp_avg_sq, numbers(C()));
+    reinterpret_cast<T*>(&value)[n] = from_double<T>(x);
+    reinterpret_cast<T*>(&m)[n] = from_double<T>(exp_avg);
+    reinterpret_cast<T*>(&v)[n] = from_double<T>(exp_avg_sq);
+  }
+  *at(side.factor) = value;
+  *at(args.exp_avg) = m;
+  *at(args.exp_avg_sq) = v;
+}
+
+template <class T>
+__device__ void step_rows(const SideArgs& side, const void* from, const AdamWArgs& args,
+                          const FactorNumbers& numbers, int r, int64_t begin, int64_t end) {
+  // Runs of neighbours in memory: one, or one for each row of a transposed side.
+  const int rows = int(end - begin), run = side.transposed ? rows : rows * r;
+  const int runs = side.transposed ? r : 1, each = args.fours ? 4 : 1;
+  EFLAT_ROLL
+  for (int e = threadIdx.x * each; e < runs * run; e += kThreads * each) {
+    const int64_t i =
+        side.transposed ? e / run * int64_t(side.length) + begin + e % run : begin * r + e;
+    if (args.fours) {
+      step_elements<T, 4>(side, from, args, numbers, i);
+    } else {
+      step_elements<T, 1>(side, from, args, numbers, i);
+    }
   }
 }
 
-// Calls body(i) for the elements of rows [begin, end) of a side.
-template <class Body>
-__device__ void for_elements(const SideArgs& side, int r, int64_t begin, int64_t end, Body body) {
-  const int rows = int(end - begin);
-  EFLAT_ROLL
-  for (int e = threadIdx.x; e < rows * r; e += kThreads)
-    body(side.transposed ? e / rows * int64_t(side.length) + begin + e % rows : begin * r + e);
+// Rows [begin, end) of a factor: the step from its values in `from` (the clean ones of a target).
+EFLAT_NOINLINE void step_rows(const SideArgs& side, const void* from, const AdamWArgs& args,
+                              const FactorNumbers& numbers, int r, int64_t begin, int64_t end) {
+  switch (side.dtype) {
+    case DType::f64:
+      return step_rows<double>(side, from, args, numbers, r, begin, end);
+    case DType::f32:
+      return step_rows<float>(side, from, args, numbers, r, begin, end);
+    case DType::bf16:
+      return step_rows<bf16>(side, from, args, numbers, r, begin, end);
+    default:
+      return step_rows<f16>(side, from, args, numbers, r, begin, end);
+  }
 }
 
 }  // namespace eflat::cuda

@@ -3,6 +3,8 @@
 // Bytes: the target's factor and gradient, from L2 where reduce has read them lately; E once, its
 // average twice; with a step, per element of both factors: gradient, value and two moments read,
 // value and moments written. Flops: 2 r^2 multiply-adds a row, in tiles of 64, 512 at r = 16.
+// The optimizer's step, if there is one, comes last: of the block's rows of the target from their
+// clean values, and of the other side in blocks of its own.
 // Block: a chunk of at most 128 rows and the weights in shared memory (ranks to kSharedRank;
 // beyond, the weights come from the cache). A warp computes 16 rows by 2 or 4 tiles of columns; the
 // results take the place of the chunk in shared memory, in the order of the output, and go out four
@@ -29,14 +31,11 @@ struct Results {
 template <class T>
 __device__ void store(void* out, int64_t i, const double* x, int count, bool four,
                       const CallHeader& call) {
-  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
-    T x[4];
-  };
   T* p = static_cast<T*>(out) + i;
-  Four values;
+  Four<T> values;
   if (call.average) {
     if (four) {
-      values = *reinterpret_cast<const Four*>(p);
+      values = *reinterpret_cast<const Four<T>*>(p);
     } else {
       for (int n = 0; n < 4; ++n)
         if (n < count) values.x[n] = p[n];
@@ -49,7 +48,7 @@ __device__ void store(void* out, int64_t i, const double* x, int count, bool fou
     for (int n = 0; n < 4; ++n) values.x[n] = from_double<T>(x[n]);
   }
   if (four) {
-    *reinterpret_cast<Four*>(p) = values;
+    *reinterpret_cast<Four<T>*>(p) = values;
   } else {
     for (int n = 0; n < 4; ++n)
       if (n < count) p[n] = values.x[n];
@@ -139,8 +138,8 @@ class ResultTiles {
 };
 
 // Rows [k, k + count) of the results go where they belong.
-template <bool kStep>
-__device__ void write_out(Block& block, int ld, const double* results, int64_t k, int count) {
+__device__ inline void write_out(Block& block, int ld, const double* results, int64_t k,
+                                 int count) {
   const SideArgs& side = block.side;
   const int r = block.chunk.rank;
   const int fast = side.transposed ? count : r, slow = side.transposed ? r : count;
@@ -150,16 +149,11 @@ __device__ void write_out(Block& block, int ld, const double* results, int64_t k
     const int i = e / fours, j = e % fours * 4, here = fast - j < 4 ? fast - j : 4;
     const int64_t at = side.transposed ? i * int64_t(side.length) + k + j : (k + i) * r + j;
     store(block.pair, at, results + i * ld + j, here, *block.call);
-    if constexpr (kStep) {
-      EFLAT_ROLL
-      for (int n = 0; n < here; ++n)
-        step_element(side, block.step->clean, block.step->target, block.adamw, at + n);
-    }
   }
 }
 
 // The block's rows of the target of a pair whose norm is usable.
-template <class Math, bool kWide, bool kStep>
+template <class Math, bool kWide>
 EFLAT_NOINLINE void apply(Block& block, void* space) {
   using Element = typename Math::Element;
   using Weight = typename Math::Weight;
@@ -188,42 +182,44 @@ EFLAT_NOINLINE void apply(Block& block, void* space) {
     __syncthreads();
     if (mine.has_rows(count)) mine.write(results, scale, out);
     __syncthreads();
-    write_out<kStep>(block, results.ld, out, k, count);
+    write_out(block, results.ld, out, k, count);
   });
 }
 
 // What is left of the block's rows of the target of a pair that has no perturbation.
-template <bool kStep>
 EFLAT_NOINLINE void apply_nothing(Block& block) {
-  for_elements(block.side, block.pair.rank, block.begin, block.end, [&](int64_t i) {
+  const SideArgs& side = block.side;
+  const int r = block.pair.rank, rows = int(block.end - block.begin);
+  EFLAT_ROLL
+  for (int e = threadIdx.x; !block.call->average && e < rows * r; e += kThreads) {
     const double zeros[4] = {0, 0, 0, 0};
-    if (!block.call->average) store(block.pair, i, zeros, 1, *block.call);
-    if constexpr (kStep)
-      step_element(block.side, block.step->clean, block.step->target, block.adamw, i);
-  });
+    const int64_t i = side.transposed ? e / rows * int64_t(side.length) + block.begin + e % rows
+                                      : block.begin * r + e;
+    store(block.pair, i, zeros, 1, *block.call);
+  }
 }
 
 // The block's rows: of the target or, with a step, of the other side.
 template <class Math, bool kWide, bool kStep>
-__device__ void apply_block(Block& block, bool on_target, void* space) {
+__device__ void apply_block(Block& block, void* space) {
+  const bool on_target = block.on_target;
+  const PairResult& result = *block.result;
+  if (on_target) {
+    if (!usable(result.norm)) {
+      apply_nothing(block);
+    } else if (result.again_t || result.again_o || block.side.dtype == DType::f64) {
+      apply<Float64, kWide>(block, space);
+    } else {
+      apply<Math, kWide>(block, space);
+    }
+  }
   if constexpr (kStep) {
     const AdamWArgs& args = on_target ? block.step->target : block.step->other;
     if (threadIdx.x == 0) block.adamw.set(block.hypers[args.hyper], args.step);
-    __syncthreads();
-    if (!on_target) {
-      for_elements(block.side, block.pair.rank, block.begin, block.end, [&](int64_t i) {
-        step_element(block.side, block.side.factor, args, block.adamw, i);
-      });
-      return;
-    }
+    __syncthreads();  // and no thread reads the old values any more
+    step_rows(block.side, on_target ? block.step->clean : block.side.factor, args, block.adamw,
+              block.pair.rank, block.begin, block.end);
   }
-  const PairResult& result = *block.result;
-  if (!usable(result.norm)) return apply_nothing<kStep>(block);
-  if constexpr (sizeof(typename Math::Element) == 4) {
-    if (result.again_t || result.again_o || block.side.dtype == DType::f64)
-      return apply<Float64, kWide, kStep>(block, space);
-  }
-  apply<Math, kWide, kStep>(block, space);
 }
 
 }  // namespace eflat::cuda

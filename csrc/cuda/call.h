@@ -24,7 +24,8 @@ struct AdamWArgs {
   void* exp_avg;
   void* exp_avg_sq;
   float* step;
-  int hyper;  // index into Call::hypers
+  int hyper;   // index into Call::hypers
+  bool fours;  // four neighbours at a time
 };
 
 struct StepArgs {

@@ -116,7 +116,14 @@ cudaError_t launch(const CallType& call, bool wide, Arithmetic arithmetic, int b
 #endif
 }
 
-AdamWArgs adamw_args(const AdamW& a, int hyper) { return {a.exp_avg, a.exp_avg_sq, a.step, hyper}; }
+AdamWArgs adamw_args(const AdamW& a, int hyper, const SideArgs& side, int rank, const void* from) {
+  const int four = std::min(4 * size_of(side.dtype), 16);
+  // The ends of runs of neighbours, see step_rows.
+  bool fours = (side.transposed ? side.length : int64_t(side.length) * rank) % 4 == 0;
+  const void* all[] = {a.exp_avg, a.exp_avg_sq, from, side.factor, side.grad};
+  for (const void* x : all) fours = fours && aligned(x, four);
+  return {a.exp_avg, a.exp_avg_sq, a.step, hyper, fours};
+}
 
 Hyper hyper_of(const AdamW& a) {
   return {a.step ? 0.0 : a.step_number, a.lr, a.beta1, a.beta2, a.eps, a.weight_decay};
@@ -154,8 +161,10 @@ class Launch {
         hypers_ = before;
         return false;
       }
-      c.steps[c.count] = {pair.step->clean, adamw_args(pair.step->target, target),
-                          adamw_args(pair.step->other, other)};
+      const PairArgs p = pair_args(pair);
+      c.steps[c.count] = {pair.step->clean,
+                          adamw_args(pair.step->target, target, p.target, p.rank, pair.step->clean),
+                          adamw_args(pair.step->other, other, p.other, p.rank, p.other.factor)};
     }
     PairArgs& p = c.pairs[c.count++] = pair_args(pair);
     p.workspace = unsigned(workspace / 16);

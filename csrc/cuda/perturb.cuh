@@ -103,7 +103,7 @@ EFLAT_NOINLINE void make_plan(Block& block, const CallHeader& call, const PairAr
   }
   block.begin = int64_t(index) * rows;
   block.end = block.begin + rows < block.side.length ? block.begin + rows : block.side.length;
-  block.flag = on_target;
+  block.on_target = on_target;
 }
 
 template <class Arithmetic, bool kWide, bool kStep>
@@ -117,18 +117,14 @@ __device__ void perturb_block(const CallHeader& call, const PairArgs* pairs, con
     block.two_float = std::is_same_v<Math, TwoFloat>;
   }
   __syncthreads();
-  const bool on_target = block.flag;
-  __syncthreads();
   if (block.task.stage == Stages::kApply) {
     if (call.global_norm) {
       await(&block.progress->finished, 1, block);
     } else {
       await(&block.pair_progress->state, kReady, block);
     }
-    return apply_block<Math, kWide, kStep>(block, on_target, space);
+    return apply_block<Math, kWide, kStep>(block, space);
   }
-  int* arrived = &block.pair_progress->reduced;
-  int blocks = gram_blocks(block.pair, call.rows.reduce);
   if (block.task.stage == Stages::kReduce) {
     if (block.side.dtype == DType::f64) {
       reduce<Float64, kWide>(block.side, block.chunk, block.begin, block.end, block.round, space,
@@ -139,13 +135,14 @@ __device__ void perturb_block(const CallHeader& call, const PairArgs* pairs, con
     }
   } else {
     if (await(&block.pair_progress->state, kSecondPass, block) != kSecondPass) return;
-    arrived = &block.pair_progress->corrected;
-    blocks = gram_blocks(block.pair, call.rows.second);
     second_reduce<kWide>(block.side, block.chunk, block.begin, block.end, block.round,
-                         on_target ? block.space.bases_t : block.space.bases_o,
+                         block.on_target ? block.space.bases_t : block.space.bases_o,
                          static_cast<double*>(space), block.partial);
   }
-  if (last_to_arrive(arrived, blocks, block)) solve(block, space);
+  const bool second = block.task.stage == Stages::kSecond;
+  if (last_to_arrive(second ? &block.pair_progress->corrected : &block.pair_progress->reduced,
+                     gram_blocks(block.pair, second ? call.rows.second : call.rows.reduce), block))
+    solve(block, space);
 }
 
 // Blocks to an SM: two, 128 registers a thread, for small matrices; one for the sums of large ones.

@@ -61,21 +61,29 @@ class GramShare {
     if (way_ == ways_) return;
     const int stride = chunk.stride;
     z += fragment_entry();
-    EFLAT_ROLL
-    for (int s = way_; s < rows / 4; s += ways_) {
-      Element x[4], y[4];
-      load(z + s * stride, I_, x);
-      if constexpr (kWide) {
-        load(z + s * stride, J_, y);
-        if (off_diagonal_) {
+    if constexpr (kWide) {
+      if (off_diagonal_) {
+        EFLAT_ROLL
+        for (int s = way_; s < rows / 4; s += ways_) {
+          Element x[4], y[4];
+          load(z + s * stride, I_, x);
+          load(z + s * stride, J_, y);
           EFLAT_UNROLL
           for (int i = 0; i < 16; ++i)
             if (4 * J_ + i % 4 < tiles_) Math::multiply_add(sums_[i], x[i / 4], y[i % 4]);
-          continue;
         }
-        add_square<10>(J_, y);
+        return;
       }
+    }
+    EFLAT_ROLL
+    for (int s = way_; s < rows / 4; s += ways_) {
+      Element x[4];
+      load(z + s * stride, I_, x);
       add_square<0>(I_, x);
+      if constexpr (kWide) {
+        load(z + s * stride, J_, x);
+        add_square<10>(J_, x);
+      }
     }
   }
 
@@ -209,8 +217,11 @@ EFLAT_NOINLINE void reduce(const SideArgs& side, const Chunk& chunk, int64_t beg
   }
   Stage<Math> stage(side, chunk, scales, z);
   GramShare<Math, kWide> share(chunk, round);
-  for_chunks<true>(stage, begin, end, chunk.rows,
-                   [&](int64_t, int) { share.add(z, chunk, chunk.rows); });
+  // Two floats' products are slow, and their sums of large matrices leave no registers to read
+  // ahead.
+  constexpr bool kAhead = !kWide || sizeof(*z) == 8;
+  for_chunks<kAhead>(stage, begin, end, chunk.rows,
+                     [&](int64_t, int) { share.add(z, chunk, chunk.rows); });
   share.write(chunk, scales, static_cast<double*>(space), out);
 }
 

@@ -34,7 +34,8 @@ struct Block {
   Task task;
   int pair_number;  // in the whole call
   PairArgs pair;
-  SideArgs side;  // the one that this block reads
+  SideArgs side;   // the one that this block reads
+  bool on_target;  // whether it is the target
   Chunk chunk;
   int64_t begin, end;  // rows of it
   bool two_float;      // the arithmetic
