@@ -2,8 +2,8 @@
 
     python bench/kernels.py [--arch 80 90a] [--sass] [--shared BYTES] [--json FILE]
 
-Needs nvcc, no GPU. The exit code is 1 where a kernel spills or keeps a stack in local memory, so
-that it shows up in review. Occupancy is warps per multiprocessor that registers, shared memory and
+Needs nvcc, no GPU. The exit code is 1 where a kernel spills or keeps a stack in local memory, more
+than a few words, so that it shows up in review. Occupancy is warps per multiprocessor that registers, shared memory and
 barriers leave room for, out of those that the hardware can hold; launch bounds give the threads of
 a block. `--sass` counts instructions of the machine code: wide and narrow accesses to device
 memory, local memory (LDL, STL), arithmetic, conversions between types (F2F) and barriers. For that
@@ -49,6 +49,7 @@ MULTIPROCESSORS = {
     100: Multiprocessor(64, 32, 228 * 1024, 64),
     120: Multiprocessor(48, 24, 100 * 1024, 24),
 }
+TOLERATED = 32  # bytes of local memory per thread
 REGISTERS, PARTITIONS = 65536, 4
 REGISTERS_AT_ONCE, SHARED_AT_ONCE = 256, 128  # per warp; bytes per block
 RESERVED_SHARED = 1024  # bytes of every block that the driver keeps
@@ -216,12 +217,14 @@ def find_nvdisasm(nvcc: str) -> str | None:
     return shutil.which("nvdisasm") or next((p for p in map(shutil.which, places) if p), None)
 
 
-def default_shared() -> int | None:
-    """kSharedBytes of the sources, a product of numbers."""
-    for header in sorted(CUDA.glob("*")):
-        value = re.search(r"constexpr \w+ kSharedBytes = ([\d *]+);", header.read_text())
+def shared_of(name: str) -> int | None:
+    """Dynamic shared memory that a kernel is launched with, from the sources: constants that they
+    check, for the templates' two widths (the last template argument)."""
+    width = "Wide" if re.search(r"Lb1EE|true>", name) else "Small"
+    for source in sorted(CUDA.glob("*")):
+        value = re.search(rf"constexpr int kSharedBytes{width} = (\d+);", source.read_text())
         if value:
-            return math.prod(int(x) for x in value[1].split("*"))
+            return int(value[1])
     return None
 
 
@@ -238,8 +241,9 @@ def compile_kernels(
     kernels = parse_usage(run.stdout + run.stderr, arch)
     for name, (threads, dynamic) in parse_ptx((folder / f"{source.stem}.ptx").read_text()).items():
         kernels[name].threads = threads
-        kernels[name].dynamic_shared = (shared or 0) if dynamic else 0
-        kernels[name].shared_unknown = dynamic and shared is None
+        bytes_of = shared_of(name) if shared is None else shared
+        kernels[name].dynamic_shared = (bytes_of or 0) if dynamic else 0
+        kernels[name].shared_unknown = dynamic and bytes_of is None
     return list(kernels.values()), cubin
 
 
@@ -269,9 +273,8 @@ def main() -> int:
     parser.add_argument(
         "--shared",
         type=int,
-        default=default_shared(),
         metavar="BYTES",
-        help="of dynamic shared memory per block, for kernels that use it (%(default)s)",
+        help="of dynamic shared memory per block, in place of what the sources say",
     )
     parser.add_argument("--allow-spills", action="store_true", help="exit code 0 all the same")
     options = parser.parse_args()
@@ -315,18 +318,15 @@ def main() -> int:
             for k in kernels
         ],
     )
-    local = sorted(
-        {f"{names[k.name]} (sm_{k.arch})" for k in kernels if uses_local(k, instructions)}
-    )
+    local = sorted({f"{names[k.name]} (sm_{k.arch})" for k in kernels if spills(k)})
     if local:
-        print(f"\nlocal memory is used by {', '.join(local)}", file=sys.stderr)
+        print(f"\nregisters are spilled by {', '.join(local)}", file=sys.stderr)
     return int(bool(local) and not options.allow_spills)
 
 
-def uses_local(kernel: Kernel, instructions: dict[tuple[str, str], dict[str, int]]) -> bool:
-    counts = instructions.get((kernel.name, kernel.arch), {})
-    spills = kernel.stack + kernel.spill_stores + kernel.spill_loads
-    return bool(spills + counts.get("LDL", 0) + counts.get("STL", 0))
+def spills(kernel: Kernel) -> bool:
+    """More than a few words, which may be kept in local memory across a call."""
+    return max(kernel.stack, kernel.spill_stores, kernel.spill_loads) > TOLERATED
 
 
 if __name__ == "__main__":

@@ -42,8 +42,11 @@ def test_usage():
     assert (fast.stack, fast.spill_stores, fast.spill_loads) == (0, 0, 0)
     assert (slow.registers, slow.barriers, slow.static_shared) == (255, 0, 0)
     assert (slow.stack, slow.spill_stores, slow.spill_loads) == (64, 24, 36)
-    assert kernels.uses_local(slow, {}) and not kernels.uses_local(fast, {})
-    assert kernels.uses_local(fast, {(fast.name, "90"): {"LDL": 1, "STL": 0}})
+    assert kernels.spills(slow) and not kernels.spills(fast)
+    fast.spill_stores = kernels.TOLERATED
+    assert not kernels.spills(fast)
+    fast.spill_stores += 4
+    assert kernels.spills(fast)
 
 
 PTX = """\

@@ -49,7 +49,7 @@ struct PairArgs {
   int reduce_before, second_before, apply_before;  // blocks of the pairs before this one
 };
 
-EFLAT_HD int ceil_div(int64_t a, int b) { return int((a + b - 1) / b); }
+EFLAT_HD constexpr int ceil_div(int64_t a, int b) { return int((a + b - 1) / b); }
 
 // Gram matrices are cut into 8 x 8 tiles, four by four of them into squares. A warp's share is one
 // square off the diagonal, or two on it. One block takes kWarps shares; larger matrices several.

@@ -69,15 +69,20 @@ int lag_of(const Problem& problem) {
   return int(std::clamp<int64_t>(kLagBytes * problem.count / bytes, 1, problem.count));
 }
 
-int64_t shared_bytes(const PairArgs& p) {
-  const Chunk chunk(p.rank, width_of(p.target, p.rank));
-  int64_t doubles = stage_doubles(chunk);
-  if (p.rank <= kSharedRank) {
-    const int64_t weights = int64_t(ceil_div(2 * p.rank, 4)) * ceil_div(p.rank, 8) * 32;
-    doubles = std::max<int64_t>(doubles + weights, 2 * p.rank * (p.rank + 1));
+// Dynamic shared memory of a block for a pair of this rank.
+constexpr int64_t shared_bytes(int rank, int width) {
+  int64_t doubles = stage_doubles(Chunk(rank, width));
+  if (rank <= kSharedRank) {
+    const int64_t weights = int64_t(ceil_div(2 * rank, 4)) * ceil_div(rank, 8) * 32;
+    doubles = std::max<int64_t>(doubles + weights, 2 * rank * (rank + 1));
   }
   return kBlockBytes + doubles * int64_t(sizeof(double));
 }
+// What bench/kernels.py reckons with: at the largest ranks that the kernels are made for.
+constexpr int kSharedBytesSmall = 42048;
+constexpr int kSharedBytesWide = 101056;
+static_assert(shared_bytes(16, 32) == kSharedBytesSmall &&
+              shared_bytes(64, 128) == kSharedBytesWide);
 
 template <class Kernel, class Arguments>
 cudaError_t launch(Kernel kernel, int blocks, int64_t shared, cudaStream_t stream,
@@ -174,7 +179,7 @@ class Launch {
     reduce_ += gram_blocks(p, c.rows.reduce);
     second_ += gram_blocks(p, c.rows.second);
     apply_ += BlocksBefore{c, c.pairs, kStep}.apply_blocks(p);
-    shared_ = std::max(shared_, shared_bytes(p));
+    shared_ = std::max(shared_, shared_bytes(p.rank, width_of(p.target, p.rank)));
     wide_ = wide_ || square_count(width_of(p.target, p.rank)) > 1;
     return true;
   }

@@ -26,13 +26,14 @@ struct Chunk {
   int rows;         // multiple of 16
 
   Chunk() = default;
-  EFLAT_HD Chunk(int rank, int width) : rank(rank), width(width), tiles(ceil_div(width, 8)) {
+  EFLAT_HD constexpr Chunk(int rank, int width)
+      : rank(rank), width(width), tiles(ceil_div(width, 8)) {
     stride = 34 * tiles;
     stride += (18 - stride % 16) % 16;
     const int fit = kStageElements / stride * 4 / 16 * 16;
     rows = fit < 16 ? 16 : fit > 512 ? 512 : fit;
   }
-  EFLAT_HD int elements() const { return rows / 4 * stride; }
+  EFLAT_HD constexpr int elements() const { return rows / 4 * stride; }
   EFLAT_HD int at(int row, int column) const {
     const int k = row % 4, i = column % 8;
     return row / 4 * stride + column / 8 * 34 + 8 * k + (i ^ (k & 2) * 2);
@@ -40,7 +41,9 @@ struct Chunk {
 };
 
 // Of a chunk in float64, rounded up so that what follows is aligned.
-EFLAT_HD int64_t stage_doubles(const Chunk& chunk) { return (chunk.elements() + 1) / 2 * 2; }
+EFLAT_HD constexpr int64_t stage_doubles(const Chunk& chunk) {
+  return (chunk.elements() + 1) / 2 * 2;
+}
 
 // Powers of two that factor and gradient are multiplied by.
 struct StageScales {
