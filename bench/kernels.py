@@ -3,12 +3,12 @@
     python bench/kernels.py [--arch 80 90a] [--sass] [--shared BYTES] [--json FILE]
 
 Needs nvcc, no GPU. The exit code is 1 where a kernel spills or keeps a stack in local memory, more
-than a few words, so that it shows up in review. Occupancy is warps per multiprocessor that registers, shared memory and
-barriers leave room for, out of those that the hardware can hold; launch bounds give the threads of
-a block. `--sass` counts instructions of the machine code: wide and narrow accesses to device
-memory, local memory (LDL, STL), arithmetic, conversions between types (F2F) and barriers. For that
-it needs nvdisasm: of the toolkit, of triton (which CUDA builds of torch bring along), or of the
-package nvidia-cuda-nvdisasm.
+than a few words, so that it shows up in review. Occupancy is warps per multiprocessor that
+registers, shared memory and barriers leave room for, out of those that the hardware can hold;
+launch bounds give the threads of a block. `--sass` counts instructions of the machine code: wide
+and narrow accesses to device memory, local memory (LDL, STL), arithmetic, conversions between types
+(F2F) and barriers. For that it needs nvdisasm: of the toolkit, of triton (which CUDA builds of
+torch bring along), or of the package nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
