@@ -126,16 +126,13 @@ def adamw(pairs: list[Pair]) -> Callable[[], object]:
     return torch.optim.AdamW(parameters, fused=True, **options).step
 
 
-def fused_step(pairs: list[Pair]) -> Callable[[], object] | None:
-    """Perturbation, moving average, restoring and AdamW in one operator, of copies of the factors;
-    None where it is not built."""
-    operator = getattr(torch.ops.eflat, "foreach_adamw_step_", None)
-    if operator is None:
-        return None
+def fused_step(pairs: list[Pair]) -> Callable[[], object]:
+    """Perturbation, average, restoring and AdamW in one operator, of copies of the factors."""
     A, B, grad_A, grad_B = columns(pairs)
     A, B = [t.clone() for t in A], [t.clone() for t in B]
-    device = A[0].device
+    device, each = A[0].device, 2 * len(A)
     wide = torch.promote_types(B[0].dtype, torch.float32)
+    numbers = {"lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS, "weight_decay": WEIGHT_DECAY}
     values = {
         **{"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B},
         "clean": [t.clone() for t in B],
@@ -144,16 +141,7 @@ def fused_step(pairs: list[Pair]) -> Callable[[], object] | None:
         "exp_avg_sq": [torch.zeros_like(t) for t in A + B],
         "step": [torch.ones((), device=device) for _ in A + B],
         "skipped": torch.zeros((), dtype=torch.int64, device=device),
-        "scaling": [SCALING] * len(A),
-        **{"rho": RHO, "beta": BETA, "lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS},
-        **{"weight_decay": WEIGHT_DECAY, "onto": "B", "norm_scope": "layer", "rtol": None},
+        **{"scaling": [SCALING] * len(A), "rho": RHO, "beta": BETA},
+        **{name: [number] * each for name, number in numbers.items()},
     }
-    arguments = []
-    for argument in operator.default._schema.arguments:
-        value, kind = values[argument.name], str(argument.type)
-        if kind.startswith("List") and not isinstance(value, list):
-            value = [value] * (2 * len(A))
-        elif isinstance(value, list) and not kind.startswith("List"):
-            value = value[0] if kind == "Tensor" else 1
-        arguments.append(value)
-    return lambda: operator(*arguments)
+    return lambda: torch.ops.eflat.foreach_adamw_step_(**values)
