@@ -17,7 +17,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.register_profile("few", settings.get_profile("default"), max_examples=5)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")
 )
+
+# The CUDA kernels, run on the CPU, in place of the CPU's own.
+if "EFLAT_TEST_KERNELS" in os.environ:
+    import host_cuda
+
+    _replaced = host_cuda.replace_cpu_kernels(os.environ["EFLAT_TEST_KERNELS"])

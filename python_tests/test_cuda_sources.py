@@ -8,8 +8,12 @@ workspace and shared memory are poisoned with NaN.
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import host_cuda
 import pytest
 import torch
 from adamw_case import one_after_another, random_call
@@ -30,36 +34,16 @@ from strategies import (
     seeds,
     sides,
 )
-from torch.utils import cpp_extension
 
 from eflat_ext import reference
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def built():
-    folder = ROOT / "build" / "host_cuda"
-    folder.mkdir(parents=True, exist_ok=True)
-    cpp_extension.load(
-        "eflat_host_cuda",
-        [str(ROOT / "csrc" / "tests" / name) for name in ("ops_host_cuda.cpp", "host_cuda.cpp")],
-        extra_cflags=[
-            "-O2",
-            "-std=c++20",
-            "-fopenmp-simd",
-            "-Wno-psabi",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        ],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
-
 
 @pytest.fixture(autouse=True, scope="module", params=["float64", "two_float"])
-def ops(request, built):
+def ops(request):
     global kernels
+    host_cuda.build()
     kernels = getattr(torch.ops, f"eflat_{request.param}")
+    return f"eflat_{request.param}"
 
 
 def foreach_perturb(given: list[Pair], onto: str, norm_scope: str):
@@ -247,3 +231,17 @@ def test_repeats_bit_for_bit():
     second, again = foreach_perturb(given, "B", "layer")
     assert all(same_bits(x, y) for x, y in zip(first, second, strict=True))
     assert same_bits(norms, again)
+
+
+def test_the_operators_tests_pass(ops):
+    """Those of numbers and bad cases, with these kernels in place of the CPU's."""
+    files = [
+        Path(__file__).with_name(f"test_operators{x}.py") for x in ("", "_bad_cases", "_inputs")
+    ]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
+        env={**os.environ, "EFLAT_TEST_KERNELS": ops, "HYPOTHESIS_PROFILE": "few"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]

@@ -2,6 +2,8 @@
 // tensors, computed by the CUDA kernels run on the host, in both of their arithmetics. For the
 // tests; not part of the package.
 #define EFLAT_HOST_CUDA "../tests/host_cuda.h"
+#include <mutex>
+
 #include "../cuda/launch.cu"
 #include "../operators.h"
 #include "naive.h"
@@ -9,12 +11,15 @@
 namespace eflat {
 namespace {
 
+std::mutex one_at_a_time;  // the executor knows one launch
+
 template <cuda::Arithmetic arithmetic>
 struct HostCuda {
   static constexpr bool kReadsSteps = true;
   explicit HostCuda(const Tensor&) {}
 
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
+    const std::lock_guard lock(one_at_a_time);
     std::vector<double> space = workspace(problem);
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
     check(
@@ -24,6 +29,7 @@ struct HostCuda {
   void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
     const Problem problem{pairs.data(), int(pairs.size()), rho,
                           global_norm,  {false, 0},        dtype_of(factors)};
+    const std::lock_guard lock(one_at_a_time);
     std::vector<double> space = workspace(problem);
     check(cuda::bound(problem, space.data(), factors.mutable_data_ptr(), dtype_of(factors), nullptr,
                       arithmetic));
