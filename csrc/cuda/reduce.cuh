@@ -77,6 +77,8 @@ class GramShare {
       }
       add_square<0>(I_, x);
     }
+    EFLAT_UNROLL
+    for (int i = 0; i < kTiles; ++i) Math::settle(sums_[i]);
   }
 
   // out (width, width), upper triangle, *= the inverse scales. `shared`: for sums of several warps.
