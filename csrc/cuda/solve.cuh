@@ -124,15 +124,14 @@ __device__ inline void finish(const CallHeader& call, PairResult* results, int f
   if (call.skipped && skipped) atomicAdd(call.skipped, skipped);
 }
 
-// The exponent of the largest magnitude; 0 where there is none.
+// The exponent of a magnitude; a small one for zero.
 __device__ inline int exponent_of(double x) {
-  if (!(x > 0 && x < HUGE_VAL)) return 0;
-  const int exponent = ilogb(x);
+  const int exponent = x > 0 ? ilogb(x) : -120;
   return exponent < -120 ? -120 : exponent > 120 ? 120 : exponent;
 }
 
 // Weights (2r, r) as fragments: entry (k, j), zeros beyond, at lane 4 (j % 8) + k % 4 of fragment
-// (k / 4, j / 8). With the scales of TwoFloat they and all products are about 1.
+// (k / 4, j / 8). With the scales of TwoFloat all products are at most about 1.
 __device__ inline void pack_weights(int r, const double* weights, const PairResult& result,
                                     double* packed) {
   const int tiles = ceil_div(r, 8), steps = ceil_div(2 * r, 4);
@@ -159,8 +158,11 @@ __device__ inline void finish_pair(Block& block, bool again, double* work) {
   const double size =
       perturbation_size(team, r, s.gram_t, p.scaling, s.weights, norm, call.rho, p.out_dtype);
   const bool in_floats = block.two_float && !again && p.target.dtype != DType::f64;
-  double of_P = 0;
-  if (in_floats) of_P = sqrt(dot(team, r * r, s.weights + r * r, s.weights + r * r));
+  double of_Q = 0, of_P = 0;
+  if (in_floats) {
+    of_Q = sqrt(dot(team, r * r, s.weights, s.weights));
+    of_P = sqrt(dot(team, r * r, s.weights + r * r, s.weights + r * r));
+  }
   PairResult& result = *block.result;
   if (threadIdx.x == 0) {
     double of_factor = 0, of_grad = 0;
@@ -172,9 +174,14 @@ __device__ inline void finish_pair(Block& block, bool again, double* work) {
     result.size = size;
     result.scaling = p.scaling;
     result.dtype = p.out_dtype;
-    result.factor_exponent = in_floats ? exponent_of(sqrt(of_factor)) : 0;
-    result.grad_exponent = in_floats ? exponent_of(sqrt(of_grad)) : 0;
-    result.sum_exponent = in_floats ? result.grad_exponent + exponent_of(of_P) : 0;
+    result.factor_exponent = result.grad_exponent = result.sum_exponent = 0;
+    if (in_floats) {
+      result.factor_exponent = exponent_of(sqrt(of_factor));
+      result.grad_exponent = exponent_of(sqrt(of_grad));
+      const int of_first = result.factor_exponent + exponent_of(of_Q);
+      const int of_second = result.grad_exponent + exponent_of(of_P);
+      result.sum_exponent = of_first > of_second ? of_first : of_second;
+    }
     if (!call.global_norm) finish(call, block.results, block.pair_number, 1);
     if (block.step)
       for (float* step : {block.step->target.step, block.step->other.step})
