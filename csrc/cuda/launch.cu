@@ -83,8 +83,13 @@ template <class Kernel, class Arguments>
 cudaError_t launch(Kernel kernel, int blocks, int64_t shared, cudaStream_t stream,
                    const Arguments& arguments) {
   if (shared > kDefaultSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    // All that the device allows, so that no other thread's call takes back what this one needs.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
   }
   (void)stream;  // of no concern to a launch on the host
