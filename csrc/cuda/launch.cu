@@ -163,7 +163,7 @@ class Launch {
                           adamw_args(pair.step->other, other)};
     }
     PairArgs& p = c.pairs[c.count++] = pair_args(pair);
-    p.workspace = unsigned(workspace / 16);
+    p.workspace = unsigned(workspace / kSpaceUnit);
     p.reduce_before = reduce_;
     p.second_before = second_;
     p.apply_before = apply_;
@@ -207,7 +207,8 @@ int64_t lay_out(const Problem& problem, const BlockRows& rows, Body body) {
   int64_t at = spaces_at(problem.count);
   for (int l = 0; l < problem.count; ++l) {
     body(l, at);
-    at += PairSpace(nullptr, pair_args(problem.pairs[l]), rows.reduce).doubles * sizeof(double);
+    const PairSpace space(nullptr, pair_args(problem.pairs[l]), rows.reduce);
+    at += (space.doubles * int64_t(sizeof(double)) + kSpaceUnit - 1) / kSpaceUnit * kSpaceUnit;
   }
   return at;
 }
