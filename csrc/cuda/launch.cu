@@ -70,8 +70,9 @@ int lag_of(const Problem& problem) {
 }
 
 int64_t shared_bytes(const PairArgs& p) {
-  const Chunk chunk(p.rank, width_of(p.target, p.rank));
-  int64_t doubles = stage_doubles(chunk);
+  const int width = width_of(p.target, p.rank);
+  int64_t doubles = std::max(stage_doubles(Chunk(p.rank, width, p.target.transposed)),
+                             stage_doubles(Chunk(p.rank, width, p.other.transposed)));
   if (p.rank <= kSharedRank) {
     const int64_t weights = int64_t(ceil_div(2 * p.rank, 4)) * ceil_div(p.rank, 8) * 32;
     doubles = std::max<int64_t>(doubles + weights, 2 * p.rank * (p.rank + 1));

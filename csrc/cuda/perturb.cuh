@@ -92,7 +92,7 @@ EFLAT_NOINLINE void make_plan(Block& block, const CallHeader& call, const PairAr
   block.side = on_target ? p.target : p.other;
   if (!on_target) index -= of_target;
   const int width = width_of(block.side, p.rank);
-  block.chunk = Chunk(p.rank, width);
+  block.chunk = Chunk(p.rank, width, block.side.transposed);
   if (apply) {
     if (block.chunk.rows > 128) block.chunk.rows = 128;  // a warp has one share of the results
   } else {

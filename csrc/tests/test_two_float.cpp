@@ -28,7 +28,7 @@ void gram_of_a_long_block(int r) {
   side.length = rows;
   side.dtype = DType::f32;
   side.vectors = true;
-  const Chunk chunk(r, r);
+  const Chunk chunk(r, r, side.transposed);
   std::vector<double> out(r * r, NAN);
   EFLAT_LAUNCH(gram_kernel, 1, kThreads, stage_doubles(chunk) * sizeof(double), nullptr, side,
                chunk, out.data());
