@@ -153,7 +153,7 @@ EFLAT_HD int64_t spaces_at(int pairs) {
   return (end + kSpaceUnit - 1) / kSpaceUnit * kSpaceUnit;
 }
 
-constexpr int kHypers = 4;
+constexpr int kHypers = 64;  // in a launch: layers may have learning rates of their own
 
 // Kernel arguments may take 32,764 bytes; longer lists are split.
 struct CallHeader {

@@ -135,7 +135,8 @@ class Launch {
   static constexpr int kPairs = sizeof(CallType::pairs) / sizeof(PairArgs);
   static constexpr bool kStep = sizeof(CallType::steps) > sizeof(StepArgs);
 
-  explicit Launch(const CallHeader& header) : call_(std::make_unique<CallType>()) {
+  explicit Launch(const CallHeader& header)
+      : call_(std::make_unique<CallType>()), lag_(header.lag) {
     static_cast<CallHeader&>(*call_) = header;
     clear(0);
   }
@@ -179,7 +180,7 @@ class Launch {
   // tickets: of the launches before; those of this one are added.
   cudaError_t run(Arithmetic arithmetic, cudaStream_t stream, int& tickets) {
     CallType& c = *call_;
-    c.lag = std::min(c.lag, c.count);
+    c.lag = std::min(lag_, c.count);
     const BlocksBefore before{c, c.pairs, kStep};
     const int blocks = before.before_turn(before.turns());
     c.tickets_before = tickets;
@@ -189,7 +190,7 @@ class Launch {
 
  private:
   int find(const Hyper& hyper) {
-    for (int i = 0; i < hypers_; ++i)
+    for (int i = hypers_ - 1; i >= 0; --i)  // the latest is the likeliest
       if (call_->hypers[i] == hyper) return i;
     if (hypers_ == kHypers) return -1;
     call_->hypers[hypers_] = hyper;
@@ -197,6 +198,7 @@ class Launch {
   }
 
   std::unique_ptr<CallType> call_;
+  const int lag_;
   int hypers_, reduce_, second_, apply_;
   int64_t shared_;
   bool wide_;
