@@ -21,6 +21,7 @@ class Cuda {
   }
 
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
+    check_steps(problem);
     const Tensor space = workspace(problem);
     auto* count = skipped ? static_cast<int64_t*>(skipped->mutable_data_ptr()) : nullptr;
     STD_CUDA_CHECK(
@@ -36,6 +37,21 @@ class Cuda {
   }
 
  private:
+  // A graph would repeat the step's number, and with it the bias correction of this one step.
+  void check_steps(const Problem& problem) const {
+    if (!problem.pairs[0].step) return;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &status));
+    if (status == cudaStreamCaptureStatusNone) return;
+    for (int l = 0; l < problem.count; ++l) {
+      const Step& step = *problem.pairs[l].step;
+      STD_TORCH_CHECK(
+          step.target.step && step.other.step, "step of pair ", l,
+          " is on the CPU, where a CUDA graph cannot count: while a stream is captured, "
+          "step must be on the device of A and B");
+    }
+  }
+
   // From torch's caching allocator, which keeps it for this stream until the kernels are done.
   Tensor workspace(const Problem& problem) const {
     const std::vector<int64_t> size{cuda::workspace_bytes(problem)};

@@ -163,6 +163,16 @@ def test_factor_of_zeros():
     check([pair], "B", "layer")
 
 
+@pytest.mark.parametrize("grad_of_target", [0.0, 1e-40, 1e-20])
+@pytest.mark.parametrize("grad_of_other", [1e-20, 1e4])
+def test_gradients_of_very_different_sizes(grad_of_target, grad_of_other):
+    pair = make_pair(8, 40, 30, 5)
+    pair.B.mul_(1e-3)
+    pair.grad_B.mul_(grad_of_target)
+    pair.grad_A.mul_(grad_of_other)
+    check([pair], "B", "layer")
+
+
 @pytest.mark.parametrize("onto", ["B", "A"])
 def test_moving_average(onto):
     good, bad = make_pair(1, 50, 40, 6), make_pair(2, 20, 30, 3)

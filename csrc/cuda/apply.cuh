@@ -148,7 +148,9 @@ __device__ inline void write_out(Block& block, int ld, const double* results, in
   for (int e = threadIdx.x; e < slow * fours; e += kThreads) {
     const int i = e / fours, j = e % fours * 4, here = fast - j < 4 ? fast - j : 4;
     const int64_t at = side.transposed ? i * int64_t(side.length) + k + j : (k + i) * r + j;
-    store(block.pair, at, results + i * ld + j, here, *block.call);
+    const auto* two = reinterpret_cast<const Two<double>*>(results + i * ld + j);
+    const double x[4] = {two[0].x, two[0].y, two[1].x, two[1].y};
+    store(block.pair, at, x, here, *block.call);
   }
 }
 

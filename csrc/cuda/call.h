@@ -45,11 +45,12 @@ struct PairArgs {
   int rank;
   DType out_dtype : 8;
   bool out_vectors;    // two neighbours of `out` (and of the step's tensors) at a time
-  unsigned workspace;  // of this pair, in units of 16 bytes
+  unsigned workspace;  // of this pair, in units of kSpaceUnit
   int reduce_before, second_before, apply_before;  // blocks of the pairs before this one
 };
 
-EFLAT_HD constexpr int ceil_div(int64_t a, int b) { return int((a + b - 1) / b); }
+// a: at most 2^30. Unsigned: what divides on the device is slow, and 64 bits are twice as slow.
+EFLAT_HD constexpr int ceil_div(unsigned a, unsigned b) { return int((a + b - 1) / b); }
 
 // Gram matrices are cut into 8 x 8 tiles, four by four of them into squares. A warp's share is one
 // square off the diagonal, or two on it. One block takes kWarps shares; larger matrices several.
@@ -143,15 +144,17 @@ struct PairResult {
 
 // The workspace: Progress, PairProgress per pair, PairResult per pair, PairSpace per pair.
 constexpr int64_t kProgressBytes = 16;
+constexpr int64_t kSpaceUnit = 128;  // a cache line; 2^32 of them are more than any device has
 EFLAT_HD int64_t cleared_bytes(int pairs) {
   return kProgressBytes + int64_t(sizeof(PairProgress)) * pairs;
 }
 EFLAT_HD int64_t results_at(int pairs) { return (cleared_bytes(pairs) + 15) / 16 * 16; }
 EFLAT_HD int64_t spaces_at(int pairs) {
-  return (results_at(pairs) + int64_t(sizeof(PairResult)) * pairs + 15) / 16 * 16;
+  const int64_t end = results_at(pairs) + int64_t(sizeof(PairResult)) * pairs;
+  return (end + kSpaceUnit - 1) / kSpaceUnit * kSpaceUnit;
 }
 
-constexpr int kHypers = 4;
+constexpr int kHypers = 64;  // in a launch: layers may have learning rates of their own
 
 // Kernel arguments may take 32,764 bytes; longer lists are split.
 struct CallHeader {

@@ -71,7 +71,8 @@ int lag_of(const Problem& problem) {
 
 // Dynamic shared memory of a block for a pair of this rank.
 constexpr int64_t shared_bytes(int rank, int width) {
-  int64_t doubles = stage_doubles(Chunk(rank, width));
+  int64_t doubles =
+      std::max(stage_doubles(Chunk(rank, width, false)), stage_doubles(Chunk(rank, width, true)));
   if (rank <= kSharedRank) {
     const int64_t weights = int64_t(ceil_div(2 * rank, 4)) * ceil_div(rank, 8) * 32;
     doubles = std::max<int64_t>(doubles + weights, 2 * rank * (rank + 1));
@@ -88,8 +89,13 @@ template <class Kernel, class Arguments>
 cudaError_t launch(Kernel kernel, int blocks, int64_t shared, cudaStream_t stream,
                    const Arguments& arguments) {
   if (shared > kDefaultSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    // All that the device allows, so that no other thread's call takes back what this one needs.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
   }
   (void)stream;  // of no concern to a launch on the host
@@ -141,7 +147,8 @@ class Launch {
   static constexpr int kPairs = sizeof(CallType::pairs) / sizeof(PairArgs);
   static constexpr bool kStep = sizeof(CallType::steps) > sizeof(StepArgs);
 
-  explicit Launch(const CallHeader& header) : call_(std::make_unique<CallType>()) {
+  explicit Launch(const CallHeader& header)
+      : call_(std::make_unique<CallType>()), lag_(header.lag) {
     static_cast<CallHeader&>(*call_) = header;
     clear(0);
   }
@@ -172,7 +179,7 @@ class Launch {
                           adamw_args(pair.step->other, other, p.other, p.rank, p.other.factor)};
     }
     PairArgs& p = c.pairs[c.count++] = pair_args(pair);
-    p.workspace = unsigned(workspace / 16);
+    p.workspace = unsigned(workspace / kSpaceUnit);
     p.reduce_before = reduce_;
     p.second_before = second_;
     p.apply_before = apply_;
@@ -187,7 +194,7 @@ class Launch {
   // tickets: of the launches before; those of this one are added.
   cudaError_t run(Arithmetic arithmetic, cudaStream_t stream, int& tickets) {
     CallType& c = *call_;
-    c.lag = std::min(c.lag, c.count);
+    c.lag = std::min(lag_, c.count);
     const BlocksBefore before{c, c.pairs, kStep};
     const int blocks = before.before_turn(before.turns());
     c.tickets_before = tickets;
@@ -197,7 +204,7 @@ class Launch {
 
  private:
   int find(const Hyper& hyper) {
-    for (int i = 0; i < hypers_; ++i)
+    for (int i = hypers_ - 1; i >= 0; --i)  // the latest is the likeliest
       if (call_->hypers[i] == hyper) return i;
     if (hypers_ == kHypers) return -1;
     call_->hypers[hypers_] = hyper;
@@ -205,6 +212,7 @@ class Launch {
   }
 
   std::unique_ptr<CallType> call_;
+  const int lag_;
   int hypers_, reduce_, second_, apply_;
   int64_t shared_;
   bool wide_;
@@ -216,7 +224,8 @@ int64_t lay_out(const Problem& problem, const BlockRows& rows, Body body) {
   int64_t at = spaces_at(problem.count);
   for (int l = 0; l < problem.count; ++l) {
     body(l, at);
-    at += PairSpace(nullptr, pair_args(problem.pairs[l]), rows.reduce).doubles * sizeof(double);
+    const PairSpace space(nullptr, pair_args(problem.pairs[l]), rows.reduce);
+    at += (space.doubles * int64_t(sizeof(double)) + kSpaceUnit - 1) / kSpaceUnit * kSpaceUnit;
   }
   return at;
 }

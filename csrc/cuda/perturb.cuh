@@ -76,8 +76,9 @@ EFLAT_NOINLINE void make_plan(Block& block, const CallHeader& call, const PairAr
   block.pair_progress = reinterpret_cast<PairProgress*>(call.workspace + kProgressBytes) + l;
   block.results = reinterpret_cast<PairResult*>(call.workspace + results_at(call.total));
   block.result = block.results + l;
-  block.space = PairSpace(reinterpret_cast<double*>(call.workspace + int64_t(p.workspace) * 16), p,
-                          call.rows.reduce);
+  block.space =
+      PairSpace(reinterpret_cast<double*>(call.workspace + int64_t(p.workspace) * kSpaceUnit), p,
+                call.rows.reduce);
   int index = block.task.index, of_target, rows;
   const bool apply = block.task.stage == Stages::kApply;
   if (apply) {
@@ -91,7 +92,7 @@ EFLAT_NOINLINE void make_plan(Block& block, const CallHeader& call, const PairAr
   block.side = on_target ? p.target : p.other;
   if (!on_target) index -= of_target;
   const int width = width_of(block.side, p.rank);
-  block.chunk = Chunk(p.rank, width);
+  block.chunk = Chunk(p.rank, width, block.side.transposed);
   if (apply) {
     if (block.chunk.rows > 128) block.chunk.rows = 128;  // a warp has one share of the results
   } else {

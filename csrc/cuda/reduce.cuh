@@ -33,7 +33,8 @@ class GramShare {
     int share = round * kWarps + warp();
     ways_ = shares <= kWarps / 2 ? kWarps / shares : 1;
     way_ = shares <= kWarps / 2 ? share / shares : 0;
-    if (shares <= kWarps / 2) share %= shares;
+    // Warps w and w + 4 run on the same quarter of an SM: of different shares, they balance.
+    if (shares <= kWarps / 2) share = (share + share / 4) % shares;
     share_ = share;
     if (share >= shares || way_ >= ways_) way_ = ways_;  // idle
     I_ = J_ = 0;
@@ -85,6 +86,8 @@ class GramShare {
         add_square<10>(J_, x);
       }
     }
+    EFLAT_UNROLL
+    for (int i = 0; i < kTiles; ++i) Math::settle(sums_[i]);
   }
 
   // out (width, width), upper triangle, *= the inverse scales. `shared`: for sums of several warps.

@@ -125,15 +125,36 @@ __device__ inline void finish(const CallHeader& call, PairResult* results, int f
   if (call.skipped && skipped) atomicAdd(call.skipped, skipped);
 }
 
-// The exponent of the largest magnitude; 0 where there is none.
+// The exponent of a magnitude; a small one for zero.
 __device__ inline int exponent_of(double x) {
-  if (!(x > 0 && x < HUGE_VAL)) return 0;
-  const int exponent = ilogb(x);
+  const int exponent = x > 0 ? ilogb(x) : -120;
   return exponent < -120 ? -120 : exponent > 120 ? 120 : exponent;
 }
 
+// Of a pair whose weights are known: powers of two for the target's factor and gradient and for the
+// larger of their products with the weights.
+EFLAT_NOINLINE void set_exponents(Block& block) {
+  const PairSpace& s = block.space;
+  const BlockTeam team{block.scratch};
+  const int r = block.pair.rank;
+  const double of_Q = sqrt(dot(team, r * r, s.weights, s.weights));
+  const double of_P = sqrt(dot(team, r * r, s.weights + r * r, s.weights + r * r));
+  if (threadIdx.x != 0) return;
+  double of_factor = 0, of_grad = 0;
+  for (int i = 0; i < r; ++i) {
+    of_factor += s.gram_t[i * 2 * r + i];
+    of_grad += s.gram_t[(r + i) * 2 * r + r + i];
+  }
+  PairResult& result = *block.result;
+  result.factor_exponent = exponent_of(sqrt(of_factor));
+  result.grad_exponent = exponent_of(sqrt(of_grad));
+  const int of_first = result.factor_exponent + exponent_of(of_Q);
+  const int of_second = result.grad_exponent + exponent_of(of_P);
+  result.sum_exponent = of_first > of_second ? of_first : of_second;
+}
+
 // Weights (2r, r) as fragments: entry (k, j), zeros beyond, at lane 4 (j % 8) + k % 4 of fragment
-// (k / 4, j / 8). With the scales of TwoFloat they and all products are about 1.
+// (k / 4, j / 8). With the scales of TwoFloat all products are at most about 1.
 __device__ inline void pack_weights(int r, const double* weights, const PairResult& result,
                                     double* packed) {
   const int tiles = ceil_div(r, 8), steps = ceil_div(2 * r, 4);
@@ -160,22 +181,14 @@ __device__ inline void finish_pair(Block& block, bool again, double* work) {
   const double size =
       perturbation_size(team, r, s.gram_t, p.scaling, s.weights, norm, call.rho, p.out_dtype);
   const bool in_floats = block.two_float && !again && p.target.dtype != DType::f64;
-  double of_P = 0;
-  if (in_floats) of_P = sqrt(dot(team, r * r, s.weights + r * r, s.weights + r * r));
+  if (in_floats) set_exponents(block);
   PairResult& result = *block.result;
   if (threadIdx.x == 0) {
-    double of_factor = 0, of_grad = 0;
-    for (int i = 0; i < r; ++i) {
-      of_factor += s.gram_t[i * 2 * r + i];
-      of_grad += s.gram_t[(r + i) * 2 * r + r + i];
-    }
+    if (!in_floats) result.factor_exponent = result.grad_exponent = result.sum_exponent = 0;
     result.norm = norm;
     result.size = size;
     result.scaling = p.scaling;
     result.dtype = p.out_dtype;
-    result.factor_exponent = in_floats ? exponent_of(sqrt(of_factor)) : 0;
-    result.grad_exponent = in_floats ? exponent_of(sqrt(of_grad)) : 0;
-    result.sum_exponent = in_floats ? result.grad_exponent + exponent_of(of_P) : 0;
     if (!call.global_norm) finish(call, block.results, block.pair_number, 1);
     if (block.step)
       for (float* step : {block.step->target.step, block.step->other.step})

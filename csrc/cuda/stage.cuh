@@ -2,9 +2,11 @@
 //
 // Column j and row k of the chunk lie in fragment (k / 4, j / 8), 4 rows by 8 columns: what one mma
 // takes as an operand. Within it, entry (k, i) is at 8 k + (i ^ 4 (k / 2)), so that a warp reads a
-// fragment, and the rows of four of them, without two lanes meeting in a bank; fragments are two
-// entries further apart than they need be, so that writing four neighbours of a row at a time
-// spreads over the banks, too. Columns beyond the width, up to a multiple of 8, are zero.
+// fragment, and the rows of four of them, without two lanes meeting in a bank. Fragments are two
+// entries further apart than they need be, and four rows an odd number from the next four where a
+// thread writes four neighbours of a column: so these writes meet as little as 8-byte entries can
+// for a transposed side of r = 8, 16, 32, or for another of r = 16; twice as often else. Columns
+// beyond the width, up to a multiple of 8, are zero.
 //
 // Both layouts of a side end up the same: B (n, r) is read along its rows, A (r, m) along m. Each
 // thread reads four times four neighbours (16 bytes of float32), neighbouring threads neighbouring
@@ -22,16 +24,17 @@ constexpr int kFours = 4;             // per thread
 struct Chunk {
   int rank, width;  // columns: r, or 2r with a gradient
   int tiles;        // of 8 columns
-  int stride;       // entries from 4 rows to the next 4: 2 modulo 16, for the banks
+  int stride;       // entries from 4 rows to the next 4; even but where `transposed`
   int rows;         // multiple of 16
 
   Chunk() = default;
-  EFLAT_HD constexpr Chunk(int rank, int width)
+  EFLAT_HD constexpr Chunk(int rank, int width, bool transposed)
       : rank(rank), width(width), tiles(ceil_div(width, 8)) {
     stride = 34 * tiles;
-    stride += (18 - stride % 16) % 16;
-    const int fit = kStageElements / stride * 4 / 16 * 16;
-    rows = fit < 16 ? 16 : fit > 512 ? 512 : fit;
+    stride += transposed && tiles <= 8 ? 1 : (18 - stride % 16) % 16;
+    int fit = kStageElements / stride * 4;
+    if (fit > 4 * kFours * kThreads / width) fit = 4 * kFours * kThreads / width;
+    rows = fit < 16 ? 16 : fit > 512 ? 512 : fit / 16 * 16;
   }
   EFLAT_HD constexpr int elements() const { return rows / 4 * stride; }
   EFLAT_HD int at(int row, int column) const {
