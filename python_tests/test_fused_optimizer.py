@@ -86,9 +86,7 @@ def difference(one: tuple[nn.Module, EFlatLoRA, int], other: tuple[nn.Module, EF
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
 @pytest.mark.parametrize("onto", ["B", "A"])
 @pytest.mark.parametrize(
-    "adamw",
-    [{"weight_decay": 0.0}, {"foreach": True}, {"foreach": False}, {"fused": True}],
-    ids=str,
+    "adamw", [{"weight_decay": 0.0}, {"foreach": True}, {"foreach": False}, {"fused": True}]
 )
 def test_trajectories_agree(adamw: dict[str, Any], onto: str, norm_scope: str) -> None:
     """With each of AdamW's implementations."""
@@ -115,8 +113,8 @@ def test_bfloat16_is_trained_with_float32_arithmetic() -> None:
         assert float((mine.double() - its).detach().norm() / its.detach().norm()) <= 0.1
 
 
-@pytest.mark.parametrize("scheduled", ["optimizer", "base"])
-def test_groups_and_a_schedule(scheduled: str) -> None:
+@pytest.mark.parametrize("on_base", [False, True])
+def test_groups_and_a_schedule(on_base: bool) -> None:
     """Rates of LoRA+, a group without decay, and a schedule of rates and betas: it wraps step."""
 
     def go(fused_step: bool) -> tuple[nn.Module, EFlatLoRA, int]:
@@ -130,9 +128,8 @@ def test_groups_and_a_schedule(scheduled: str) -> None:
         optimizer = create_eflat_optimizer(
             model, torch.optim.AdamW, lr=0.01, params=groups, fused_step=fused_step, rtol=RTOL
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer if scheduled == "optimizer" else optimizer.base, [0.04, 0.01], STEPS
-        )
+        owner = optimizer.base if on_base else optimizer
+        schedule = torch.optim.lr_scheduler.OneCycleLR(owner, [0.04, 0.01], STEPS)
         calls = 0
         for batch in batches(STEPS):
             calls += counted(model, optimizer, [batch])[0]
