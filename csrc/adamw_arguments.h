@@ -79,7 +79,8 @@ class AdamWSteps {
     const Tensor& step = lists.step[i];
     const std::string name = argument("step", i);
     STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float && step.dim() == 0, name,
-                    " must be a float32 tensor without dimensions, got shape ", shape_of(step));
+                    " must be a float32 tensor without dimensions, got ",
+                    dtype_name(step.scalar_type()), " of shape ", shape_of(step));
     float* at = counters_[i] = static_cast<float*>(step.mutable_data_ptr());
     if (on_device_ && step.device() == factor.device()) {
       a.step = at;
