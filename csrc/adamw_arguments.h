@@ -32,6 +32,7 @@ class AdamWSteps {
     lists.check_lengths(A.size());
     check_length("clean", clean.size(), A.size());
     steps_.reserve(A.size());
+    counters_.resize(2 * A.size());
     for (size_t l = 0; l < A.size(); ++l) {
       const Tensor& target = arguments.onto_B ? B[l] : A[l];
       const std::string name = argument("clean", l),
@@ -45,6 +46,9 @@ class AdamWSteps {
       arguments.pairs[l].step = &steps_.back();
     }
   }
+
+  // The memory of all steps, as in the list.
+  const std::vector<float*>& counters() const { return counters_; }
 
   // Counts this step where no kernel does.
   void raise() const {
@@ -75,12 +79,13 @@ class AdamWSteps {
     const Tensor& step = lists.step[i];
     const std::string name = argument("step", i);
     STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float && step.dim() == 0, name,
-                    " must be a float32 tensor without dimensions, got shape ", shape_of(step));
+                    " must be a float32 tensor without dimensions, got ",
+                    dtype_name(step.scalar_type()), " of shape ", shape_of(step));
+    float* at = counters_[i] = static_cast<float*>(step.mutable_data_ptr());
     if (on_device_ && step.device() == factor.device()) {
-      a.step = static_cast<float*>(step.mutable_data_ptr());
+      a.step = at;
     } else {
       STD_TORCH_CHECK(step.is_cpu(), name, " must be on the CPU or on the device of ", like);
-      float* at = static_cast<float*>(step.mutable_data_ptr());
       STD_TORCH_CHECK(*at >= 0, name, " must be at least 0, got ", *at);
       a.step_number = *at + 1;
       on_host_.emplace_back(at, *at + 1);
@@ -107,6 +112,7 @@ class AdamWSteps {
 
   const bool on_device_;
   std::vector<Step> steps_;
+  std::vector<float*> counters_;
   std::vector<std::pair<float*, float>> on_host_;
 };
 

@@ -31,6 +31,10 @@ inline const char* dtype_name(ScalarType t) {
       return "bfloat16";
     case ScalarType::Half:
       return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
     default:
       return "a type that is none of float64, float32, bfloat16, float16";
   }
@@ -180,8 +184,8 @@ struct Arguments {
                       const std::vector<double>& scaling, double beta, std::optional<double> rtol) {
     STD_TORCH_CHECK(beta >= 0 && beta <= 1, "beta must be in [0, 1], got ", beta);
     STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.dim() == 0,
-                    "skipped must be an int64 tensor without dimensions, got shape ",
-                    shape_of(skipped));
+                    "skipped must be an int64 tensor without dimensions, got ",
+                    dtype_name(skipped.scalar_type()), " of shape ", shape_of(skipped));
     check_length("ema", ema.size(), A.size());
     if (A.empty()) {
       check_lengths(A, B, grad_A, grad_B, scaling);

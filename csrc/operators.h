@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "adamw_arguments.h"
+#include "overlaps.h"
 
 namespace eflat {
 
@@ -61,6 +62,7 @@ Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
   const Tensor norms =
       arguments.add_averages(A, B, grad_A, grad_B, ema, skipped, scaling, beta, rtol);
   if (A.empty()) return norms;  // the counter alone has brought the call here
+  check_overlaps(arguments, {}, skipped);
   Device device(A[0]);
   device.perturb(arguments.problem(rho, {true, beta}), norms, &skipped);
   return norms;
@@ -68,7 +70,7 @@ Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
 
 // As foreach_perturb_ema_; then the targets become `clean`, and every A and B takes a step of
 // torch.optim.AdamW. Lists from exp_avg on hold two entries per pair, those of all A and those of
-// all B. No tensor that is written may occur twice.
+// all B.
 template <class Device>
 Tensor foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> grad_A,
                            std::vector<Tensor> grad_B, std::vector<Tensor> clean,
@@ -86,6 +88,7 @@ Tensor foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B, std::ve
                          {exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay},
                          Device::kReadsSteps);
   if (A.empty()) return norms;
+  check_overlaps(arguments, steps.counters(), skipped);
   Device device(A[0]);
   device.perturb(arguments.problem(rho, {true, beta}), norms, &skipped);
   steps.raise();

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .optimizer_base import PairList
 
@@ -39,13 +40,11 @@ class AdamWLists(NamedTuple):
 def adamw_lists(base: Optimizer, rows: PairList) -> AdamWLists | None:
     """What the operator needs to do ``base.step()`` for the factors of some pairs.
 
-    None where it cannot: ``base`` is no plain AdamW, or has step hooks, which may look at the
-    gradients; a factor is not trained, has no gradient or no state yet, or occurs twice; tensors
-    that are not dense and contiguous on one device.
+    None where it cannot: ``base`` is no plain AdamW, or has step hooks (or all optimizers have),
+    which may look at the gradients; a factor is not trained, has no gradient or no state yet;
+    factors or steps occur twice; tensors that are not dense and contiguous on one device.
     """
-    if type(base) is not AdamW or "step" in vars(base):
-        return None
-    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+    if type(base) is not AdamW or not _own_step(base) or _has_hooks(base):
         return None
     factors = [*rows.A, *rows.B]
     if not factors or len({id(factor) for factor in factors}) < len(factors):
@@ -65,6 +64,8 @@ def adamw_lists(base: Optimizer, rows: PairList) -> AdamWLists | None:
             return None
         tensors.append((state["exp_avg"], state["exp_avg_sq"], state["step"]))
         chosen.append(numbers)
+    if len({id(step) for _, _, step in tensors}) < len(tensors):
+        return None
     return AdamWLists(*map(list, zip(*tensors, strict=True)), *map(list, zip(*chosen, strict=True)))
 
 
@@ -81,9 +82,27 @@ def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = gradient
 
 
+def _own_step(base: AdamW) -> bool:
+    """Whether ``base.step`` is AdamW's, as it is or as a scheduler wraps it to see it called."""
+    step = vars(base).get("step")
+    scheduled = hasattr(step, "_wrapped_by_lr_sched")
+    return step is None or (scheduled and step.__wrapped__ is AdamW.step)
+
+
+def _has_hooks(base: AdamW) -> bool:
+    return bool(
+        base._optimizer_step_pre_hooks
+        or base._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
 def _numbers(group: dict[str, Any]) -> _Numbers | None:
     """A group's hyperparameters, None unless it is one of plain AdamW."""
     if any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable")):
+        return None
+    if not group["decoupled_weight_decay"]:
         return None
     numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
     if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):

@@ -185,10 +185,29 @@ def _check_pair(
 # Fake kernels: shapes and dtypes for tracing.
 
 
-def _check_averages(ema: Sequence[Tensor], targets: Sequence[Tensor], beta: float) -> None:
+def _check_averages(
+    ema: Sequence[Tensor], skipped: Tensor, targets: Sequence[Tensor], beta: float
+) -> None:
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta}")
-    _check_shapes("ema", ema, [t.shape for t in targets])
+    _check_alike("ema", ema, targets)
+    if targets and skipped.device != targets[0].device:
+        raise ValueError(
+            f"skipped must be on the device of A[0], {targets[0].device}, got {skipped.device}"
+        )
+
+
+def _check_alike(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+    _check_shapes(name, tensors, [t.shape for t in like])
+    for one in like[:1]:
+        _check_devices(name, tensors, one.device)
+
+
+def _check_devices(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
+    # A call with one tensor on meta among others comes here too, and would seem to succeed.
+    for i, t in enumerate(tensors):
+        if t.device != device:
+            raise ValueError(f"{name}[{i}] must be on the device {device}, got {t.device}")
 
 
 def _check_shapes(name: str, tensors: Sequence[Tensor], expected: Sequence[torch.Size]) -> None:
@@ -237,7 +256,7 @@ def _(
 ):
     _check_options(rho, onto, norm_scope, rtol)
     _check_pairs(A, B, grad_A, grad_B, scaling)
-    _check_averages(ema, B if onto == "B" else A, beta)
+    _check_averages(ema, skipped, B if onto == "B" else A, beta)
     return skipped.new_empty(len(A), dtype=_norm_dtype(A) if A else torch.float32)
 
 
@@ -268,11 +287,14 @@ def _(
     _check_options(rho, onto, norm_scope, rtol)
     _check_pairs(A, B, grad_A, grad_B, scaling)
     targets, factors = list(B if onto == "B" else A), [*A, *B]
-    _check_averages(ema, targets, beta)
-    _check_shapes("clean", clean, [t.shape for t in targets])
-    _check_shapes("exp_avg", exp_avg, [t.shape for t in factors])
-    _check_shapes("exp_avg_sq", exp_avg_sq, [t.shape for t in factors])
+    _check_averages(ema, skipped, targets, beta)
+    _check_alike("clean", clean, targets)
+    _check_alike("exp_avg", exp_avg, factors)
+    _check_alike("exp_avg_sq", exp_avg_sq, factors)
     _check_shapes("step", step, [torch.Size()] * len(factors))
+    for i, t in enumerate(step):
+        if t.device not in (torch.device("cpu"), factors[i].device):
+            raise ValueError(f"step[{i}] must be on the CPU or {factors[i].device}, got {t.device}")
     for name, values in (
         ("lr", lr),
         ("beta1", beta1),
@@ -289,6 +311,8 @@ def _(
 
 @torch.library.register_fake("eflat::foreach_bound")
 def _(ema, B, scaling, rho, norm_scope="layer"):
+    for name, tensors in (("ema", ema), ("B", B)):
+        _check_devices(name, tensors, ema[0].device if ema else torch.device("meta"))
     return ema[0].new_empty(len(ema), dtype=_norm_dtype(ema)) if ema else torch.empty(0)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .pairs import LoraPair, find_pairs
+from .pairs import LoraPair, find_pairs, stacklevel_of_user
 from .perturbed import PerturbedWeights, Slot
 
 Rho: TypeAlias = float | Callable[[int], float]
@@ -224,7 +224,7 @@ class PerturbingOptimizer(Optimizer):
                 "the gradient of this step was taken without the perturbation: no forward pass of "
                 "the model ran in training mode (model.train()), nor optimizer.train()",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=stacklevel_of_user(),
             )
 
     # Checkpoints.
@@ -377,7 +377,7 @@ def _perturbed_pairs(
             f"factor {target} of these pairs is frozen or not among the base optimizer's "
             f"parameters, they train without a perturbation: {', '.join(left_out)}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel_of_user(),
         )
     return kept, slots
 

@@ -164,7 +164,10 @@ class EFlatLoRA(PerturbingOptimizer):
 
     def _averages(self) -> list[Tensor]:
         targets = [getattr(*slot) for slot in self._targets]
-        return self._perturbation.on_devices_of(targets)
+        averages = self._perturbation.on_devices_of(targets)
+        for index, (average, target) in enumerate(zip(averages, targets, strict=True)):
+            averages[index] = average.to(_average_dtype(target))  # a model may change its type
+        return averages
 
     def _rho_changed(self) -> None:
         if isinstance(self._perturbation, _BoundedAverages):

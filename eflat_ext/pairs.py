@@ -7,6 +7,7 @@ adapters while a model trains, and other libraries replace parameters.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch.nn.parameter import Parameter
 
 # Variants that change where or how ``s B A`` is used, but not that it is ``s B A``.
 _PLAIN_VARIANTS = {"DoraLinearVariant", "ALoraLinearVariant", "MiCALinearVariant"}
+
+_INNER = ("torch", __name__.split(".")[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +121,7 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
             "these LoRA layers are no plain pair of linear factors and train without a "
             f"perturbation: {', '.join(others)}",
             UserWarning,
-            stacklevel=2,
+            stacklevel=stacklevel_of_user(),
         )
     if not pairs:
         found = f", only {', '.join(others)}" if others else ""
@@ -127,6 +130,17 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
             f"{type(model).__name__} without any{found}"
         )
     return pairs
+
+
+def stacklevel_of_user() -> int:
+    """For ``warnings.warn``: the first caller that is neither this package nor torch.
+
+    A count would not do: torch, and every learning rate scheduler, wraps ``Optimizer.step``.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INNER:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _peft_classes() -> tuple[type, type, type]:

@@ -32,6 +32,7 @@ from strategies import (
 from torch import nn
 
 ops = torch.ops.eflat
+FOR_AVERAGES = (*Pair._fields, "ema", "skipped", "rho", "beta")
 
 
 def check(call: dict[str, Any]) -> None:
@@ -259,8 +260,19 @@ def one_changed(name: str, index: int, value: Callable) -> dict[str, Any]:
         ("exp_avg", 3, lambda t: t.half(), r"exp_avg\[3\] must have the dtype of B\[1\]"),
         ("exp_avg_sq", 2, lambda t: t[:1], r"exp_avg_sq\[2\] must have the shape of B\[0\]"),
         ("exp_avg_sq", 1, lambda t: t.T.contiguous().T, r"exp_avg_sq\[1\] must be contiguous"),
-        ("step", 2, lambda t: t.double(), r"step\[2\] must be a float32 tensor without"),
-        ("step", 3, lambda t: t.reshape(1), r"step\[3\] must be a float32.*\(1\)"),
+        (
+            "step",
+            2,
+            lambda t: t.double(),
+            r"step\[2\] must be a float32 .*got float64 of shape \(\)",
+        ),
+        ("step", 1, lambda t: t.long(), r"step\[1\] must be a float32 .*got int64 of shape \(\)"),
+        (
+            "step",
+            3,
+            lambda t: t.reshape(1),
+            r"step\[3\] must be a float32 .*float32 of shape \(1\)",
+        ),
         ("step", 0, lambda t: t - 20000, r"step\[0\] must be at least 0, got -"),
         ("step", 1, lambda t: t * math.nan, r"step\[1\] must be at least 0"),
         ("lr", 3, lambda x: -0.1, r"lr\[3\] must be finite and at least 0, got -0.1"),
@@ -307,13 +319,40 @@ def test_lists_of_other_lengths(name: str, pairs: int) -> None:
         ({"onto": "C"}, "onto must be"),
         ({"norm_scope": "x"}, "norm_scope must be"),
         ({"rtol": 0.0}, "rtol must be"),
-        ({"skipped": torch.tensor(7.0)}, "skipped must be an int64 tensor"),
+        ({"skipped": torch.tensor(7.0)}, "skipped must be an int64 .*got float32 of shape"),
     ],
     ids=str,
 )
 def test_options(changed: dict[str, Any], says: str) -> None:
     with pytest.raises(RuntimeError, match=says):
         ops.foreach_adamw_step_(**{**random_call(two_pairs()), **changed})
+
+
+@pytest.mark.parametrize("name", ["grad_A", "clean", "skipped", *WRITTEN])
+@pytest.mark.parametrize("to", ["meta", "cpu"])
+def test_devices_are_not_mixed(to: str, name: str) -> None:
+    """One tensor on meta sends the whole call to the kernel that computes nothing."""
+    call = random_call(two_pairs()) if to == "meta" else on_meta(random_call(two_pairs()))
+    before = copied(call)
+    if name == "skipped":
+        call[name] = torch.zeros_like(call[name], device=to)
+    else:
+        call[name][1] = torch.zeros_like(call[name][1], device=to)
+    if (to, name) == ("cpu", "step"):  # AdamW keeps it there
+        assert ops.foreach_adamw_step_(**call).device.type == "meta"
+        return
+    says = (
+        rf"{'B' if name == 'A' else name}.* must be on the "  # B[1] beside A[1] is looked at first
+    )
+    with pytest.raises(ValueError, match=says):
+        ops.foreach_adamw_step_(**call)
+    if name in ("grad_A", "A", "B", "ema", "skipped"):
+        with pytest.raises(ValueError, match=says):
+            ops.foreach_perturb_ema_(**{n: call[n] for n in FOR_AVERAGES})
+    if to == "meta":
+        for written in WRITTEN:
+            for x, y in zip(call[written], before[written], strict=True):
+                assert x.device.type == "meta" or same_bits(x, y)
 
 
 def test_shapes_are_checked_while_traced() -> None:
