@@ -102,6 +102,11 @@ def test_more_than_one_block_and_chunk(n, m, r, onto, dtype):
     check([make_pair(n + r, n, m, r, dtype)], onto, "layer")
 
 
+@pytest.mark.parametrize("n, r", [(280_000, 1), (560_000, 2)])
+def test_long_sides_in_larger_blocks(n, r):
+    check([make_pair(n, n, 8, r)], "B", "layer")
+
+
 @pytest.mark.parametrize("r", [65, 100, 128, 255, 256])
 def test_large_ranks(r):
     check([make_pair(r, 300, 290, r, torch.float32)], "B", "layer")

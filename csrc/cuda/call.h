@@ -44,8 +44,8 @@ struct PairArgs {
   double scaling, rtol;
   int rank;
   DType out_dtype : 8;
-  bool out_vectors;    // two neighbours of `out` (and of the step's tensors) at a time
-  unsigned workspace;  // of this pair, in units of kSpaceUnit
+  bool out_vectors;                                // four neighbours of `out` at a time
+  unsigned workspace;                              // of this pair, in units of kSpaceUnit
   int reduce_before, second_before, apply_before;  // blocks of the pairs before this one
 };
 
@@ -162,10 +162,10 @@ struct CallHeader {
   void* norms;  // or the factors of bound
   unsigned long long* skipped;
   double rho, beta;
-  int first, count;    // pairs of this launch
-  int total;           // pairs of the call
-  int lag;             // pairs by which a later stage follows an earlier one
-  int tickets_before;  // of earlier launches
+  int first, count;           // pairs of this launch
+  int total;                  // pairs of the call
+  int second_lag, apply_lag;  // pairs by which these stages follow reduce
+  int tickets_before;         // of earlier launches
   BlockRows rows;
   bool average, global_norm;
   bool bound;                          // pairs of bare factors, for foreach_bound

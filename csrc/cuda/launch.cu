@@ -10,8 +10,10 @@
 namespace eflat::cuda {
 namespace {
 
-constexpr int kEnoughBlocks = 1056;     // eight for each SM of a large card
-constexpr int64_t kLagBytes = 8 << 20;  // a later stage follows an earlier one: it is in L2
+constexpr int kEnoughBlocks = 1056;  // eight for each SM of a large card
+// Read between a pair's reduce and its second pass, and until apply: time to solve, not more than
+// L2 holds beside what is being read.
+constexpr int64_t kSecondLagBytes = 16 << 20, kApplyLagBytes = 18 << 20;
 constexpr int kDefaultSharedBytes = 48 * 1024;
 
 bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
@@ -59,14 +61,14 @@ BlockRows block_rows(const Problem& problem) {
   return {rows, 2 * rows, std::min(rows, 512)};
 }
 
-int lag_of(const Problem& problem) {
-  if (problem.global_norm) return problem.count;
+// How many pairs that is.
+int lag_of(const Problem& problem, int64_t lag_bytes) {
   int64_t bytes = 0;
   for (int l = 0; l < problem.count; ++l) {
     const Pair& p = problem.pairs[l];
     bytes += 2 * (p.target.length + p.other.length) * p.rank * size_of(p.dtype);
   }
-  return int(std::clamp<int64_t>(kLagBytes * problem.count / bytes, 1, problem.count));
+  return int(std::clamp<int64_t>(lag_bytes * problem.count / bytes, 1, problem.count));
 }
 
 // Dynamic shared memory of a block for a pair of this rank.
@@ -147,8 +149,7 @@ class Launch {
   static constexpr int kPairs = sizeof(CallType::pairs) / sizeof(PairArgs);
   static constexpr bool kStep = sizeof(CallType::steps) > sizeof(StepArgs);
 
-  explicit Launch(const CallHeader& header)
-      : call_(std::make_unique<CallType>()), lag_(header.lag) {
+  explicit Launch(const CallHeader& header) : call_(std::make_unique<CallType>()) {
     static_cast<CallHeader&>(*call_) = header;
     clear(0);
   }
@@ -194,7 +195,6 @@ class Launch {
   // tickets: of the launches before; those of this one are added.
   cudaError_t run(Arithmetic arithmetic, cudaStream_t stream, int& tickets) {
     CallType& c = *call_;
-    c.lag = std::min(lag_, c.count);
     const BlocksBefore before{c, c.pairs, kStep};
     const int blocks = before.before_turn(before.turns());
     c.tickets_before = tickets;
@@ -212,7 +212,6 @@ class Launch {
   }
 
   std::unique_ptr<CallType> call_;
-  const int lag_;
   int hypers_, reduce_, second_, apply_;
   int64_t shared_;
   bool wide_;
@@ -279,7 +278,10 @@ cudaError_t perturb(const Problem& problem, void* workspace, void* norms, int64_
   if (error != cudaSuccess) return error;
   CallHeader header = header_of(problem, workspace, norms, problem.norms_dtype);
   header.skipped = reinterpret_cast<unsigned long long*>(skipped);
-  header.lag = lag_of(problem);
+  header.second_lag = lag_of(problem, kSecondLagBytes);
+  // One norm for all: no pair can be applied before the last is reduced.
+  header.apply_lag =
+      problem.global_norm ? problem.count + header.second_lag : lag_of(problem, kApplyLagBytes);
   const bool step = problem.pairs[0].step;
   const bool one_launch = problem.count <= (step ? Launch<StepCall>::kPairs : Launch<Call>::kPairs);
   int tickets = 0;
@@ -289,7 +291,6 @@ cudaError_t perturb(const Problem& problem, void* workspace, void* norms, int64_
     return step ? launch_all<StepCall>(problem, header, arithmetic, stream, tickets)
                 : launch_all<Call>(problem, header, arithmetic, stream, tickets);
   };
-  // One norm for all: no pair can be applied before the last is reduced.
   if (!problem.global_norm || (one_launch && !step)) return run(true, true);
   error = run(true, false);
   return error == cudaSuccess ? run(false, true) : error;

@@ -1,11 +1,12 @@
 // All stages of a call in one launch.
 //
 // Blocks take tickets in the order in which they begin to run, and a ticket says what to do: pair
-// after pair, the blocks that reduce it, then those of the second pass over the pair `lag` before
-// (nothing to do, mostly), then those that apply the pair 2 lag before. The last block to reduce a
-// pair solves it. So whoever waits does so for blocks with earlier tickets, which are running: any
-// number of resident blocks is enough, one included. And apply finds in L2 what reduce has read a
-// moment before. Shapes and the order of sums depend on the call alone: results repeat bit for bit.
+// after pair, the blocks that reduce it, then those of the second pass over an earlier pair
+// (nothing to do, mostly), then those that apply a pair that is earlier still. The last block to
+// reduce a pair solves it. So whoever waits does so for blocks with earlier tickets, which are
+// running: any number of resident blocks is enough, one included. And apply finds in L2 what reduce
+// has read a moment before. Shapes and the order of sums depend on the call alone: results repeat
+// bit for bit.
 #pragma once
 #include "apply.cuh"
 
@@ -40,10 +41,10 @@ struct BlocksBefore {
     return p.apply_before + apply_blocks(p);
   }
 
-  // Turn l: reduce pair l, the second pass of pair l - lag, apply pair l - 2 lag.
-  EFLAT_HD int turns() const { return call.count + 2 * call.lag; }
+  // Turn l: reduce pair l, the second pass of pair l - second_lag, apply pair l - apply_lag.
+  EFLAT_HD int turns() const { return call.count + call.apply_lag; }
   EFLAT_HD int before_turn(int l) const {
-    return reduce(l) + second(l - call.lag) + apply(l - 2 * call.lag);
+    return reduce(l) + second(l - call.second_lag) + apply(l - call.apply_lag);
   }
 
   EFLAT_HD Task task(int ticket) const {
@@ -56,9 +57,9 @@ struct BlocksBefore {
     const int reduces = reduce(low + 1) - reduce(low);
     if (index < reduces) return {Stages::kReduce, low, index};
     index -= reduces;
-    const int seconds = second(low + 1 - call.lag) - second(low - call.lag);
-    if (index < seconds) return {Stages::kSecond, low - call.lag, index};
-    return {Stages::kApply, low - 2 * call.lag, index - seconds};
+    const int late = low - call.second_lag, seconds = second(late + 1) - second(late);
+    if (index < seconds) return {Stages::kSecond, late, index};
+    return {Stages::kApply, low - call.apply_lag, index - seconds};
   }
 };
 
