@@ -62,28 +62,18 @@ class GramShare {
     if (way_ == ways_) return;
     const int stride = chunk.stride;
     z += fragment_entry();
-    if constexpr (kWide) {
-      if (off_diagonal_) {
-        EFLAT_ROLL
-        for (int s = way_; s < rows / 4; s += ways_) {
-          Element x[4], y[4];
-          load(z + s * stride, I_, x);
-          load(z + s * stride, J_, y);
-          EFLAT_UNROLL
-          for (int i = 0; i < 16; ++i)
-            if (4 * J_ + i % 4 < tiles_) Math::multiply_add(sums_[i], x[i / 4], y[i % 4]);
+    if (off_diagonal_) {
+      add_off_diagonal(z, stride, rows);
+    } else {
+      EFLAT_ROLL
+      for (int s = way_; s < rows / 4; s += ways_) {
+        Element x[4];
+        load(z + s * stride, I_, x);
+        add_square<0>(I_, x);
+        if constexpr (kWide) {
+          load(z + s * stride, J_, x);
+          add_square<10>(J_, x);
         }
-        return;
-      }
-    }
-    EFLAT_ROLL
-    for (int s = way_; s < rows / 4; s += ways_) {
-      Element x[4];
-      load(z + s * stride, I_, x);
-      add_square<0>(I_, x);
-      if constexpr (kWide) {
-        load(z + s * stride, J_, x);
-        add_square<10>(J_, x);
       }
     }
     EFLAT_UNROLL
@@ -133,6 +123,20 @@ class GramShare {
     for (int a = 0; a < 4; ++a) {
       const int tile = 4 * square + a;
       x[a] = tile < tiles_ ? z[34 * tile] : Element(0);
+    }
+  }
+
+  __device__ void add_off_diagonal(const Element* z, int stride, int rows) {
+    if constexpr (kWide) {
+      EFLAT_ROLL
+      for (int s = way_; s < rows / 4; s += ways_) {
+        Element x[4], y[4];
+        load(z + s * stride, I_, x);
+        load(z + s * stride, J_, y);
+        EFLAT_UNROLL
+        for (int i = 0; i < 16; ++i)
+          if (4 * J_ + i % 4 < tiles_) Math::multiply_add(sums_[i], x[i / 4], y[i % 4]);
+      }
     }
   }
 

@@ -168,7 +168,7 @@ __device__ inline void pack_weights(int r, const double* weights, const PairResu
 }
 
 // The norm of a pair whose pseudo-inverses are known, and its weights.
-__device__ inline void finish_pair(Block& block, bool again, double* work) {
+EFLAT_NOINLINE void finish_pair(Block& block, bool again, double* work) {
   const CallHeader& call = *block.call;
   const PairArgs& p = block.pair;
   const PairSpace& s = block.space;
@@ -180,15 +180,16 @@ __device__ inline void finish_pair(Block& block, bool again, double* work) {
   if (again) leave_bases(team, r, s.T_t, s.T_o, s.weights, work);
   const double size =
       perturbation_size(team, r, s.gram_t, p.scaling, s.weights, norm, call.rho, p.out_dtype);
-  const bool in_floats = block.two_float && !again && p.target.dtype != DType::f64;
-  if (in_floats) set_exponents(block);
   PairResult& result = *block.result;
   if (threadIdx.x == 0) {
-    if (!in_floats) result.factor_exponent = result.grad_exponent = result.sum_exponent = 0;
     result.norm = norm;
     result.size = size;
     result.scaling = p.scaling;
     result.dtype = p.out_dtype;
+    result.factor_exponent = result.grad_exponent = result.sum_exponent = 0;
+  }
+  if (block.two_float && !again && p.target.dtype != DType::f64) set_exponents(block);
+  if (threadIdx.x == 0) {
     if (!call.global_norm) finish(call, block.results, block.pair_number, 1);
     if (block.step)
       for (float* step : {block.step->target.step, block.step->other.step})
