@@ -165,25 +165,25 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         super().__init__(*args, **kwargs)
         self.add_callback(_StepBounds(self))
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """One micro-batch; the last one of a step adds the second gradients of all of them.
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the weights are clean afterwards, also when it raises."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._start_anew()
 
-        Weights are clean when it raises.
-        """
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch; the last one of a step adds the second gradients of all of them."""
         optimizer = _perturbing(self.optimizer)
         if not isinstance(optimizer, TwoGradients):
             return super().training_step(model, inputs, *args, **kwargs)
-        try:
-            # A copy: losses may take entries out, label smoothing the labels.
-            self._micro_batches.append((copy.copy(inputs), args, kwargs))
-            loss = super().training_step(model, inputs, *args, **kwargs)
-            if self.accelerator.sync_gradients:
-                optimizer.first_step()
-                self._second_gradients(model)
-            return loss
-        except BaseException:
-            self._start_anew()
-            raise
+        # A copy: losses may take entries out, label smoothing the labels.
+        self._micro_batches.append((copy.copy(inputs), args, kwargs))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            optimizer.first_step()
+            self._second_gradients(model)
+        return loss
 
     def _second_gradients(self, model: nn.Module) -> None:
         micro_batches, self._micro_batches = self._micro_batches, []
@@ -205,11 +205,13 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         super().log(logs, *args, **kwargs)
 
     def _start_anew(self) -> None:
-        """Forget a step that was not finished: interrupted, stopped, or skipped by a scaler."""
+        """Clean weights; forget a step that was interrupted, stopped, or skipped by a scaler."""
         self._micro_batches.clear()
         optimizer = _perturbing(self.optimizer)
         if isinstance(optimizer, TwoGradients):
             optimizer.abandon_step()
+        elif optimizer is not None:
+            optimizer.eval()
 
 
 class _StepBounds(TrainerCallback):
@@ -219,7 +221,7 @@ class _StepBounds(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._start_anew()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._start_anew()
 
 

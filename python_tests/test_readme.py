@@ -36,7 +36,11 @@ def test_plain_loop(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trainer(tmp_path):
+@pytest.mark.parametrize(
+    ("title", "method"),
+    [("In Hugging Face Trainer", "EFlatLoRA"), ("Two gradients in Trainer", "FlatLoRA")],
+)
+def test_trainer(title, method, tmp_path):
     from transformers import TrainingArguments
 
     model = lora_gpt2()
@@ -44,11 +48,16 @@ def test_trainer(tmp_path):
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True
     )
+    arguments.logging_steps = 1
     row = {name: tensor[0].tolist() for name, tensor in batch().items()}
     names = {"model": model, "arguments": arguments, "dataset": [row] * 24}
-    exec(example("In Hugging Face Trainer"), names)
+    exec(example(title), names)
     assert all(bool((b != x).any()) for b, x in zip(lora_weights(model), before, strict=True))
-    assert names["optimizer"].perturbation_norms
+    optimizer = names["trainer"].optimizer.optimizer
+    assert type(optimizer).__name__ == method and optimizer.perturbation_norms
+    if method == "FlatLoRA":
+        logged = [e for e in names["trainer"].state.log_history if "loss" in e]
+        assert len(logged) == 3 and all(e["perturbation_norm"] > 0 for e in logged)
 
 
 def test_operators():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from eflat_ext import trainer as ours
 from eflat_ext.optimizers import EFlatLoRA, FlatLoRA, LoRASAM, create_flat_optimizer
-from eflat_ext.two_gradients import TwoGradients
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 
@@ -248,6 +249,13 @@ def test_hook_errors(tmp_path: Path) -> None:
         make(lora_gpt2(), arguments(tmp_path), rho=-1.0).train()
 
 
+def test_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "eflat_ext.trainer")
+    with pytest.raises(ImportError, match="pip install transformers"):
+        importlib.import_module("eflat_ext.trainer")
+
+
 class Recorder(PerturbingTrainer):
     """Notes the arguments and the weights of every loss in training."""
 
@@ -255,6 +263,9 @@ class Recorder(PerturbingTrainer):
         self.seen: list[tuple[dict[str, Tensor], Any, dict[str, Tensor]]] = []
         self.fail_at: dict[int, BaseException] = {}
         super().__init__(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return inputs  # no copy, so the loss takes the labels out of the batch itself
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if model.training:
@@ -326,33 +337,57 @@ def test_two_gradients_equal_a_plain_loop(
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+class Clean(TrainerCallback):
+    """The weights at the beginning of each step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.weights = weights(model)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), KeyboardInterrupt()])
-def test_errors_leave_clean_weights(error: BaseException, tmp_path: Path) -> None:
-    """In the second pass over the second micro-batch, and in the first pass; then train again."""
-    for at in (7, 5):
-        model = lora_gpt2()
-        run = make(model, arguments(tmp_path), ours.flat_optimizer, Recorder)
-        run.fail_at = {at: error}
-        with pytest.raises(type(error)):
-            run.train()
-        assert_same_bits(weights(model), run.seen[4][-1])
-        run.seen, run.fail_at = [], {}
+@pytest.mark.parametrize(
+    ("hook", "at"),
+    [
+        (ours.flat_optimizer, 7),  # the second pass over the second micro-batch of step 1
+        (ours.flat_optimizer, 5),  # the first pass
+        (ours.eflat_optimizer, 3),
+    ],
+)
+def test_errors_leave_clean_weights(
+    hook: Callable, at: int, error: BaseException, tmp_path: Path
+) -> None:
+    """And the trainer trains again."""
+    model, clean = lora_gpt2(), Clean()
+    run = make(model, arguments(tmp_path), hook, Recorder, [clean])
+    run.fail_at = {at: error}
+    with pytest.raises(type(error)):
         run.train()
-        assert len(run.seen) == 5 * 4
+    assert_same_bits(weights(model), clean.weights)
+    perturbed = run.seen[-1][-1] if at != 5 else None
+    assert perturbed is None or any(
+        not same_bits(perturbed[name], clean.weights[name]) for name in perturbed
+    )
+    run.seen, run.fail_at = [], {}
+    run.train()
+    assert len(run.seen) == 5 * (2 if hook is ours.eflat_optimizer else 4)
 
 
-def test_a_stop_between_micro_batches_forgets_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hook", [ours.eflat_optimizer, ours.flat_optimizer])
+def test_a_stop_between_micro_batches_forgets_them(hook: Callable, tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = True
+            control.should_training_stop = state.global_step == 2
 
-    run = make(lora_gpt2(), arguments(tmp_path), ours.flat_optimizer, Recorder, [Stop()])
+    model, clean = lora_gpt2(), Clean()
+    run = make(model, arguments(tmp_path), hook, Recorder, [clean, Stop()])
     run.train()
-    assert len(run.seen) == 1
+    passes = 2 if hook is ours.eflat_optimizer else 4
+    assert len(run.seen) == 2 * passes + 1
+    assert_same_bits(weights(model), clean.weights)
     run.remove_callback(Stop)
     run.seen = []
     run.train()
-    assert len(run.seen) == 5 * 4
+    assert len(run.seen) == 5 * passes
 
 
 @pytest.mark.parametrize("highest", [True, False])
@@ -450,12 +485,13 @@ def test_fp16_overflows(options: dict[str, Any], tmp_path: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             skipped = run.accelerator.optimizer_step_was_skipped
             assert skipped == (state.global_step - 1 in (0, 3, 4))
+            assert not own(run)._weights.applied
             if skipped:
                 assert_same_bits(self.state(), self.before)
 
         def state(self) -> dict[str, Tensor]:
             averages = getattr(own(run), "averages", {})
-            return {n: t.clone() for n, t in [*run.model.state_dict().items(), *averages.items()]}
+            return weights(run.model) | {n: average.clone() for n, average in averages.items()}
 
     model = lora_gpt2()
     run = make(
@@ -467,8 +503,6 @@ def test_fp16_overflows(options: dict[str, Any], tmp_path: Path) -> None:
     assert run.accelerator.scaler.get_scale() == 2.0**7
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert any(bool((before[n] != p).any()) for n, p in model.named_parameters())
-    if isinstance(own(run), TwoGradients):
-        assert not own(run)._weights.applied
 
 
 @pytest.mark.parametrize("hook", [ours.eflat_optimizer, ours.flat_optimizer])
