@@ -41,17 +41,18 @@ def test_plain_loop(tmp_path, monkeypatch):
     [("In Hugging Face Trainer", "EFlatLoRA"), ("Two gradients in Trainer", "FlatLoRA")],
 )
 def test_trainer(title, method, tmp_path):
-    from transformers import TrainingArguments
+    from transformers import TrainingArguments, __version__
 
     model = lora_gpt2()
     before = [b.detach().clone() for b in lora_weights(model)]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True
-    )
-    arguments.logging_steps = 1
+    settings = {"max_steps": 3, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], **settings)
     row = {name: tensor[0].tolist() for name, tensor in batch().items()}
     names = {"model": model, "arguments": arguments, "dataset": [row] * 24}
-    exec(example(title), names)
+    code = example(title)
+    if __version__.startswith("4."):
+        code = code.replace("_optimizer(arguments,", "_optimizer(arguments, model=model,")
+    exec(code, names)
     assert all(bool((b != x).any()) for b, x in zip(lora_weights(model), before, strict=True))
     optimizer = names["trainer"].optimizer.optimizer
     assert type(optimizer).__name__ == method and optimizer.perturbation_norms
