@@ -104,7 +104,7 @@ def test_two_gradients_equal_a_plain_loop(
             torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
             return total
 
-        assert plain.step(closure) == pytest.approx(losses[step], abs=2e-3)  # logged rounded
+        assert plain.step(closure) == pytest.approx(losses[step], abs=1e-4)  # logged rounded
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
