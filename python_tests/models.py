@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -63,6 +65,25 @@ def lora_gpt2(**config: object) -> nn.Module:
     return get_peft_model(GPT2LMHeadModel(shape), LoraConfig(**config)).train()
 
 
+def lora_bert(**config: object) -> nn.Module:
+    """A two-layer BERT of width 16 with random weights, LoRA on attention, a classifier of 3."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    )
+    config = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **config}
+    return get_peft_model(BertForSequenceClassification(shape), LoraConfig(**config)).train()
+
+
 def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
@@ -100,6 +121,23 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what the parameters hold, read past every hook."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def accelerator(**kwargs: object) -> Any:
+    """An Accelerator on the CPU that knows nothing of the one before."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return Accelerator(cpu=True, **kwargs)
+
+
+def scale_gradients(engine: Any, init_scale: float) -> None:
+    """What Accelerator does by itself for fp16 on a GPU; on the CPU it leaves the scaler out."""
+    engine.state._mixed_precision = "fp16"
+    engine.native_amp = True
+    engine.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
 
 
 def lora_weights(model: nn.Module, factor: str = "B") -> list[nn.Parameter]:

@@ -1,9 +1,8 @@
-"""The optimizers inside other people's loops: gradient scaler, compile, accelerate, Trainer."""
+"""The optimizers inside other people's loops: accumulation, gradient scaler, compile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from models import (
     trainable,
     weights,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from eflat_ext.optimizers import (
     EFlatLoRA,
@@ -159,126 +158,3 @@ def test_gradient_checkpointing() -> None:
         results.append(weights(model))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-7)
-
-
-def accelerator(**kwargs: Any) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    return Accelerator(cpu=True, **kwargs)
-
-
-def test_accelerate(tmp_path: Path) -> None:
-    """prepare, accumulate, save_state and load_state: the plain loop's weights."""
-    data = batches(8, torch.float32)
-
-    def loop(model: nn.Module, optimizer: Any, steps: list[int], engine: Any = None) -> None:
-        for index in steps:
-            for batch in data[2 * index : 2 * index + 2]:
-                if engine is None:
-                    (loss_of(model, batch) / 2).backward()
-                    continue
-                with engine.accumulate(model):
-                    engine.backward(loss_of(model, batch))
-                    optimizer.step()
-                    optimizer.zero_grad()
-            if engine is None:
-                optimizer.step()
-                optimizer.zero_grad()
-
-    plain = lora_mlp(torch.float32)
-    loop(plain, create_eflat_optimizer(plain, torch.optim.AdamW, lr=1e-2), [0, 1, 2, 3])
-
-    engine = accelerator(gradient_accumulation_steps=2)
-    model = lora_mlp(torch.float32)
-    model, optimizer = engine.prepare(
-        model, create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
-    )
-    loop(model, optimizer, [0, 1], engine)
-    model(data[4][0])  # saved while perturbed
-    assert optimizer.optimizer._weights.applied
-    engine.save_state(str(tmp_path))
-
-    engine = accelerator(gradient_accumulation_steps=2)
-    other = lora_mlp(torch.float32, seed=5)
-    other, resumed = engine.prepare(
-        other, create_eflat_optimizer(other, torch.optim.AdamW, lr=1e-2)
-    )
-    engine.load_state(str(tmp_path))
-    loop(other, resumed, [2, 3], engine)
-    assert_same_bits(weights(other), weights(plain))
-
-
-class Sentences(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        tokens = torch.arange(index, index + 8) % 40
-        return {"input_ids": tokens, "labels": tokens}
-
-
-def trainer(folder: Path, model: nn.Module, optimizer: tuple[Any, dict[str, Any]]) -> Any:
-    from transformers import Trainer, TrainingArguments
-
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_steps": 2,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    accelerator()  # forget the one before
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**settings),
-        train_dataset=Sentences(),
-        eval_dataset=Sentences(),
-        optimizer_cls_and_kwargs=optimizer,
-    )
-
-
-def around_its_own(folder: Path, model: nn.Module) -> Any:
-    """EFlat-LoRA around the optimizer that Trainer makes, with its no-decay groups."""
-    run = trainer(folder, model, (torch.optim.AdamW, {"lr": 1e-2}))
-    run.optimizer = EFlatLoRA(run.model, run.create_optimizer(), rho=0.2)
-    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.1, 0.0]
-    return run
-
-
-def made_by_trainer(folder: Path, model: nn.Module) -> Any:
-    return trainer(folder, model, (EFlatAdamW, {"lr": 1e-2, "rho": 0.2}))
-
-
-class EFlatAdamW:
-    """What Trainer takes for an optimizer factory: made without arguments, called with a model."""
-
-    def __call__(self, model: nn.Module, **kwargs: Any) -> EFlatLoRA:
-        return create_eflat_optimizer(model, torch.optim.AdamW, **kwargs)
-
-
-@pytest.mark.parametrize("make", [around_its_own, made_by_trainer])
-@pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
-def test_trainer_saves_clean_weights_and_resumes(make: Callable, tmp_path: Path) -> None:
-    """Evaluation at every step, accumulation, checkpoints; resumed bit for bit."""
-    from safetensors.torch import load_file
-
-    whole, resumed = lora_gpt2(lora_bias=True), lora_gpt2(lora_bias=True)
-    run = make(tmp_path, whole)
-    run.train()
-    averages = run.optimizer.optimizer.averages  # within accelerate's own wrapper
-    assert averages and all(average.any() for average in averages.values())
-    make(tmp_path, resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_same_bits(weights(resumed), weights(whole))
-    saved = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
-    clean = {n.replace(".default", ""): p for n, p in weights(whole).items() if "lora_" in n}
-    assert_same_bits(saved, clean)

@@ -36,19 +36,29 @@ def test_plain_loop(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trainer(tmp_path):
-    from transformers import TrainingArguments
+@pytest.mark.parametrize(
+    ("title", "method"),
+    [("In Hugging Face Trainer", "EFlatLoRA"), ("Two gradients in Trainer", "FlatLoRA")],
+)
+def test_trainer(title, method, tmp_path):
+    from transformers import TrainingArguments, __version__
 
     model = lora_gpt2()
     before = [b.detach().clone() for b in lora_weights(model)]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True
-    )
+    settings = {"max_steps": 3, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], **settings)
     row = {name: tensor[0].tolist() for name, tensor in batch().items()}
     names = {"model": model, "arguments": arguments, "dataset": [row] * 24}
-    exec(example("In Hugging Face Trainer"), names)
+    code = example(title)
+    if __version__.startswith("4."):
+        code = code.replace("_optimizer(arguments,", "_optimizer(arguments, model=model,")
+    exec(code, names)
     assert all(bool((b != x).any()) for b, x in zip(lora_weights(model), before, strict=True))
-    assert names["optimizer"].perturbation_norms
+    optimizer = names["trainer"].optimizer.optimizer
+    assert type(optimizer).__name__ == method and optimizer.perturbation_norms
+    if method == "FlatLoRA":
+        logged = [e for e in names["trainer"].state.log_history if "loss" in e]
+        assert len(logged) == 3 and all(e["perturbation_norm"] > 0 for e in logged)
 
 
 def test_operators():

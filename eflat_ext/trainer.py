@@ -1,0 +1,232 @@
+"""Hugging Face Trainer: the optimizers as one line, and a mixin for two gradients and logging.
+
+Training, evaluating, saving and resuming need nothing from here: any Trainer takes an optimizer of
+this package. This is for users who let Trainer make the optimizer, for the methods whose step
+needs two gradients, and for the perturbation's figures in the log.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+except ImportError as error:
+    raise ImportError("eflat_ext.trainer needs transformers: pip install transformers") from error
+
+from .optimizer_base import PerturbingOptimizer
+from .optimizers import create_eflat_optimizer, create_flat_optimizer, create_lora_sam_optimizer
+from .two_gradients import TwoGradients
+
+__all__ = [
+    "OptimizerFactory",
+    "PerturbationMixin",
+    "eflat_optimizer",
+    "flat_optimizer",
+    "lora_sam_optimizer",
+]
+
+Base: TypeAlias = type[Optimizer] | TrainingArguments
+Hook: TypeAlias = tuple["OptimizerFactory", dict[str, Any]]
+
+
+def eflat_optimizer(base: Base, *, model: nn.Module | None = None, **kwargs: Any) -> Hook:
+    """EFlat-LoRA for ``Trainer(..., optimizer_cls_and_kwargs=eflat_optimizer(arguments))``.
+
+    Parameters are grouped as Trainer groups them: no weight decay for biases and norms.
+
+    Args:
+        base: a class of optimizers, which takes its arguments from ``kwargs``, with the meaning
+            and the defaults of that class; or the trainer's ``TrainingArguments``, whose
+            optimizer, learning rate, weight decay and so on hold where ``kwargs`` does not say
+            otherwise.
+        model: the PEFT model; only transformers before 5, whose Trainer does not hand it over,
+            needs it here.
+        **kwargs: rho, beta, onto and the other arguments of :func:`create_eflat_optimizer`, and
+            those of the base optimizer.
+
+    Raises:
+        TypeError: ``base`` is neither. What else is wrong is raised when Trainer calls it.
+    """
+    return OptimizerFactory(create_eflat_optimizer, base, model, kwargs), {}
+
+
+def flat_optimizer(base: Base, *, model: nn.Module | None = None, **kwargs: Any) -> Hook:
+    """Flat-LoRA, for a trainer with :class:`PerturbationMixin`; see :func:`eflat_optimizer`."""
+    return OptimizerFactory(create_flat_optimizer, base, model, kwargs), {}
+
+
+def lora_sam_optimizer(base: Base, *, model: nn.Module | None = None, **kwargs: Any) -> Hook:
+    """LoRA-SAM, for a trainer with :class:`PerturbationMixin`; see :func:`eflat_optimizer`."""
+    return OptimizerFactory(create_lora_sam_optimizer, base, model, kwargs), {}
+
+
+class OptimizerFactory:
+    """What Trainer calls to make the optimizer; see :func:`eflat_optimizer`.
+
+    transformers 5 calls it without arguments and the outcome with the model. Before, it is called
+    with groups of parameters.
+    """
+
+    def __init__(
+        self,
+        create: Callable[..., PerturbingOptimizer],
+        base: Base,
+        model: nn.Module | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        is_class = isinstance(base, type) and issubclass(base, Optimizer)
+        if not is_class and not isinstance(base, TrainingArguments):
+            raise TypeError(
+                "base: expected a subclass of torch.optim.Optimizer or TrainingArguments, "
+                f"got {base!r}"
+            )
+        self.create = create
+        self.base = base
+        self.model = model
+        self.kwargs = kwargs
+
+    def __call__(self, model: Any = None) -> Any:
+        """The factory itself without a model or groups, else the optimizer.
+
+        Raises:
+            TypeError: called with groups, and there is no model.
+            ValueError: the arguments name an optimizer that is not made of parameters alone.
+        """
+        if model is None:
+            return self
+        if not isinstance(model, nn.Module):
+            # The groups, with the decay of the training arguments; the model gives the same ones.
+            if self.model is None:
+                raise TypeError(
+                    "transformers before 5 does not hand the model to the optimizer's factory: "
+                    "pass model=..."
+                )
+            model = self.model
+        base, kwargs = self.base, dict(self.kwargs)
+        if isinstance(base, TrainingArguments):
+            kwargs.setdefault("weight_decay", base.weight_decay)
+            base, of_arguments = _optimizer_of(base, model)
+            kwargs = {**of_arguments, **kwargs}
+        if "params" not in kwargs:
+            kwargs["params"] = _groups(model, kwargs)
+        return self.create(model, base, **kwargs)
+
+
+def _optimizer_of(
+    arguments: TrainingArguments, model: nn.Module
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
+    own = {"params", "model", "optimizer_dict"} & kwargs.keys()
+    if own or not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise ValueError(
+            "arguments: expected an optimizer that is made of a list of parameters, "
+            f"optim={arguments.optim} is none"
+        )
+    return cls, kwargs
+
+
+def _groups(model: nn.Module, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trainer's two groups, the second without weight decay."""
+    # It takes nothing from its trainer; called so, the rule is that of the installed version.
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    first: dict[str, Any] = {"params": [p for n, p in trained if n in decayed]}
+    if "weight_decay" in kwargs:
+        first["weight_decay"] = kwargs["weight_decay"]
+    return [first, {"params": [p for n, p in trained if n not in decayed], "weight_decay": 0.0}]
+
+
+class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+    """For a Trainer class: two-gradient steps, and the perturbation in the log.
+
+    ``class FlatTrainer(PerturbationMixin, Trainer): pass``, likewise for subclasses of Trainer
+    such as TRL's. With ``FlatLoRA`` or ``LoRASAM``, the micro-batches of a step run a second time,
+    with the arguments they came with, at the perturbed weights; the loss that is reported is the
+    first one, at the clean weights. With any other optimizer, training is as without the mixin.
+
+    The training log gets two more entries, which cost nothing between logs:
+
+    * ``perturbation_norm``: mean over the pairs of ``optimizer.perturbation_norms``, the norm of
+      the full-space gradient at the last step. With EFlat-LoRA it comes after clipping, with the
+      others before it, and multiplied by the loss scale under fp16.
+    * ``skipped_perturbations``: how many there have been, of all layers and steps.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._micro_batches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        super().__init__(*args, **kwargs)
+        self.add_callback(_StepBounds(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the weights are clean afterwards, also when it raises."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._start_anew()
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch; the last one of a step adds the second gradients of all of them."""
+        optimizer = _perturbing(self.optimizer)
+        if not isinstance(optimizer, TwoGradients):
+            return super().training_step(model, inputs, *args, **kwargs)
+        # A copy: losses may take entries out, label smoothing the labels.
+        self._micro_batches.append((copy.copy(inputs), args, kwargs))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            optimizer.first_step()
+            self._second_gradients(model)
+        return loss
+
+    def _second_gradients(self, model: nn.Module) -> None:
+        micro_batches, self._micro_batches = self._micro_batches, []
+        for left, (inputs, args, kwargs) in zip(
+            reversed(range(len(micro_batches))), micro_batches, strict=True
+        ):
+            # Ranks exchange the sum once, as at the first gradients.
+            with self.accelerator.no_sync(model) if left else nullcontext():
+                super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with the perturbation's figures among those of training."""
+        optimizer = _perturbing(self.optimizer)
+        if optimizer is not None and "loss" in logs:
+            norms = list(optimizer.perturbation_norms.values())
+            if norms:
+                logs["perturbation_norm"] = torch.stack(norms).mean().item()
+            logs["skipped_perturbations"] = int(optimizer.skipped_perturbations)
+        super().log(logs, *args, **kwargs)
+
+    def _start_anew(self) -> None:
+        """Clean weights; forget a step that was interrupted, stopped, or skipped by a scaler."""
+        self._micro_batches.clear()
+        optimizer = _perturbing(self.optimizer)
+        if isinstance(optimizer, TwoGradients):
+            optimizer.abandon_step()
+        elif optimizer is not None:
+            optimizer.eval()
+
+
+class _StepBounds(TrainerCallback):
+    def __init__(self, trainer: PerturbationMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._start_anew()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._start_anew()
+
+
+def _perturbing(optimizer: Any) -> PerturbingOptimizer | None:
+    """The optimizer itself, or the one within the wrappers of accelerate."""
+    while optimizer is not None and not isinstance(optimizer, PerturbingOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer

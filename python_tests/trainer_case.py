@@ -1,0 +1,111 @@
+"""Trainer's side of the tests: data, arguments, a trainer with the hook, and looks into it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from models import accelerator, assert_same_bits
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from eflat_ext import trainer as ours
+
+HANDS_OVER_THE_MODEL = int(transformers.__version__.split(".")[0]) >= 5
+
+
+class PerturbingTrainer(ours.PerturbationMixin, Trainer):
+    pass
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Token sequences with labels for each token, or one for all; no two rows alike."""
+
+    def __init__(self, per_token: bool = True) -> None:
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(0, 40, (32, 8), generator=generator)
+        self.rows = [{"input_ids": row, "labels": row.clone()} for row in tokens]
+        for index, row in enumerate(self.rows):
+            if per_token:
+                row["labels"][: index % 5] = -100  # micro-batches of different weights
+            else:
+                row["labels"] = row["input_ids"].sum() % 3
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.rows[index]
+
+
+def arguments(
+    folder: Path, cls: type[TrainingArguments] = TrainingArguments, **settings: Any
+) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 5,  # one more than an epoch
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.8,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **settings,
+    }
+    accelerator()  # forget the one before
+    return cls(**settings)
+
+
+def make(
+    model: nn.Module,
+    args: TrainingArguments,
+    hook: Callable = ours.eflat_optimizer,
+    cls: type[Trainer] = PerturbingTrainer,
+    callbacks: list[TrainerCallback] | None = None,
+    **options: Any,
+) -> Any:
+    data = Sentences(per_token="CausalLM" in type(model).__name__)
+    if not HANDS_OVER_THE_MODEL:
+        options["model"] = model
+    return cls(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=hook(args, **{"rho": 0.2, **options}),
+    )
+
+
+def own(run: Any) -> Any:
+    """The optimizer within accelerate's wrapper."""
+    return run.optimizer.optimizer
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_saved(folder: Path, clean: dict[str, Tensor]) -> None:
+    """The file holds all trainable weights, those of ``clean`` bit for bit."""
+    named = {re.sub(r"(\.modules_to_save)?\.default", "", n): value for n, value in clean.items()}
+    saved = adapter(folder)
+    assert any("lora_B" in name for name in saved)
+    assert_same_bits(saved, {name: named[name] for name in saved})
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "eflat": {},
+    "eflat unfused": {"fused_step": False},
+    "eflat onto A": {"onto": "A", "norm_scope": "global"},
+    "flat": {"hook": ours.flat_optimizer},
+    "lora-sam": {"hook": ours.lora_sam_optimizer},
+}
