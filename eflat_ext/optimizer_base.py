@@ -27,7 +27,11 @@ _AVERAGE, _STEPS, _SKIPPED = "perturbation_ema", "perturbation_steps", "perturba
 
 
 class PairList(NamedTuple):
-    """The arguments of the operators for some pairs: factors, gradients, scalings."""
+    """The arguments of the operators for some pairs: factors, gradients, scalings.
+
+    Factors and gradients are matrices; the parameters that they are views of have other shapes
+    in convolutions.
+    """
 
     indices: list[int]
     A: list[Tensor]
@@ -35,6 +39,8 @@ class PairList(NamedTuple):
     grad_A: list[Tensor]
     grad_B: list[Tensor]
     scaling: list[float]
+    parameters_A: list[Tensor]
+    parameters_B: list[Tensor]
 
 
 class PerturbingOptimizer(Optimizer):
@@ -79,7 +85,8 @@ class PerturbingOptimizer(Optimizer):
         self._rho_now(rho)
 
     def _perturb_with(self, model: nn.Module, perturbation: Callable[[list[Tensor]], None]) -> None:
-        guarded = [(pair.layer, name) for pair in self.pairs for name in ("merge", "unmerge")]
+        layers = dict.fromkeys(pair.layer for pair in self.pairs)
+        guarded = [(layer, name) for layer in layers for name in ("merge", "unmerge")]
         self._weights = PerturbedWeights(model, self._targets, perturbation, self, guarded)
 
     # The base optimizer's own groups, state and defaults: it rebinds them when it loads.
@@ -192,19 +199,26 @@ class PerturbingOptimizer(Optimizer):
 
     def _with_gradients(self) -> PairList:
         """The pairs that have a gradient and a scaling; a factor without a gradient gets zeros."""
-        rows = PairList([], [], [], [], [], [])
+        rows = PairList([], [], [], [], [], [], [], [])
         for index, pair in enumerate(self.pairs):
-            A, B = pair.A, pair.B
-            grad_A, grad_B, scaling = A.grad, B.grad, pair.scaling
-            if (grad_A is None and grad_B is None) or scaling == 0:
+            scaling = pair.scaling
+            if scaling == 0:
+                continue
+            A, B = pair.parameter_A, pair.parameter_B
+            if A.grad is None and B.grad is None:
                 continue
             rows.indices.append(index)
-            rows.A.append(A)
-            rows.B.append(B)
-            rows.grad_A.append(self._no_gradient(A) if grad_A is None else grad_A)
-            rows.grad_B.append(self._no_gradient(B) if grad_B is None else grad_B)
+            rows.A.append(pair.A)
+            rows.B.append(pair.B)
+            rows.grad_A.append(self._gradient(A).flatten(1))
+            rows.grad_B.append(self._gradient(B).flatten(1))
             rows.scaling.append(scaling)
+            rows.parameters_A.append(A)
+            rows.parameters_B.append(B)
         return rows
+
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        return self._no_gradient(parameter) if parameter.grad is None else parameter.grad
 
     def _no_gradient(self, factor: Tensor) -> Tensor:
         key = (factor.device, factor.dtype)
@@ -358,10 +372,10 @@ def _perturbed_pairs(
     taken: set[int] = set()
     for pair in pairs:
         modules = [pair.module_A if factor == "A" else pair.module_B for factor in factors]
-        own = [module for module in modules if id(module.weight) in trained]
-        new = [module for module in own if id(module.weight) not in taken]  # tied: once
-        taken.update(id(module.weight) for module in new)
-        slots += [(module, "weight") for module in new]
+        own = [slot for module in modules if id(getattr(*(slot := (module, pair.key)))) in trained]
+        new = [slot for slot in own if id(getattr(*slot)) not in taken]  # tied: once
+        taken.update(id(getattr(*slot)) for slot in new)
+        slots += new
         if new:
             kept.append(pair)
         elif not own:

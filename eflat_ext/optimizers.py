@@ -42,7 +42,7 @@ class EFlatLoRA(PerturbingOptimizer):
     and is counted in ``skipped_perturbations``.
 
     Args:
-        model: a PEFT model with LoRA on linear layers.
+        model: a PEFT model with LoRA layers.
         base: the optimizer of its trainable parameters.
         rho: radius, in units of the weights: a finite number >= 0 or a callable of the number of
             completed steps. It may be assigned between steps; it is not in ``state_dict``.
@@ -143,7 +143,7 @@ class EFlatLoRA(PerturbingOptimizer):
         elif self._steps and rows.indices:
             self._warn_clean_gradient()
         all_averages = self._averages()
-        averages = [all_averages[i] for i in rows.indices]
+        averages = [all_averages[i].flatten(1) for i in rows.indices]
         skipped = self._skipped_on(rows.A[0].device if rows.A else self._skipped.device)
         gradients = (rows.A, rows.B, rows.grad_A, rows.grad_B)
         radius = (rows.scaling, rho, self.beta)
@@ -156,15 +156,15 @@ class EFlatLoRA(PerturbingOptimizer):
         else:
             moments, numbers = adamw[:3], adamw[3:]
             with self._weights.restored_by(rows.indices) as clean:
+                clean = [value.flatten(1) for value in clean]
                 norms = torch.ops.eflat.foreach_adamw_step_(
                     *gradients, clean, averages, *moments, skipped, *radius, *numbers, *options
                 )
         self._norms = (rows.indices, norms)
-        return [] if adamw is None else [*rows.A, *rows.B]
+        return [] if adamw is None else [*rows.parameters_A, *rows.parameters_B]
 
     def _averages(self) -> list[Tensor]:
-        targets = [getattr(*slot) for slot in self._targets]
-        return self._perturbation.on_devices_of(targets)
+        return self._perturbation.on_devices_of(self._weights.targets())
 
     def _rho_changed(self) -> None:
         if isinstance(self._perturbation, _BoundedAverages):
@@ -190,11 +190,11 @@ class _BoundedAverages(Addition):
         rows = [i for i, pair in enumerate(self._pairs) if pair.scaling != 0]
         if not rows:
             return
-        chosen = [averages[i] for i in rows]
+        chosen = [averages[i].flatten(1) for i in rows]
         B = [self._pairs[i].B for i in rows]
         scaling = [self._pairs[i].scaling for i in rows]
         factors = torch.ops.eflat_ext.bound(chosen, B, scaling, self.rho, self._scope)
-        scaled = torch._foreach_mul(chosen, list(factors.unbind()))
+        scaled = torch._foreach_mul([averages[i] for i in rows], list(factors.unbind()))
         torch._foreach_add_([targets[i] for i in rows], scaled)
 
 

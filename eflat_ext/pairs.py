@@ -1,7 +1,8 @@
 """Layer discovery: a PEFT model's LoRA pairs, and a name for everything that is no plain pair.
 
-A pair is one adapter of one linear layer, ``W = W0 + s B A`` with ``A`` of shape (r, m) and ``B``
-of shape (n, r). Everything is looked up when asked for: PEFT rescales, switches and merges
+A pair is one adapter of one layer, ``W = W0 + s B A`` with ``A`` of shape (r, m) and ``B`` of
+shape (n, r), W being an embedding's table transposed or a convolution's kernel flattened to
+(out, in * kernel). Everything is looked up when asked for: PEFT rescales, switches and merges
 adapters while a model trains, and other libraries replace parameters.
 """
 
@@ -16,7 +17,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 # Variants that change where or how ``s B A`` is used, but not that it is ``s B A``.
-_PLAIN_VARIANTS = {"DoraLinearVariant", "ALoraLinearVariant", "MiCALinearVariant"}
+_PLAIN_VARIANTS = {
+    "ALoraLinearVariant",
+    "DoraConv1dVariant",
+    "DoraConv2dVariant",
+    "DoraConv3dVariant",
+    "DoraEmbeddingVariant",
+    "DoraLinearVariant",
+    "MiCAEmbeddingVariant",
+    "MiCALinearVariant",
+}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +38,16 @@ class LoraPair:
         layer: PEFT's LoRA layer.
         adapter: the adapter's name.
         layer_name: the layer's qualified name in the model.
-        module_A, module_B: the linear modules whose ``weight`` is A, B.
+        module_A, module_B: the modules that hold the parameters of A, B.
+        key: the parameters' name in those modules.
     """
 
     layer: Any
     adapter: str
     layer_name: str
-    module_A: nn.Linear
-    module_B: nn.Linear
+    module_A: nn.Module
+    module_B: nn.Module
+    key: str = "weight"
 
     @property
     def name(self) -> str:
@@ -42,14 +55,24 @@ class LoraPair:
         return f"{self.layer_name}.{self.adapter}"
 
     @property
+    def parameter_A(self) -> Tensor:
+        """The parameter of A: (r, m), of a convolution (r, in, kernel...)."""
+        return getattr(self.module_A, self.key)
+
+    @property
+    def parameter_B(self) -> Tensor:
+        """The parameter of B: (n, r), of a convolution (n, r, 1...)."""
+        return getattr(self.module_B, self.key)
+
+    @property
     def A(self) -> Tensor:
-        """The (r, m) factor."""
-        return self.module_A.weight
+        """The (r, m) factor: its parameter, or a view of it (a copy in ``channels_last``)."""
+        return self.parameter_A.flatten(1)
 
     @property
     def B(self) -> Tensor:
-        """The (n, r) factor."""
-        return self.module_B.weight
+        """The (n, r) factor: its parameter, or a view of it."""
+        return self.parameter_B.flatten(1)
 
     @property
     def scaling(self) -> float:
@@ -59,11 +82,12 @@ class LoraPair:
     @property
     def active(self) -> bool:
         """Whether a forward pass adds ``s B A`` now: adapter there, active, enabled, not merged."""
-        layer = self.layer
+        layer, adapter = self.layer, self.adapter
+        factors = layer.lora_B if adapter in layer.lora_B else layer.lora_embedding_B
         return (
-            self.adapter in layer.lora_B
-            and layer.lora_B[self.adapter] is self.module_B
-            and self.adapter in layer.active_adapters
+            adapter in factors
+            and (factors is self.module_B or factors[adapter] is self.module_B)
+            and adapter in layer.active_adapters
             and not layer.disable_adapters
             and not layer.merged
         )
@@ -72,9 +96,10 @@ class LoraPair:
 def find_pairs(model: nn.Module) -> list[LoraPair]:
     """The pairs of every active adapter of a PEFT model, in module order.
 
-    LoRA layers that are no plain pair (embeddings, convolutions, experts, attention modules and
-    what lies within them, variants with a factor between A and B, factors whose memory another
-    parameter shares) are named in one UserWarning: they train, but without a perturbation.
+    LoRA layers that are no plain pair (experts, attention modules and what lies within them,
+    grouped convolutions, embeddings with ``max_norm``, variants with a factor between A and B,
+    factors whose memory another parameter shares) are named in one UserWarning: they train, but
+    without a perturbation.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
@@ -101,29 +126,27 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
         if isinstance(layer, attention_class):
             attention += (f"{name}.",)
         for adapter in layer.active_adapters:
-            if adapter in layer.lora_embedding_A:
-                others.append(f"{name} ({kind})")
-            elif adapter not in layer.lora_A or adapter not in layer.lora_B:
+            pair = _pair(layer, adapter, name)
+            if pair is None:
                 continue
             # Attention merges and unmerges in its forward pass: no place for a perturbation.
-            elif isinstance(layer, (attention_class, experts_class)) or inside:
+            if isinstance(layer, (attention_class, experts_class)) or inside:
                 others.append(f"{name} ({kind}{' within attention' if inside else ''})")
-            elif reason := _no_plain_pair(layer, adapter, shared):
+            elif reason := _no_plain_pair(pair, shared):
                 others.append(f"{name} ({kind}: {reason})")
             else:
-                A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-                pairs.append(LoraPair(layer, adapter, name, A, B))
+                pairs.append(pair)
     if others and pairs:
         warnings.warn(
-            "these LoRA layers are no plain pair of linear factors and train without a "
-            f"perturbation: {', '.join(others)}",
+            "these LoRA layers are no plain pair of factors and train without a perturbation: "
+            f"{', '.join(others)}",
             UserWarning,
             stacklevel=2,
         )
     if not pairs:
         found = f", only {', '.join(others)}" if others else ""
         raise ValueError(
-            "model: expected a PEFT model with LoRA on linear layers and an active adapter, got "
+            "model: expected a PEFT model with LoRA layers and an active adapter, got "
             f"{type(model).__name__} without any{found}"
         )
     return pairs
@@ -143,21 +166,39 @@ def _peft_classes() -> tuple[type, type, type]:
     )
 
 
-def _no_plain_pair(layer: Any, adapter: str, shared: set[int]) -> str:
+def _pair(layer: Any, adapter: str, name: str) -> LoraPair | None:
+    """What the layer holds of this adapter, plain or not."""
+    if adapter in layer.lora_embedding_A:
+        A, B = layer.lora_embedding_A, layer.lora_embedding_B  # dictionaries of parameters
+        return LoraPair(layer, adapter, name, A, B, key=adapter)
+    if adapter in layer.lora_A and adapter in layer.lora_B:
+        return LoraPair(layer, adapter, name, layer.lora_A[adapter], layer.lora_B[adapter])
+    return None
+
+
+def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
     """Why this adapter's factors are no plain pair; empty when they are one."""
-    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-    if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
+    layer, A, B = pair.layer, pair.module_A, pair.module_B
+    plain = (nn.Linear, nn.ParameterDict, *_CONVOLUTIONS)
+    if not (isinstance(A, plain) and isinstance(B, plain)):
         return f"factors are {type(A).__name__} and {type(B).__name__}"
-    for factor in (A.weight, B.weight):
+    for factor in (pair.parameter_A, pair.parameter_B):
         if _is_dtensor(factor):
             raise NotImplementedError(
                 f"{type(layer).__name__}: factors sharded as DTensor are not supported"
             )
         if factor.data_ptr() in shared:
             return "factor shares its memory with another parameter"
-    if A.weight.dim() != 2 or B.weight.dim() != 2 or A.weight.shape[0] != B.weight.shape[1]:
-        return f"shapes {tuple(A.weight.shape)} and {tuple(B.weight.shape)}"
-    variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
+    if isinstance(B, _CONVOLUTIONS) and (B.groups != 1 or A.groups != 1):
+        return f"{B.groups} groups"
+    if isinstance(B, nn.ParameterDict) and layer.get_base_layer().max_norm is not None:
+        return "max_norm"  # every forward pass renormalises A in place
+    if (
+        min(pair.parameter_A.dim(), pair.parameter_B.dim()) < 2
+        or pair.A.shape[0] != pair.B.shape[1]
+    ):
+        return f"shapes {tuple(pair.parameter_A.shape)} and {tuple(pair.parameter_B.shape)}"
+    variant = type(getattr(layer, "lora_variant", {}).get(pair.adapter)).__name__
     if variant != "NoneType" and variant not in _PLAIN_VARIANTS:
         return variant
     return ""

@@ -79,7 +79,9 @@ class PerturbedWeights:
         self._suspended = 0
         self._dirty = False  # the targets may differ from the copies
         self._applied = False  # the perturbation is in the targets, whole
-        self._held = self._targets()  # the parameters whose values were copied
+        self._held = [
+            getattr(*slot) for slot in self._slots
+        ]  # the parameters whose values were copied
         self._clean = [torch.empty_like(target) for target in self._held]
         self._owner: weakref.ref[Any] | None = weakref.ref(owner, self._disable)
         self._hook(model, guarded)
@@ -94,13 +96,17 @@ class PerturbedWeights:
         """Whether the perturbation is in the parameters now."""
         return self._applied
 
+    def targets(self) -> list[Tensor]:
+        """The parameters now; what was there last where a module holds none any more."""
+        return [getattr(*slot, held) for slot, held in zip(self._slots, self._held, strict=True)]
+
     def perturb(self) -> None:
         """Copy the clean values and add the perturbation; nothing if it is in already."""
         if self._applied or self._suspended or self._perturbation is None:
             return
         self.restore()
         with torch.no_grad():
-            targets = self._targets()
+            targets = self.targets()
             copies = self._copies(targets)
             torch._foreach_copy_(copies, targets)
             self._held, self._clean = targets, copies
@@ -128,7 +134,7 @@ class PerturbedWeights:
             Their clean values: the copies, or the targets themselves where those are clean. If the
             code raises, :meth:`restore` is still due, for all targets.
         """
-        targets = self._targets()
+        targets = self.targets()
         copied = {}
         if self._dirty:
             copied = {i: copy for i, copy in enumerate(self._clean) if self._held[i] is targets[i]}
@@ -189,9 +195,6 @@ class PerturbedWeights:
 
     def _disable(self, _: object) -> None:
         self.enabled = False
-
-    def _targets(self) -> list[Tensor]:
-        return [getattr(module, name) for module, name in self._slots]
 
     def _copies(self, targets: list[Tensor]) -> list[Tensor]:
         """The buffers, renewed where a parameter has moved or changed its type."""

@@ -174,7 +174,12 @@ class FlatLoRA(TwoGradients):
             self.norm_scope,
             self.rtol,
         )
-        return rows.indices, E, norms
+        targets = self._weights.targets()
+        return (
+            rows.indices,
+            [e.view_as(targets[i]) for e, i in zip(E, rows.indices, strict=True)],
+            norms,
+        )
 
 
 class LoRASAM(TwoGradients):
@@ -203,12 +208,16 @@ class LoRASAM(TwoGradients):
         good = norms.isfinite() & (norms > 0)
         shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
         scale = torch.where(good, rho / shared, 0)
-        index_of = {id(getattr(*slot)): index for index, slot in enumerate(self._targets)}
+        index_of = {id(target): index for index, target in enumerate(self._weights.targets())}
         indices, deltas = [], []
         for row, ok in enumerate(good.unbind()):
-            for factor, grad in ((rows.A[row], rows.grad_A[row]), (rows.B[row], rows.grad_B[row])):
+            for factor, grad in (
+                (rows.parameters_A[row], rows.grad_A[row]),
+                (rows.parameters_B[row], rows.grad_B[row]),
+            ):
                 index = index_of.pop(id(factor), None)  # frozen factors are no targets
                 if index is not None:
                     indices.append(index)
-                    deltas.append(torch.where(ok, grad * scale[row], 0).to(grad.dtype))
+                    delta = torch.where(ok, grad * scale[row], 0).to(grad.dtype)
+                    deltas.append(delta.view_as(factor))
         return indices, deltas, norms

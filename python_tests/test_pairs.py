@@ -33,8 +33,8 @@ class Zoo(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(10, 8)
-        self.convolution = nn.Conv2d(3, 4, 3)
+        self.embedding = nn.Embedding(10, 8, max_norm=1.0)
+        self.convolution = nn.Conv2d(4, 4, 3, groups=2)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.linear = nn.Linear(8, 6)
         self.experts = Experts()
@@ -208,8 +208,8 @@ def test_active_follows_the_layer() -> None:
 @pytest.mark.parametrize(
     ("targets", "config", "named"),
     [
-        (["embedding", "linear"], {}, ["embedding (Embedding)"]),
-        (["convolution", "linear"], {}, ["convolution (Conv2d: factors are Conv2d and Conv2d)"]),
+        (["embedding", "linear"], {}, ["embedding (Embedding: max_norm)"]),
+        (["convolution", "linear"], {}, ["convolution (Conv2d: 2 groups)"]),
         (
             ["attention", "linear"],
             {},
@@ -245,7 +245,9 @@ def test_a_variant_with_a_factor_between_is_named() -> None:
 
 def test_tied_factors_that_are_views_are_named() -> None:
     model = lora_gpt2(target_modules=["c_attn", "wte", "lm_head"], ensure_weight_tying=True)
-    with pytest.warns(UserWarning, match=r"wte \(Embedding\).*lm_head .*shares its memory"):
+    with pytest.warns(
+        UserWarning, match=r"wte \(Embedding: factor shares.*lm_head .*shares its memory"
+    ):
         pairs = find_pairs(model)
     assert {pair.layer_name.rsplit(".", 1)[-1] for pair in pairs} == {"c_attn"}
 
