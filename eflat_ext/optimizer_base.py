@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .pairs import LoraPair, find_pairs
+from .pairs import LoraPair, find_pairs, merging_layers
 from .perturbed import PerturbedWeights, Slot
 
 Rho: TypeAlias = float | Callable[[int], float]
@@ -85,9 +85,10 @@ class PerturbingOptimizer(Optimizer):
         self._rho_now(rho)
 
     def _perturb_with(self, model: nn.Module, perturbation: Callable[[list[Tensor]], None]) -> None:
-        layers = dict.fromkeys(pair.layer for pair in self.pairs)
+        merging = merging_layers(model)
+        layers = dict.fromkeys([*(pair.layer for pair in self.pairs), *merging])
         guarded = [(layer, name) for layer in layers for name in ("merge", "unmerge")]
-        self._weights = PerturbedWeights(model, self._targets, perturbation, self, guarded)
+        self._weights = PerturbedWeights(model, self._targets, perturbation, self, guarded, merging)
 
     # The base optimizer's own groups, state and defaults: it rebinds them when it loads.
 

@@ -96,10 +96,9 @@ class LoraPair:
 def find_pairs(model: nn.Module) -> list[LoraPair]:
     """The pairs of every active adapter of a PEFT model, in module order.
 
-    LoRA layers that are no plain pair (experts, attention modules and what lies within them,
-    grouped convolutions, embeddings with ``max_norm``, variants with a factor between A and B,
-    factors whose memory another parameter shares) are named in one UserWarning: they train, but
-    without a perturbation.
+    LoRA layers that are no plain pair (experts, grouped convolutions, embeddings with
+    ``max_norm``, variants with a factor between A and B, factors whose memory another parameter
+    shares) are named in one UserWarning: they train, but without a perturbation.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
@@ -110,28 +109,23 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
         ValueError: no LoRA layer, or none that is a plain pair.
         NotImplementedError: a factor is a DTensor.
     """
-    LoraLayer, attention_class, experts_class = _peft_classes()
+    LoraLayer, _, experts_class = _peft_classes()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     shared = _shared_memory(model)
     pairs: list[LoraPair] = []
     others: list[str] = []
-    attention: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         layer: Any = module
         kind = type(layer).__name__
-        inside = name.startswith(attention)
-        if isinstance(layer, attention_class):
-            attention += (f"{name}.",)
         for adapter in layer.active_adapters:
             pair = _pair(layer, adapter, name)
             if pair is None:
                 continue
-            # Attention merges and unmerges in its forward pass: no place for a perturbation.
-            if isinstance(layer, (attention_class, experts_class)) or inside:
-                others.append(f"{name} ({kind}{' within attention' if inside else ''})")
+            if isinstance(layer, experts_class):
+                others.append(f"{name} ({kind})")
             elif reason := _no_plain_pair(pair, shared):
                 others.append(f"{name} ({kind}: {reason})")
             else:
@@ -150,6 +144,12 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
             f"{type(model).__name__} without any{found}"
         )
     return pairs
+
+
+def merging_layers(model: nn.Module) -> list[Any]:
+    """The LoRA layers whose forward passes merge and unmerge: attention modules."""
+    _, attention_class, _ = _peft_classes()
+    return [module for module in model.modules() if isinstance(module, attention_class)]
 
 
 def _peft_classes() -> tuple[type, type, type]:

@@ -35,7 +35,6 @@ class Zoo(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(10, 8, max_norm=1.0)
         self.convolution = nn.Conv2d(4, 4, 3, groups=2)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.linear = nn.Linear(8, 6)
         self.experts = Experts()
 
@@ -210,11 +209,6 @@ def test_active_follows_the_layer() -> None:
     [
         (["embedding", "linear"], {}, ["embedding (Embedding: max_norm)"]),
         (["convolution", "linear"], {}, ["convolution (Conv2d: 2 groups)"]),
-        (
-            ["attention", "linear"],
-            {},
-            ["attention (MultiheadAttention)", "out_proj (Linear within"],
-        ),
         (["linear"], {"target_parameters": ["experts.weight"]}, ["experts (ParamWrapper)"]),
         (["embedding", "convolution", "linear"], {}, ["embedding (E", "convolution (C"]),
     ],
