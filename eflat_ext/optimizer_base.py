@@ -30,7 +30,7 @@ class PairList(NamedTuple):
     """The arguments of the operators for some pairs: factors, gradients, scalings.
 
     Factors and gradients are matrices; the parameters that they are views of have other shapes
-    in convolutions.
+    in convolutions, and several pairs in experts.
     """
 
     indices: list[int]
@@ -68,7 +68,7 @@ class PerturbingOptimizer(Optimizer):
             raise ValueError(f'norm_scope: expected "layer" or "global", got {norm_scope!r}')
         self.base = base
         self.norm_scope = norm_scope
-        self.pairs, slots = _perturbed_pairs(find_pairs(model), base, factors)
+        self.pairs, slots, self._target_of = _perturbed_pairs(find_pairs(model), base, factors)
         # Optimizer.__init__ would make groups and state of its own; this sets the hooks alone.
         self.__setstate__({})
         self._targets: list[Slot] = slots
@@ -211,8 +211,8 @@ class PerturbingOptimizer(Optimizer):
             rows.indices.append(index)
             rows.A.append(pair.A)
             rows.B.append(pair.B)
-            rows.grad_A.append(self._gradient(A).flatten(1))
-            rows.grad_B.append(self._gradient(B).flatten(1))
+            rows.grad_A.append(pair.part("A", self._gradient(A)).flatten(1))
+            rows.grad_B.append(pair.part("B", self._gradient(B)).flatten(1))
             rows.scaling.append(scaling)
             rows.parameters_A.append(A)
             rows.parameters_B.append(B)
@@ -364,23 +364,32 @@ def _check_base(base: Optimizer) -> None:
 
 def _perturbed_pairs(
     pairs: list[LoraPair], base: Optimizer, factors: Sequence[str]
-) -> tuple[list[LoraPair], list[Slot]]:
-    """The pairs that have a target the base optimizer trains, and those targets, each once."""
+) -> tuple[list[LoraPair], list[Slot], list[int]]:
+    """The pairs that have a target the base optimizer trains, and those targets, each once.
+
+    And the index of the (first) target of each pair: the experts of a layer share theirs.
+    """
     trained = {id(p) for p in _parameters(base.param_groups) if p.requires_grad}
     kept: list[LoraPair] = []
     slots: list[Slot] = []
     left_out: list[str] = []
-    taken: set[int] = set()
+    target_of: list[int] = []
+    taken: dict[int, tuple[str, int]] = {}  # by whom, and the index of the target
     for pair in pairs:
         modules = [pair.module_A if factor == "A" else pair.module_B for factor in factors]
         own = [slot for module in modules if id(getattr(*(slot := (module, pair.key)))) in trained]
-        new = [slot for slot in own if id(getattr(*slot)) not in taken]  # tied: once
-        taken.update(id(getattr(*slot)) for slot in new)
-        slots += new
+        new: list[int] = []
+        for slot in own:
+            group, index = taken.setdefault(id(getattr(*slot)), (pair.group, len(slots)))
+            if index == len(slots):
+                slots.append(slot)
+            if group == pair.group:  # tied: once
+                new.append(index)
         if new:
             kept.append(pair)
+            target_of.append(new[0])
         elif not own:
-            left_out.append(pair.name)
+            left_out.append(pair.group)
     target = " or ".join(factors)
     if not kept:
         raise ValueError(
@@ -390,11 +399,11 @@ def _perturbed_pairs(
     if left_out:
         warnings.warn(
             f"factor {target} of these pairs is frozen or not among the base optimizer's "
-            f"parameters, they train without a perturbation: {', '.join(left_out)}",
+            f"parameters, they train without a perturbation: {', '.join(dict.fromkeys(left_out))}",
             UserWarning,
             stacklevel=4,
         )
-    return kept, slots
+    return kept, slots, target_of
 
 
 def check_transfer(onto: str, rtol: float | None) -> None:

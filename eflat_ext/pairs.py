@@ -1,9 +1,10 @@
 """Layer discovery: a PEFT model's LoRA pairs, and a name for everything that is no plain pair.
 
 A pair is one adapter of one layer, ``W = W0 + s B A`` with ``A`` of shape (r, m) and ``B`` of
-shape (n, r), W being an embedding's table transposed or a convolution's kernel flattened to
-(out, in * kernel). Everything is looked up when asked for: PEFT rescales, switches and merges
-adapters while a model trains, and other libraries replace parameters.
+shape (n, r), W being an embedding's table transposed, a convolution's kernel flattened to
+(out, in * kernel), or the weight of one expert of many. Everything is looked up when asked for:
+PEFT rescales, switches and merges adapters while a model trains, and other libraries replace
+parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True, eq=False)
 class LoraPair:
-    """One adapter of one LoRA layer.
+    """One adapter of one LoRA layer, or of one expert of such a layer.
 
     Attributes:
         layer: PEFT's LoRA layer.
@@ -40,6 +41,7 @@ class LoraPair:
         layer_name: the layer's qualified name in the model.
         module_A, module_B: the modules that hold the parameters of A, B.
         key: the parameters' name in those modules.
+        expert, experts: which of how many experts, whose factors share the two parameters.
     """
 
     layer: Any
@@ -48,31 +50,46 @@ class LoraPair:
     module_A: nn.Module
     module_B: nn.Module
     key: str = "weight"
+    expert: int = 0
+    experts: int = 1
 
     @property
     def name(self) -> str:
-        """Unique within a model: the layer's qualified name and the adapter's."""
+        """Unique within a model: the layer's qualified name, the adapter's, the expert's number."""
+        return self.group if self.experts == 1 else f"{self.group}.{self.expert}"
+
+    @property
+    def group(self) -> str:
+        """The name without the expert's number."""
         return f"{self.layer_name}.{self.adapter}"
 
     @property
     def parameter_A(self) -> Tensor:
-        """The parameter of A: (r, m), of a convolution (r, in, kernel...)."""
+        """The parameter of A: (r, m), (r, in, kernel...), or (experts r, m)."""
         return getattr(self.module_A, self.key)
 
     @property
     def parameter_B(self) -> Tensor:
-        """The parameter of B: (n, r), of a convolution (n, r, 1...)."""
+        """The parameter of B: (n, r), (n, r, 1...), or (n, r experts)."""
         return getattr(self.module_B, self.key)
 
     @property
     def A(self) -> Tensor:
         """The (r, m) factor: its parameter, or a view of it (a copy in ``channels_last``)."""
-        return self.parameter_A.flatten(1)
+        return self.part("A", self.parameter_A).flatten(1)
 
     @property
     def B(self) -> Tensor:
         """The (n, r) factor: its parameter, or a view of it."""
-        return self.parameter_B.flatten(1)
+        return self.part("B", self.parameter_B).flatten(1)
+
+    def part(self, factor: str, tensor: Tensor) -> Tensor:
+        """What this pair owns of a tensor shaped like the parameter of ``factor``; a view."""
+        if self.experts == 1:
+            return tensor
+        if factor == "A":
+            return tensor.unflatten(0, (self.experts, -1))[self.expert]
+        return tensor.unflatten(1, (-1, self.experts))[:, :, self.expert]
 
     @property
     def scaling(self) -> float:
@@ -96,9 +113,9 @@ class LoraPair:
 def find_pairs(model: nn.Module) -> list[LoraPair]:
     """The pairs of every active adapter of a PEFT model, in module order.
 
-    LoRA layers that are no plain pair (experts, grouped convolutions, embeddings with
-    ``max_norm``, variants with a factor between A and B, factors whose memory another parameter
-    shares) are named in one UserWarning: they train, but without a perturbation.
+    LoRA layers that are no plain pair (grouped convolutions, embeddings with ``max_norm``, variants
+    with a factor between A and B, factors whose memory another parameter shares) are named in one
+    UserWarning: they train, but without a perturbation.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
@@ -109,7 +126,7 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
         ValueError: no LoRA layer, or none that is a plain pair.
         NotImplementedError: a factor is a DTensor.
     """
-    LoraLayer, _, experts_class = _peft_classes()
+    LoraLayer, _ = _peft_classes()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     shared = _shared_memory(model)
@@ -121,15 +138,11 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
         layer: Any = module
         kind = type(layer).__name__
         for adapter in layer.active_adapters:
-            pair = _pair(layer, adapter, name)
-            if pair is None:
-                continue
-            if isinstance(layer, experts_class):
-                others.append(f"{name} ({kind})")
-            elif reason := _no_plain_pair(pair, shared):
+            found = _pairs(layer, adapter, name)
+            if found and (reason := _no_plain_pair(found[0], shared)):
                 others.append(f"{name} ({kind}: {reason})")
             else:
-                pairs.append(pair)
+                pairs += found
     if others and pairs:
         warnings.warn(
             "these LoRA layers are no plain pair of factors and train without a perturbation: "
@@ -138,42 +151,43 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
             stacklevel=2,
         )
     if not pairs:
-        found = f", only {', '.join(others)}" if others else ""
+        rest = f", only {', '.join(others)}" if others else ""
         raise ValueError(
             "model: expected a PEFT model with LoRA layers and an active adapter, got "
-            f"{type(model).__name__} without any{found}"
+            f"{type(model).__name__} without any{rest}"
         )
     return pairs
 
 
 def merging_layers(model: nn.Module) -> list[Any]:
     """The LoRA layers whose forward passes merge and unmerge: attention modules."""
-    _, attention_class, _ = _peft_classes()
+    _, attention_class = _peft_classes()
     return [module for module in model.modules() if isinstance(module, attention_class)]
 
 
-def _peft_classes() -> tuple[type, type, type]:
+def _peft_classes() -> tuple[type, type]:
     try:
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora import layer as classes
     except ImportError as error:
         raise ImportError("finding LoRA layers needs PEFT: pip install peft") from error
-    absent = type("Absent", (), {})  # classes that an older PEFT does not have
-    return (
-        LoraLayer,
-        getattr(classes, "MultiheadAttention", absent),
-        getattr(classes, "ParamWrapper", absent),
-    )
+    absent = type("Absent", (), {})  # a class that an older PEFT does not have
+    return LoraLayer, getattr(classes, "MultiheadAttention", absent)
 
 
-def _pair(layer: Any, adapter: str, name: str) -> LoraPair | None:
+def _pairs(layer: Any, adapter: str, name: str) -> list[LoraPair]:
     """What the layer holds of this adapter, plain or not."""
     if adapter in layer.lora_embedding_A:
         A, B = layer.lora_embedding_A, layer.lora_embedding_B  # dictionaries of parameters
-        return LoraPair(layer, adapter, name, A, B, key=adapter)
+        return [LoraPair(layer, adapter, name, A, B, key=adapter)]
     if adapter in layer.lora_A and adapter in layer.lora_B:
-        return LoraPair(layer, adapter, name, layer.lora_A[adapter], layer.lora_B[adapter])
-    return None
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        experts = getattr(layer, "num_experts", 1)  # of a parameter that PEFT wraps
+        return [
+            LoraPair(layer, adapter, name, A, B, expert=expert, experts=experts)
+            for expert in range(experts)
+        ]
+    return []
 
 
 def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eflat_ext.pairs import LoraPair
 
@@ -23,6 +24,19 @@ class Around(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.tanh(self.layer(x))
         return (y * torch.linspace(-1, 1, y[0].numel(), dtype=y.dtype).view_as(y[0])).sum() / len(x)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the package's operators that were called within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "eflat":
+            self.names.append(func._schema.name.removeprefix("eflat::"))
+        return func(*args, **(kwargs or {}))
 
 
 def _normal(*shape: int) -> Callable[[], Tensor]:

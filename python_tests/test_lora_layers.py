@@ -9,6 +9,7 @@ import pytest
 import torch
 from lora_layers import (
     KINDS,
+    Calls,
     as_matrix,
     batch_of,
     gradient_matrices,
@@ -18,7 +19,6 @@ from lora_layers import (
 from models import CREATE, assert_same_bits, same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from eflat_ext import reference
 from eflat_ext.optimizers import create_eflat_optimizer
@@ -40,19 +40,6 @@ def delta(pair: Any) -> Tensor:
     """What PEFT says the adapter adds to the layer's weight, as a matrix."""
     with torch.no_grad():
         return weight_matrix(pair.layer, pair.layer.get_delta_weight(pair.adapter))
-
-
-class Calls(TorchDispatchMode):
-    """Names of the package's operators that were called within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace == "eflat":
-            self.names.append(func._schema.name.removeprefix("eflat::"))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
