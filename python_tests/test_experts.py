@@ -258,3 +258,45 @@ def test_fused_steps_of_the_linear_layers_alone(onto: str) -> None:
             torch.testing.assert_close(value, other[name], **CLOSE)
     trained = [bool(runs[0][1][pair.name].any()) for pair in optimizer.pairs]
     assert trained == [False, False, False, True]
+
+
+@pytest.mark.parametrize("method", CREATE)
+def test_a_mixture_of_experts_of_transformers(method: str) -> None:
+    """Experts that no token went to are skipped; the others move, the model learns."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    shape = MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+    )
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    model = get_peft_model(MixtralForCausalLM(shape), config).train()
+    optimizer = CREATE[method](model, torch.optim.AdamW, lr=1e-2, rho=RHO)
+    assert [pair.experts for pair in optimizer.pairs] == [1, *[4] * 8] * 2
+    tokens = torch.randint(0, 40, (1, 2)).repeat(2, 4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert int(optimizer.skipped_perturbations) > 0
+    before = weights(model)
+    model(tokens)
+    saved = model.state_dict()
+    names = [name for name in before if "lora_" in name]
+    assert_same_bits({k: saved[k] for k in names}, {k: before[k] for k in names})
