@@ -35,6 +35,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class LoraPair:
     """One adapter of one LoRA layer, or of one expert of such a layer.
 
+    The factors of a deleted adapter of an embedding are gone: asking for them is an AttributeError.
+
     Attributes:
         layer: PEFT's LoRA layer.
         adapter: the adapter's name.

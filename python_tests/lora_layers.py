@@ -10,7 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eflat_ext import reference
+from eflat_ext.optimizers import EFlatLoRA
 from eflat_ext.pairs import LoraPair
+
+RHO, BETA = 0.1, 0.6
+CLOSE = {"rtol": 1e-8, "atol": 1e-11}
 
 
 class Around(nn.Module):
@@ -82,5 +87,38 @@ def weight_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     return as_matrix(weight.T if isinstance(layer.get_base_layer(), nn.Embedding) else weight)
 
 
+def factors(pair: LoraPair) -> tuple[Tensor, Tensor]:
+    return as_matrix(pair.parameter_A), as_matrix(pair.parameter_B)
+
+
 def gradient_matrices(pair: LoraPair) -> tuple[Tensor, Tensor]:
-    return as_matrix(pair.parameter_A.grad), as_matrix(pair.parameter_B.grad)
+    """Gradients of A and B; zeros for a frozen one."""
+    A, B = (
+        as_matrix(torch.zeros_like(p) if p.grad is None else p.grad)
+        for p in (pair.parameter_A, pair.parameter_B)
+    )
+    return A, B
+
+
+def step_as_the_reference(
+    optimizer: EFlatLoRA, loss: Callable[[int], Tensor], steps: int = 3
+) -> None:
+    """Steps whose averages must be the reference's, made from live factors and gradients.
+
+    Args:
+        optimizer: of radius ``RHO`` and weight ``BETA``, its averages zero.
+        loss: the loss at a step's number.
+    """
+    expected = {name: 0.0 for name in optimizer.averages}
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        for pair in optimizer.pairs:
+            row = (*factors(pair), *gradient_matrices(pair), pair.scaling)
+            E, norm = reference.perturb(*row, RHO, optimizer.onto)
+            assert norm > 0
+            expected[pair.name] = (1 - BETA) * expected[pair.name] + BETA * E
+        optimizer.step()
+    for name, average in optimizer.averages.items():
+        torch.testing.assert_close(as_matrix(average), expected[name], **CLOSE)
+        assert average.any()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_layers import Calls
+from lora_layers import BETA, CLOSE, RHO, Calls
 from models import CREATE, assert_same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from eflat_ext import reference
 from eflat_ext.optimizers import create_eflat_optimizer
 from eflat_ext.pairs import find_pairs
 
-RHO, BETA, RANK, EXPERTS = 0.1, 0.6, 2, 3
-CLOSE = {"rtol": 1e-8, "atol": 1e-11}
+RANK, EXPERTS = 2, 3
 
 
 class Experts(nn.Module):

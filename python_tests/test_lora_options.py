@@ -7,38 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from lora_layers import as_matrix, batch_of, lora_around
+from lora_layers import BETA, RHO, batch_of, lora_around, step_as_the_reference
 from models import Mlp, batches, lora_mlp, loss_of, trainable
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
-from eflat_ext import reference
 from eflat_ext.optimizers import EFlatLoRA, create_eflat_optimizer
-
-RHO, BETA = 0.1, 0.6
-CLOSE = {"rtol": 1e-7, "atol": 1e-10}
-
-
-def step_as_the_reference(optimizer: EFlatLoRA, loss: Any, steps: int = 3) -> None:
-    """Steps whose averages must be the reference's, taken from live factors and gradients."""
-    expected = {name: 0.0 for name in optimizer.averages}
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss(step).backward()
-        for pair in optimizer.pairs:
-            grads = [
-                torch.zeros_like(as_matrix(p)) if p.grad is None else as_matrix(p.grad)
-                for p in (pair.parameter_A, pair.parameter_B)
-            ]
-            factors = as_matrix(pair.parameter_A), as_matrix(pair.parameter_B)
-            E, norm = reference.perturb(*factors, *grads, pair.scaling, RHO, optimizer.onto)
-            assert norm > 0
-            expected[pair.name] = (1 - BETA) * expected[pair.name] + BETA * E
-        optimizer.step()
-    for name, average in optimizer.averages.items():
-        torch.testing.assert_close(as_matrix(average), expected[name], **CLOSE)
-        assert average.any()
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
