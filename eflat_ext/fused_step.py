@@ -46,7 +46,7 @@ def adamw_lists(base: Optimizer, rows: PairList) -> AdamWLists | None:
     """
     if type(base) is not AdamW or not _own_step(base) or _has_hooks(base):
         return None
-    factors = [*rows.A, *rows.B]
+    factors = [*rows.parameters_A, *rows.parameters_B]
     if not factors or len({id(factor) for factor in factors}) < len(factors):
         return None
     device = factors[0].device
@@ -62,7 +62,8 @@ def adamw_lists(base: Optimizer, rows: PairList) -> AdamWLists | None:
         numbers, state = numbers_of.get(id(factor)), base.state.get(factor)
         if numbers is None or not state or factor.device != device or not _usable(factor, state):
             return None
-        tensors.append((state["exp_avg"], state["exp_avg_sq"], state["step"]))
+        moments = (state[name].flatten(1) for name in ("exp_avg", "exp_avg_sq"))
+        tensors.append((*moments, state["step"]))
         chosen.append(numbers)
     if len({id(step) for _, _, step in tensors}) < len(tensors):
         return None

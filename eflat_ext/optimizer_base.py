@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .pairs import LoraPair, find_pairs, stacklevel_of_user
+from .pairs import LoraPair, find_pairs, merging_layers, stacklevel_of_user
 from .perturbed import PerturbedWeights, Slot
 
 Rho: TypeAlias = float | Callable[[int], float]
@@ -27,7 +27,11 @@ _AVERAGE, _STEPS, _SKIPPED = "perturbation_ema", "perturbation_steps", "perturba
 
 
 class PairList(NamedTuple):
-    """The arguments of the operators for some pairs: factors, gradients, scalings."""
+    """The arguments of the operators for some pairs: factors, gradients, scalings.
+
+    Factors and gradients are matrices; the parameters that they are views of have other shapes
+    in convolutions, and several pairs in experts.
+    """
 
     indices: list[int]
     A: list[Tensor]
@@ -35,6 +39,8 @@ class PairList(NamedTuple):
     grad_A: list[Tensor]
     grad_B: list[Tensor]
     scaling: list[float]
+    parameters_A: list[Tensor]
+    parameters_B: list[Tensor]
 
 
 class PerturbingOptimizer(Optimizer):
@@ -62,7 +68,7 @@ class PerturbingOptimizer(Optimizer):
             raise ValueError(f'norm_scope: expected "layer" or "global", got {norm_scope!r}')
         self.base = base
         self.norm_scope = norm_scope
-        self.pairs, slots = _perturbed_pairs(find_pairs(model), base, factors)
+        self.pairs, slots, self._target_of = _perturbed_pairs(find_pairs(model), base, factors)
         # Optimizer.__init__ would make groups and state of its own; this sets the hooks alone.
         self.__setstate__({})
         self._targets: list[Slot] = slots
@@ -79,8 +85,10 @@ class PerturbingOptimizer(Optimizer):
         self._rho_now(rho)
 
     def _perturb_with(self, model: nn.Module, perturbation: Callable[[list[Tensor]], None]) -> None:
-        guarded = [(pair.layer, name) for pair in self.pairs for name in ("merge", "unmerge")]
-        self._weights = PerturbedWeights(model, self._targets, perturbation, self, guarded)
+        merging = merging_layers(model)
+        layers = dict.fromkeys([*(pair.layer for pair in self.pairs), *merging])
+        guarded = [(layer, name) for layer in layers for name in ("merge", "unmerge")]
+        self._weights = PerturbedWeights(model, self._targets, perturbation, self, guarded, merging)
 
     # The base optimizer's own groups, state and defaults: it rebinds them when it loads.
 
@@ -192,19 +200,26 @@ class PerturbingOptimizer(Optimizer):
 
     def _with_gradients(self) -> PairList:
         """The pairs that have a gradient and a scaling; a factor without a gradient gets zeros."""
-        rows = PairList([], [], [], [], [], [])
+        rows = PairList([], [], [], [], [], [], [], [])
         for index, pair in enumerate(self.pairs):
-            A, B = pair.A, pair.B
-            grad_A, grad_B, scaling = A.grad, B.grad, pair.scaling
-            if (grad_A is None and grad_B is None) or scaling == 0:
+            scaling = pair.scaling
+            if scaling == 0:
+                continue
+            A, B = pair.parameter_A, pair.parameter_B
+            if A.grad is None and B.grad is None:
                 continue
             rows.indices.append(index)
-            rows.A.append(A)
-            rows.B.append(B)
-            rows.grad_A.append(self._no_gradient(A) if grad_A is None else grad_A)
-            rows.grad_B.append(self._no_gradient(B) if grad_B is None else grad_B)
+            rows.A.append(pair.A)
+            rows.B.append(pair.B)
+            rows.grad_A.append(pair.part("A", self._gradient(A)).flatten(1))
+            rows.grad_B.append(pair.part("B", self._gradient(B)).flatten(1))
             rows.scaling.append(scaling)
+            rows.parameters_A.append(A)
+            rows.parameters_B.append(B)
         return rows
+
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        return self._no_gradient(parameter) if parameter.grad is None else parameter.grad
 
     def _no_gradient(self, factor: Tensor) -> Tensor:
         key = (factor.device, factor.dtype)
@@ -349,23 +364,32 @@ def _check_base(base: Optimizer) -> None:
 
 def _perturbed_pairs(
     pairs: list[LoraPair], base: Optimizer, factors: Sequence[str]
-) -> tuple[list[LoraPair], list[Slot]]:
-    """The pairs that have a target the base optimizer trains, and those targets, each once."""
+) -> tuple[list[LoraPair], list[Slot], list[int]]:
+    """The pairs that have a target the base optimizer trains, and those targets, each once.
+
+    And the index of the (first) target of each pair: the experts of a layer share theirs.
+    """
     trained = {id(p) for p in _parameters(base.param_groups) if p.requires_grad}
     kept: list[LoraPair] = []
     slots: list[Slot] = []
     left_out: list[str] = []
-    taken: set[int] = set()
+    target_of: list[int] = []
+    taken: dict[int, tuple[str, int]] = {}  # by whom, and the index of the target
     for pair in pairs:
         modules = [pair.module_A if factor == "A" else pair.module_B for factor in factors]
-        own = [module for module in modules if id(module.weight) in trained]
-        new = [module for module in own if id(module.weight) not in taken]  # tied: once
-        taken.update(id(module.weight) for module in new)
-        slots += [(module, "weight") for module in new]
+        own = [slot for module in modules if id(getattr(*(slot := (module, pair.key)))) in trained]
+        new: list[int] = []
+        for slot in own:
+            group, index = taken.setdefault(id(getattr(*slot)), (pair.group, len(slots)))
+            if index == len(slots):
+                slots.append(slot)
+            if group == pair.group:  # tied: once
+                new.append(index)
         if new:
             kept.append(pair)
+            target_of.append(new[0])
         elif not own:
-            left_out.append(pair.name)
+            left_out.append(pair.group)
     target = " or ".join(factors)
     if not kept:
         raise ValueError(
@@ -375,11 +399,11 @@ def _perturbed_pairs(
     if left_out:
         warnings.warn(
             f"factor {target} of these pairs is frozen or not among the base optimizer's "
-            f"parameters, they train without a perturbation: {', '.join(left_out)}",
+            f"parameters, they train without a perturbation: {', '.join(dict.fromkeys(left_out))}",
             UserWarning,
             stacklevel=stacklevel_of_user(),
         )
-    return kept, slots
+    return kept, slots, target_of
 
 
 def check_transfer(onto: str, rtol: float | None) -> None:

@@ -5,7 +5,7 @@ EFlat-LoRA: Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +36,14 @@ class EFlatLoRA(PerturbingOptimizer):
     average, restores the clean weights and lets the base optimizer step. So weights are clean
     after ``step``; gradients accumulated over micro-batches belong to one perturbed point; and
     what saves or merges weights at any other time is given the clean ones. Averages are float32
-    (float64 for float64 factors) and have the shape of their target.
+    (float64 for float64 factors) and have the shape of their target. Each expert of a layer counts
+    as a layer of its own.
 
     A pair whose gradients are zero, or whose norm is not finite, keeps its average bit for bit
     and is counted in ``skipped_perturbations``.
 
     Args:
-        model: a PEFT model with LoRA on linear layers.
+        model: a PEFT model with LoRA layers.
         base: the optimizer of its trainable parameters.
         rho: radius, in units of the weights: a finite number >= 0 or a callable of the number of
             completed steps. It may be assigned between steps; it is not in ``state_dict``.
@@ -84,7 +85,7 @@ class EFlatLoRA(PerturbingOptimizer):
         targets = [getattr(*slot) for slot in self._targets]
         averages = [torch.zeros(t.shape, dtype=_average_dtype(t), device=t.device) for t in targets]
         self._perturbation = (
-            _BoundedAverages(averages, self.pairs, norm_scope)
+            _BoundedAverages(averages, self.pairs, self._target_of, norm_scope)
             if onto == "A"
             else Addition(averages)
         )
@@ -94,9 +95,8 @@ class EFlatLoRA(PerturbingOptimizer):
     @property
     def averages(self) -> dict[str, Tensor]:
         """The moving average of each pair's perturbation, by pair name; live tensors."""
-        return {
-            pair.name: average for pair, average in zip(self.pairs, self._averages(), strict=True)
-        }
+        parts = self._parts(range(len(self.pairs)))
+        return {pair.name: part for pair, part in zip(self.pairs, parts, strict=True)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -142,8 +142,8 @@ class EFlatLoRA(PerturbingOptimizer):
             self._weights.perturb()
         elif self._steps and rows.indices:
             self._warn_clean_gradient()
-        all_averages = self._averages()
-        averages = [all_averages[i] for i in rows.indices]
+        parts = self._parts(rows.indices)
+        averages = [part.flatten(1).contiguous() for part in parts]
         skipped = self._skipped_on(rows.A[0].device if rows.A else self._skipped.device)
         gradients = (rows.A, rows.B, rows.grad_A, rows.grad_B)
         radius = (rows.scaling, rho, self.beta)
@@ -155,15 +155,24 @@ class EFlatLoRA(PerturbingOptimizer):
             )
         else:
             moments, numbers = adamw[:3], adamw[3:]
-            with self._weights.restored_by(rows.indices) as clean:
+            with self._weights.restored_by([self._target_of[i] for i in rows.indices]) as clean:
+                clean = [value.flatten(1) for value in clean]
                 norms = torch.ops.eflat.foreach_adamw_step_(
                     *gradients, clean, averages, *moments, skipped, *radius, *numbers, *options
                 )
+        for part, average in zip(parts, averages, strict=True):
+            if not part.is_contiguous():
+                part.copy_(average)
         self._norms = (rows.indices, norms)
-        return [] if adamw is None else [*rows.A, *rows.B]
+        return [] if adamw is None else [*rows.parameters_A, *rows.parameters_B]
+
+    def _parts(self, indices: Iterable[int]) -> list[Tensor]:
+        """The averages of some pairs."""
+        averages = self._averages()
+        return [self.pairs[i].part(self.onto, averages[self._target_of[i]]) for i in indices]
 
     def _averages(self) -> list[Tensor]:
-        targets = [getattr(*slot) for slot in self._targets]
+        targets = self._weights.targets()
         averages = self._perturbation.on_devices_of(targets)
         for index, (average, target) in enumerate(zip(averages, targets, strict=True)):
             averages[index] = average.to(_average_dtype(target))  # a model may change its type
@@ -180,25 +189,35 @@ class _BoundedAverages(Addition):
     They were made with an earlier B: while B is small and grows, the product would explode.
     """
 
-    def __init__(self, averages: list[Tensor], pairs: list[LoraPair], norm_scope: str) -> None:
+    def __init__(
+        self,
+        averages: list[Tensor],
+        pairs: list[LoraPair],
+        target_of: list[int],
+        norm_scope: str,
+    ) -> None:
         super().__init__(averages)
         # A tensor on the host: a compiled forward pass would be compiled anew for each number.
         self.rho = torch.zeros((), dtype=torch.float64)
-        self._pairs = pairs
+        self._pairs, self._target_of = pairs, target_of
         self._scope = norm_scope
 
     def __call__(self, targets: list[Tensor]) -> None:
         averages = self.on_devices_of(targets)
         # A layer scaled by zero has no full-space norm, and adds nothing to the model either.
-        rows = [i for i, pair in enumerate(self._pairs) if pair.scaling != 0]
+        rows = [(p, i) for p, i in zip(self._pairs, self._target_of, strict=True) if p.scaling != 0]
         if not rows:
             return
-        chosen = [averages[i] for i in rows]
-        B = [self._pairs[i].B for i in rows]
-        scaling = [self._pairs[i].scaling for i in rows]
-        factors = torch.ops.eflat_ext.bound(chosen, B, scaling, self.rho, self._scope)
+        chosen = [pair.part("A", averages[i]) for pair, i in rows]
+        factors = torch.ops.eflat_ext.bound(
+            [part.flatten(1) for part in chosen],
+            [pair.B for pair, _ in rows],
+            [pair.scaling for pair, _ in rows],
+            self.rho,
+            self._scope,
+        )
         scaled = torch._foreach_mul(chosen, list(factors.unbind()))
-        torch._foreach_add_([targets[i] for i in rows], scaled)
+        torch._foreach_add_([pair.part("A", targets[i]) for pair, i in rows], scaled)
 
 
 @torch.library.custom_op("eflat_ext::bound", mutates_args=())

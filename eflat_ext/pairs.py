@@ -1,8 +1,10 @@
 """Layer discovery: a PEFT model's LoRA pairs, and a name for everything that is no plain pair.
 
-A pair is one adapter of one linear layer, ``W = W0 + s B A`` with ``A`` of shape (r, m) and ``B``
-of shape (n, r). Everything is looked up when asked for: PEFT rescales, switches and merges
-adapters while a model trains, and other libraries replace parameters.
+A pair is one adapter of one layer, ``W = W0 + s B A`` with ``A`` of shape (r, m) and ``B`` of
+shape (n, r), W being an embedding's table transposed, a convolution's kernel flattened to
+(out, in * kernel), or the weight of one expert of many. Everything is looked up when asked for:
+PEFT rescales, switches and merges adapters while a model trains, and other libraries replace
+parameters.
 """
 
 from __future__ import annotations
@@ -17,42 +19,82 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 # Variants that change where or how ``s B A`` is used, but not that it is ``s B A``.
-_PLAIN_VARIANTS = {"DoraLinearVariant", "ALoraLinearVariant", "MiCALinearVariant"}
+_PLAIN_VARIANTS = {
+    "ALoraLinearVariant",
+    "DoraConv1dVariant",
+    "DoraConv2dVariant",
+    "DoraConv3dVariant",
+    "DoraEmbeddingVariant",
+    "DoraLinearVariant",
+    "MiCAEmbeddingVariant",
+    "MiCALinearVariant",
+}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _INNER = ("torch", __name__.split(".")[0])
 
 
 @dataclass(frozen=True, eq=False)
 class LoraPair:
-    """One adapter of one LoRA layer.
+    """One adapter of one LoRA layer, or of one expert of such a layer.
+
+    The factors of a deleted adapter of an embedding are gone: asking for them is an AttributeError.
 
     Attributes:
         layer: PEFT's LoRA layer.
         adapter: the adapter's name.
         layer_name: the layer's qualified name in the model.
-        module_A, module_B: the linear modules whose ``weight`` is A, B.
+        module_A, module_B: the modules that hold the parameters of A, B.
+        key: the parameters' name in those modules.
+        expert, experts: which of how many experts, whose factors share the two parameters.
     """
 
     layer: Any
     adapter: str
     layer_name: str
-    module_A: nn.Linear
-    module_B: nn.Linear
+    module_A: nn.Module
+    module_B: nn.Module
+    key: str = "weight"
+    expert: int = 0
+    experts: int = 1
 
     @property
     def name(self) -> str:
-        """Unique within a model: the layer's qualified name and the adapter's."""
+        """Unique within a model: the layer's qualified name, the adapter's, the expert's number."""
+        return self.group if self.experts == 1 else f"{self.group}.{self.expert}"
+
+    @property
+    def group(self) -> str:
+        """The name without the expert's number."""
         return f"{self.layer_name}.{self.adapter}"
 
     @property
+    def parameter_A(self) -> Tensor:
+        """The parameter of A: (r, m), (r, in, kernel...), or (experts r, m)."""
+        return getattr(self.module_A, self.key)
+
+    @property
+    def parameter_B(self) -> Tensor:
+        """The parameter of B: (n, r), (n, r, 1...), or (n, r experts)."""
+        return getattr(self.module_B, self.key)
+
+    @property
     def A(self) -> Tensor:
-        """The (r, m) factor."""
-        return self.module_A.weight
+        """The (r, m) factor: its parameter, or a view of it (a copy in ``channels_last``)."""
+        return self.part("A", self.parameter_A).flatten(1)
 
     @property
     def B(self) -> Tensor:
-        """The (n, r) factor."""
-        return self.module_B.weight
+        """The (n, r) factor: its parameter, or a view of it."""
+        return self.part("B", self.parameter_B).flatten(1)
+
+    def part(self, factor: str, tensor: Tensor) -> Tensor:
+        """What this pair owns of a tensor shaped like the parameter of ``factor``; a view."""
+        if self.experts == 1:
+            return tensor
+        if factor == "A":
+            return tensor.unflatten(0, (self.experts, -1))[self.expert]
+        return tensor.unflatten(1, (-1, self.experts))[:, :, self.expert]
 
     @property
     def scaling(self) -> float:
@@ -62,11 +104,12 @@ class LoraPair:
     @property
     def active(self) -> bool:
         """Whether a forward pass adds ``s B A`` now: adapter there, active, enabled, not merged."""
-        layer = self.layer
+        layer, adapter = self.layer, self.adapter
+        factors = layer.lora_B if adapter in layer.lora_B else layer.lora_embedding_B
         return (
-            self.adapter in layer.lora_B
-            and layer.lora_B[self.adapter] is self.module_B
-            and self.adapter in layer.active_adapters
+            adapter in factors
+            and (factors is self.module_B or factors[adapter] is self.module_B)
+            and adapter in layer.active_adapters
             and not layer.disable_adapters
             and not layer.merged
         )
@@ -75,9 +118,9 @@ class LoraPair:
 def find_pairs(model: nn.Module) -> list[LoraPair]:
     """The pairs of every active adapter of a PEFT model, in module order.
 
-    LoRA layers that are no plain pair (embeddings, convolutions, experts, attention modules and
-    what lies within them, variants with a factor between A and B, factors whose memory another
-    parameter shares) are named in one UserWarning: they train, but without a perturbation.
+    LoRA layers that are no plain pair (grouped convolutions, embeddings with ``max_norm``, variants
+    with a factor between A and B, factors whose memory another parameter shares) are named in one
+    UserWarning: they train, but without a perturbation.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
@@ -88,46 +131,35 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
         ValueError: no LoRA layer, or none that is a plain pair.
         NotImplementedError: a factor is a DTensor.
     """
-    LoraLayer, attention_class, experts_class = _peft_classes()
+    LoraLayer, _ = _peft_classes()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     shared = _shared_memory(model)
     pairs: list[LoraPair] = []
     others: list[str] = []
-    attention: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         layer: Any = module
         kind = type(layer).__name__
-        inside = name.startswith(attention)
-        if isinstance(layer, attention_class):
-            attention += (f"{name}.",)
         for adapter in layer.active_adapters:
-            if adapter in layer.lora_embedding_A:
-                others.append(f"{name} ({kind})")
-            elif adapter not in layer.lora_A or adapter not in layer.lora_B:
-                continue
-            # Attention merges and unmerges in its forward pass: no place for a perturbation.
-            elif isinstance(layer, (attention_class, experts_class)) or inside:
-                others.append(f"{name} ({kind}{' within attention' if inside else ''})")
-            elif reason := _no_plain_pair(layer, adapter, shared):
+            found = _pairs(layer, adapter, name)
+            if found and (reason := _no_plain_pair(found[0], shared)):
                 others.append(f"{name} ({kind}: {reason})")
             else:
-                A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-                pairs.append(LoraPair(layer, adapter, name, A, B))
+                pairs += found
     if others and pairs:
         warnings.warn(
-            "these LoRA layers are no plain pair of linear factors and train without a "
-            f"perturbation: {', '.join(others)}",
+            "these LoRA layers are no plain pair of factors and train without a perturbation: "
+            f"{', '.join(others)}",
             UserWarning,
             stacklevel=stacklevel_of_user(),
         )
     if not pairs:
-        found = f", only {', '.join(others)}" if others else ""
+        rest = f", only {', '.join(others)}" if others else ""
         raise ValueError(
-            "model: expected a PEFT model with LoRA on linear layers and an active adapter, got "
-            f"{type(model).__name__} without any{found}"
+            "model: expected a PEFT model with LoRA layers and an active adapter, got "
+            f"{type(model).__name__} without any{rest}"
         )
     return pairs
 
@@ -143,35 +175,60 @@ def stacklevel_of_user() -> int:
     return level
 
 
-def _peft_classes() -> tuple[type, type, type]:
+def merging_layers(model: nn.Module) -> list[Any]:
+    """The LoRA layers whose forward passes merge and unmerge: attention modules."""
+    _, attention_class = _peft_classes()
+    return [module for module in model.modules() if isinstance(module, attention_class)]
+
+
+def _peft_classes() -> tuple[type, type]:
     try:
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora import layer as classes
     except ImportError as error:
         raise ImportError("finding LoRA layers needs PEFT: pip install peft") from error
-    absent = type("Absent", (), {})  # classes that an older PEFT does not have
-    return (
-        LoraLayer,
-        getattr(classes, "MultiheadAttention", absent),
-        getattr(classes, "ParamWrapper", absent),
-    )
+    absent = type("Absent", (), {})  # a class that an older PEFT does not have
+    return LoraLayer, getattr(classes, "MultiheadAttention", absent)
 
 
-def _no_plain_pair(layer: Any, adapter: str, shared: set[int]) -> str:
+def _pairs(layer: Any, adapter: str, name: str) -> list[LoraPair]:
+    """What the layer holds of this adapter, plain or not."""
+    if adapter in layer.lora_embedding_A:
+        A, B = layer.lora_embedding_A, layer.lora_embedding_B  # dictionaries of parameters
+        return [LoraPair(layer, adapter, name, A, B, key=adapter)]
+    if adapter in layer.lora_A and adapter in layer.lora_B:
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        experts = getattr(layer, "num_experts", 1)  # of a parameter that PEFT wraps
+        return [
+            LoraPair(layer, adapter, name, A, B, expert=expert, experts=experts)
+            for expert in range(experts)
+        ]
+    return []
+
+
+def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
     """Why this adapter's factors are no plain pair; empty when they are one."""
-    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-    if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
+    layer, A, B = pair.layer, pair.module_A, pair.module_B
+    plain = (nn.Linear, nn.ParameterDict, *_CONVOLUTIONS)
+    if not (isinstance(A, plain) and isinstance(B, plain)):
         return f"factors are {type(A).__name__} and {type(B).__name__}"
-    for factor in (A.weight, B.weight):
+    for factor in (pair.parameter_A, pair.parameter_B):
         if _is_dtensor(factor):
             raise NotImplementedError(
                 f"{type(layer).__name__}: factors sharded as DTensor are not supported"
             )
         if factor.data_ptr() in shared:
             return "factor shares its memory with another parameter"
-    if A.weight.dim() != 2 or B.weight.dim() != 2 or A.weight.shape[0] != B.weight.shape[1]:
-        return f"shapes {tuple(A.weight.shape)} and {tuple(B.weight.shape)}"
-    variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
+    if isinstance(B, _CONVOLUTIONS) and (B.groups != 1 or A.groups != 1):
+        return f"{B.groups} groups"
+    if isinstance(B, nn.ParameterDict) and layer.get_base_layer().max_norm is not None:
+        return "max_norm"  # every forward pass renormalises A in place
+    if (
+        min(pair.parameter_A.dim(), pair.parameter_B.dim()) < 2
+        or pair.A.shape[0] != pair.B.shape[1]
+    ):
+        return f"shapes {tuple(pair.parameter_A.shape)} and {tuple(pair.parameter_B.shape)}"
+    variant = type(getattr(layer, "lora_variant", {}).get(pair.adapter)).__name__
     if variant != "NoneType" and variant not in _PLAIN_VARIANTS:
         return variant
     return ""

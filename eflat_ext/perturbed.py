@@ -45,7 +45,9 @@ class PerturbedWeights:
         perturbation: adds the perturbation in place to the list of target parameters it is given
             (same order as ``targets``); called without gradients. It must not hold ``owner``.
         owner: on whose behalf this happens; when it is garbage, forward passes restore.
-        guarded: methods as (module, method name) that find clean weights, always.
+        guarded: methods as (module, method name) that find clean weights.
+        merging: modules whose forward passes call guarded methods for their own use, which then
+            find the weights of that pass.
 
     Attributes:
         enabled: whether training forward passes perturb.
@@ -63,6 +65,7 @@ class PerturbedWeights:
         perturbation: Callable[[list[Tensor]], None],
         owner: object,
         guarded: Iterable[Slot] = (),
+        merging: Iterable[nn.Module] = (),
     ) -> None:
         for other in _attached_to(model):
             if other.alive:
@@ -77,12 +80,15 @@ class PerturbedWeights:
         self._slots = list(targets)
         self._perturbation: Callable[[list[Tensor]], None] | None = perturbation
         self._suspended = 0
+        self.merging = 0  # forward passes under way that merge for their own use
         self._dirty = False  # the targets may differ from the copies
         self._applied = False  # the perturbation is in the targets, whole
-        self._held = self._targets()  # the parameters whose values were copied
+        self._held = [
+            getattr(*slot) for slot in self._slots
+        ]  # the parameters whose values were copied
         self._clean = [torch.empty_like(target) for target in self._held]
         self._owner: weakref.ref[Any] | None = weakref.ref(owner, self._disable)
-        self._hook(model, guarded)
+        self._hook(model, guarded, merging)
 
     @property
     def alive(self) -> bool:
@@ -94,13 +100,17 @@ class PerturbedWeights:
         """Whether the perturbation is in the parameters now."""
         return self._applied
 
+    def targets(self) -> list[Tensor]:
+        """The parameters now; what was there last where a module holds none any more."""
+        return [getattr(*slot, held) for slot, held in zip(self._slots, self._held, strict=True)]
+
     def perturb(self) -> None:
         """Copy the clean values and add the perturbation; nothing if it is in already."""
         if self._applied or self._suspended or self._perturbation is None:
             return
         self.restore()
         with torch.no_grad():
-            targets = self._targets()
+            targets = self.targets()
             copies = self._copies(targets)
             torch._foreach_copy_(copies, targets)
             self._held, self._clean = targets, copies
@@ -128,7 +138,7 @@ class PerturbedWeights:
             Their clean values: the copies, or the targets themselves where those are clean. If the
             code raises, :meth:`restore` is still due, for all targets.
         """
-        targets = self._targets()
+        targets = self.targets()
         copied = {}
         if self._dirty:
             copied = {i: copy for i, copy in enumerate(self._clean) if self._held[i] is targets[i]}
@@ -182,16 +192,13 @@ class PerturbedWeights:
         self.enabled = self.visited = False
         self._model = self._perturbation = self._owner = None
         self._slots = []
-        self._suspended = 0
+        self._suspended = self.merging = 0
         self._held, self._clean = state["held"], state["clean"]
         self._dirty = bool(self._held)
         self._applied = False
 
     def _disable(self, _: object) -> None:
         self.enabled = False
-
-    def _targets(self) -> list[Tensor]:
-        return [getattr(module, name) for module, name in self._slots]
 
     def _copies(self, targets: list[Tensor]) -> list[Tensor]:
         """The buffers, renewed where a parameter has moved or changed its type."""
@@ -205,7 +212,9 @@ class PerturbedWeights:
                     self._clean[index] = torch.empty_like(target)
         return self._clean
 
-    def _hook(self, model: nn.Module, guarded: Iterable[Slot]) -> None:
+    def _hook(
+        self, model: nn.Module, guarded: Iterable[Slot], merging: Iterable[nn.Module]
+    ) -> None:
         for module in _holders(model, [module for module, _ in self._slots]):
             module.register_forward_pre_hook(self._before_forward, prepend=True)
         index_of = {id(target): index for index, target in enumerate(self._held)}
@@ -222,6 +231,8 @@ class PerturbedWeights:
                 module.register_load_state_dict_pre_hook(self._before_load)
         for module, name in guarded:
             _RestoreFirst(self, module, name).install()
+        for module in merging:
+            _MergesItself(self, module, "forward").install()
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
         model = self._model
@@ -274,9 +285,24 @@ class _RestoreFirst:
             setattr(self.module, self.name, self.patched)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.weights.restore()
+        if not self.weights.merging:
+            self.weights.restore()
+        return self.call(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         method = self.patched or getattr(type(self.module), self.name).__get__(self.module)
         return method(*args, **kwargs)
+
+
+class _MergesItself(_RestoreFirst):
+    """A forward pass that merges and unmerges: PEFT's attention modules have no other way."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.weights.merging += 1
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            self.weights.merging -= 1
 
 
 def _attachment(hook: Any) -> PerturbedWeights | None:

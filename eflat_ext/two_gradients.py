@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .optimizer_base import Addition, PairList, PerturbingOptimizer, Rho, check_transfer
+from .pairs import LoraPair
 
 
 class TwoGradients(PerturbingOptimizer):
@@ -174,7 +175,29 @@ class FlatLoRA(TwoGradients):
             self.norm_scope,
             self.rtol,
         )
-        return rows.indices, E, norms
+        targets = self._weights.targets()
+        deltas: dict[int, Tensor] = {}
+        for row, e in zip(rows.indices, E, strict=True):
+            index = self._target_of[row]
+            _put(deltas, index, self.pairs[row], self.onto, targets[index], e)
+        return list(deltas), list(deltas.values()), norms
+
+
+def _put(
+    deltas: dict[int, Tensor],
+    index: int,
+    pair: LoraPair,
+    factor: str,
+    target: Tensor,
+    value: Tensor,
+) -> None:
+    """Make the perturbation of a pair, or its part of it, the one of the target of this index."""
+    if pair.experts == 1:
+        deltas[index] = value.view_as(target)
+        return
+    if index not in deltas:
+        deltas[index] = torch.zeros_like(target, dtype=value.dtype)
+    pair.part(factor, deltas[index]).copy_(value)
 
 
 class LoRASAM(TwoGradients):
@@ -203,12 +226,18 @@ class LoRASAM(TwoGradients):
         good = norms.isfinite() & (norms > 0)
         shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
         scale = torch.where(good, rho / shared, 0)
-        index_of = {id(getattr(*slot)): index for index, slot in enumerate(self._targets)}
-        indices, deltas = [], []
+        index_of = {id(target): index for index, target in enumerate(self._weights.targets())}
+        groups: dict[int, str] = {}
+        deltas: dict[int, Tensor] = {}
         for row, ok in enumerate(good.unbind()):
-            for factor, grad in ((rows.A[row], rows.grad_A[row]), (rows.B[row], rows.grad_B[row])):
-                index = index_of.pop(id(factor), None)  # frozen factors are no targets
-                if index is not None:
-                    indices.append(index)
-                    deltas.append(torch.where(ok, grad * scale[row], 0).to(grad.dtype))
-        return indices, deltas, norms
+            pair = self.pairs[rows.indices[row]]
+            for factor, target, grad in (
+                ("A", rows.parameters_A[row], rows.grad_A[row]),
+                ("B", rows.parameters_B[row], rows.grad_B[row]),
+            ):
+                index = index_of.get(id(target))
+                # Frozen factors are no targets, tied ones count once.
+                if index is not None and groups.setdefault(index, pair.group) == pair.group:
+                    delta = torch.where(ok, grad * scale[row], 0).to(grad.dtype)
+                    _put(deltas, index, pair, factor, target, delta)
+        return list(deltas), list(deltas.values()), norms

@@ -139,8 +139,8 @@ WRONG = {
     "model folder": (["--model", "{folder}"], ["{folder}"]),
     "target modules": (["--target-modules", "query", "qurey"], ["qurey", "query", "value"]),
     "target module of another kind": (
-        ["--target-modules", "word_embeddings", "--method", "eflat"],
-        ["eflat", "word_embeddings"],
+        ["--target-modules", "LayerNorm", "--method", "eflat"],
+        ["adapter", "LayerNorm"],
     ),
     "length": (["--max-length", "65"], ["--max-length", "65", "64"]),
     "sizes": (["--test-size", "301"], ["--test-size", "301"]),

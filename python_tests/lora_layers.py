@@ -1,0 +1,124 @@
+"""A tiny model around each kind of layer that LoRA goes onto, and its weight as a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eflat_ext import reference
+from eflat_ext.optimizers import EFlatLoRA
+from eflat_ext.pairs import LoraPair
+
+RHO, BETA = 0.1, 0.6
+CLOSE = {"rtol": 1e-8, "atol": 1e-11}
+
+
+class Around(nn.Module):
+    """One layer, then tanh and a fixed linear readout, so that gradients depend on the weights."""
+
+    def __init__(self, layer: nn.Module, inputs: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.layer(x))
+        return (y * torch.linspace(-1, 1, y[0].numel(), dtype=y.dtype).view_as(y[0])).sum() / len(x)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the package's operators that were called within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "eflat":
+            self.names.append(func._schema.name.removeprefix("eflat::"))
+        return func(*args, **(kwargs or {}))
+
+
+def _normal(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(shape, dtype=torch.float64)
+
+
+KINDS: dict[str, Callable[[], Around]] = {
+    "linear": lambda: Around(nn.Linear(7, 5), _normal(9, 7)),
+    "conv1d": lambda: Around(nn.Conv1d(3, 6, 4, stride=2), _normal(4, 3, 11)),
+    "conv2d": lambda: Around(nn.Conv2d(3, 5, (2, 3), padding=1), _normal(4, 3, 5, 6)),
+    "conv2d 1x1": lambda: Around(nn.Conv2d(4, 5, 1, bias=False), _normal(4, 4, 3, 2)),
+    "conv3d": lambda: Around(nn.Conv3d(2, 5, (1, 2, 3)), _normal(3, 2, 3, 4, 4)),
+    "embedding": lambda: Around(nn.Embedding(11, 6), lambda: torch.randint(0, 8, (4, 7))),
+    "embedding with padding": lambda: Around(
+        nn.Embedding(11, 6, padding_idx=2), lambda: torch.randint(0, 8, (4, 7))
+    ),
+}
+
+
+def lora_around(kind: str, seed: int = 0, **config: Any) -> nn.Module:
+    """A float64 PEFT model in training mode, rank 2, all its factors random."""
+    torch.manual_seed(seed)
+    config = {"r": 2, "lora_alpha": 6, "target_modules": ["layer"], **config}
+    model = get_peft_model(KINDS[kind](), LoraConfig(**config)).double().train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name or "lora_embedding" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def batch_of(model: nn.Module) -> Tensor:
+    return model.base_model.model.inputs()
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """(rows, everything else), as a copy."""
+    return tensor.detach().reshape(len(tensor), -1).clone()
+
+
+def weight_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the shape of the base layer's weight as the W of ``W = W0 + s B A``."""
+    return as_matrix(weight.T if isinstance(layer.get_base_layer(), nn.Embedding) else weight)
+
+
+def factors(pair: LoraPair) -> tuple[Tensor, Tensor]:
+    return as_matrix(pair.parameter_A), as_matrix(pair.parameter_B)
+
+
+def gradient_matrices(pair: LoraPair) -> tuple[Tensor, Tensor]:
+    """Gradients of A and B; zeros for a frozen one."""
+    A, B = (
+        as_matrix(torch.zeros_like(p) if p.grad is None else p.grad)
+        for p in (pair.parameter_A, pair.parameter_B)
+    )
+    return A, B
+
+
+def step_as_the_reference(
+    optimizer: EFlatLoRA, loss: Callable[[int], Tensor], steps: int = 3
+) -> None:
+    """Steps whose averages must be the reference's, made from live factors and gradients.
+
+    Args:
+        optimizer: of radius ``RHO`` and weight ``BETA``, its averages zero.
+        loss: the loss at a step's number.
+    """
+    expected = {name: 0.0 for name in optimizer.averages}
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        for pair in optimizer.pairs:
+            row = (*factors(pair), *gradient_matrices(pair), pair.scaling)
+            E, norm = reference.perturb(*row, RHO, optimizer.onto)
+            assert norm > 0
+            expected[pair.name] = (1 - BETA) * expected[pair.name] + BETA * E
+        optimizer.step()
+    for name, average in optimizer.averages.items():
+        torch.testing.assert_close(as_matrix(average), expected[name], **CLOSE)
+        assert average.any()
