@@ -125,10 +125,10 @@ __device__ inline void finish(const CallHeader& call, PairResult* results, int f
   if (call.skipped && skipped) atomicAdd(call.skipped, skipped);
 }
 
-// The exponent of a magnitude; a small one for zero.
-__device__ inline int exponent_of(double x) {
-  const int exponent = x > 0 ? ilogb(x) : -120;
-  return exponent < -120 ? -120 : exponent > 120 ? 120 : exponent;
+// The exponent of a magnitude, within limits; a small one for zero.
+__device__ inline int exponent_of(double x, int limit) {
+  const int exponent = x > 0 ? ilogb(x) : -limit;
+  return exponent < -limit ? -limit : exponent > limit ? limit : exponent;
 }
 
 // Of a pair whose weights are known: powers of two for the target's factor and gradient and for the
@@ -146,10 +146,10 @@ EFLAT_NOINLINE void set_exponents(Block& block) {
     of_grad += s.gram_t[(r + i) * 2 * r + r + i];
   }
   PairResult& result = *block.result;
-  result.factor_exponent = exponent_of(sqrt(of_factor));
-  result.grad_exponent = exponent_of(sqrt(of_grad));
-  const int of_first = result.factor_exponent + exponent_of(of_Q);
-  const int of_second = result.grad_exponent + exponent_of(of_P);
+  result.factor_exponent = exponent_of(sqrt(of_factor), 120);
+  result.grad_exponent = exponent_of(sqrt(of_grad), 120);
+  const int of_first = result.factor_exponent + exponent_of(of_Q, 1000);
+  const int of_second = result.grad_exponent + exponent_of(of_P, 1000);
   result.sum_exponent = of_first > of_second ? of_first : of_second;
 }
 
