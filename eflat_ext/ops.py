@@ -1,11 +1,10 @@
-"""The operators of ``torch.ops.eflat``: call forms, fake kernels, autograd, argument errors.
+"""The operators of ``torch.ops.eflat``: call forms, fake kernels, autograd.
 
 The kernels are in ``csrc/``; this file says what PyTorch has to know of them beyond running them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,11 +12,16 @@ from torch import Tensor
 
 import eflat_ext._C  # noqa: F401  (registers the operators)
 
+from .arguments import (
+    check_alike,
+    check_averages,
+    check_devices,
+    check_options,
+    check_pair,
+    check_pairs,
+    check_shapes,
+)
 from .reference import default_rtol
-
-_FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MAX_RANK = 256
-MIN_RTOL = 1e-7
 
 
 def perturb(
@@ -59,8 +63,8 @@ def perturb(
     try:
         return torch.ops.eflat.perturb(A, B, grad_A, grad_B, scaling, rho, onto, rtol)
     except RuntimeError:
-        _check_options(rho, onto, "layer", rtol)
-        _check_pair(A, B, grad_A, grad_B, scaling, "")
+        check_options(rho, onto, "layer", rtol)
+        check_pair(A, B, grad_A, grad_B, scaling, "")
         raise
 
 
@@ -93,129 +97,12 @@ def foreach_perturb(
             A, B, grad_A, grad_B, scaling, rho, onto, norm_scope, rtol
         )
     except RuntimeError:
-        _check_options(rho, onto, norm_scope, rtol)
-        _check_pairs(A, B, grad_A, grad_B, scaling)
+        check_options(rho, onto, norm_scope, rtol)
+        check_pairs(A, B, grad_A, grad_B, scaling)
         raise
 
 
-def _check_options(rho: float, onto: str, norm_scope: str, rtol: float | None) -> None:
-    for name, value in (("rho", rho), ("rtol", rtol)):
-        if not (isinstance(value, (int, float)) or (name == "rtol" and value is None)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(rho) and rho >= 0):
-        raise ValueError(f"rho must be finite and at least 0, got {rho}")
-    if onto not in ("A", "B"):
-        raise ValueError(f"onto must be 'B' or 'A', got {onto!r}")
-    if norm_scope not in ("layer", "global"):
-        raise ValueError(f"norm_scope must be 'layer' or 'global', got {norm_scope!r}")
-    if rtol is not None and not MIN_RTOL <= rtol < 1:
-        raise ValueError(f"rtol must be None or in [{MIN_RTOL}, 1), got {rtol}")
-
-
-def _check_pairs(
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    grad_A: Sequence[Tensor],
-    grad_B: Sequence[Tensor],
-    scaling: Sequence[float],
-) -> None:
-    lists = {"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B, "scaling": scaling}
-    for name, values in lists.items():
-        if not isinstance(values, (list, tuple)):
-            raise TypeError(f"{name} must be a list, got {type(values).__name__}")
-        if len(values) != len(A):
-            raise ValueError(f"{name} must have one entry per pair, {len(A)}, got {len(values)}")
-    for i, pair in enumerate(zip(A, B, grad_A, grad_B, scaling, strict=True)):
-        _check_pair(*pair, f"[{i}]")
-        if pair[0].device != A[0].device:
-            raise ValueError(
-                f"A[{i}] must be on the device of A[0], {A[0].device}, got {pair[0].device}"
-            )
-
-
-def _check_pair(
-    A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: float, index: str
-) -> None:
-    named = {f"A{index}": A, f"B{index}": B, f"grad_A{index}": grad_A, f"grad_B{index}": grad_B}
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-        if tensor.dtype not in _FACTOR_DTYPES:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
-            )
-        if tensor.dtype != A.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of A{index}, {A.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != A.device:
-            raise ValueError(
-                f"{name} must be on the device of A{index}, {A.device}, got {tensor.device}"
-            )
-    if A.dim() != 2:
-        raise ValueError(f"A{index} must be 2-d, (r, m), got shape {tuple(A.shape)}")
-    if B.dim() != 2:
-        raise ValueError(f"B{index} must be 2-d, (n, r), got shape {tuple(B.shape)}")
-    if B.shape[1] != A.shape[0]:
-        raise ValueError(
-            f"B{index} must be (n, r) for A{index} of shape (r, m) = {tuple(A.shape)}, "
-            f"got shape {tuple(B.shape)}"
-        )
-    for grad, factor, name in ((grad_A, A, "A"), (grad_B, B, "B")):
-        if grad.shape != factor.shape:
-            raise ValueError(
-                f"grad_{name}{index} must have the shape of {name}{index}, {tuple(factor.shape)}, "
-                f"got {tuple(grad.shape)}"
-            )
-    if not 1 <= A.shape[0] <= MAX_RANK:
-        raise ValueError(f"the rank of A{index} must be 1 to {MAX_RANK}, got {A.shape[0]}")
-    if A.numel() == 0 or B.numel() == 0:
-        raise ValueError(
-            f"A{index} and B{index} must not be empty, got shapes {tuple(A.shape)} and "
-            f"{tuple(B.shape)}"
-        )
-    if not isinstance(scaling, (int, float)):
-        raise TypeError(f"scaling{index} must be a number, got {type(scaling).__name__}")
-    if not math.isfinite(scaling) or scaling == 0:
-        raise ValueError(f"scaling{index} must be finite and not 0, got {scaling}")
-
-
 # Fake kernels: shapes and dtypes for tracing.
-
-
-def _check_averages(
-    ema: Sequence[Tensor], skipped: Tensor, targets: Sequence[Tensor], beta: float
-) -> None:
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
-    _check_alike("ema", ema, targets)
-    if targets and skipped.device != targets[0].device:
-        raise ValueError(
-            f"skipped must be on the device of A[0], {targets[0].device}, got {skipped.device}"
-        )
-
-
-def _check_alike(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
-    _check_shapes(name, tensors, [t.shape for t in like])
-    for one in like[:1]:
-        _check_devices(name, tensors, one.device)
-
-
-def _check_devices(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
-    # A call with one tensor on meta among others comes here too, and would seem to succeed.
-    for i, t in enumerate(tensors):
-        if t.device != device:
-            raise ValueError(f"{name}[{i}] must be on the device {device}, got {t.device}")
-
-
-def _check_shapes(name: str, tensors: Sequence[Tensor], expected: Sequence[torch.Size]) -> None:
-    if [t.shape for t in tensors] != list(expected):
-        raise ValueError(
-            f"{name} must have the shapes {[tuple(shape) for shape in expected]}, "
-            f"got {[tuple(t.shape) for t in tensors]}"
-        )
 
 
 def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -224,16 +111,16 @@ def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 @torch.library.register_fake("eflat::perturb")
 def _(A, B, grad_A, grad_B, scaling, rho, onto="B", rtol=None):
-    _check_options(rho, onto, "layer", rtol)
-    _check_pair(A, B, grad_A, grad_B, scaling, "")
+    check_options(rho, onto, "layer", rtol)
+    check_pair(A, B, grad_A, grad_B, scaling, "")
     target = B if onto == "B" else A
     return target.new_empty(target.shape), A.new_empty((), dtype=_norm_dtype([A]))
 
 
 @torch.library.register_fake("eflat::foreach_perturb")
 def _(A, B, grad_A, grad_B, scaling, rho, onto="B", norm_scope="layer", rtol=None):
-    _check_options(rho, onto, norm_scope, rtol)
-    _check_pairs(A, B, grad_A, grad_B, scaling)
+    check_options(rho, onto, norm_scope, rtol)
+    check_pairs(A, B, grad_A, grad_B, scaling)
     targets = B if onto == "B" else A
     norms = A[0].new_empty(len(A), dtype=_norm_dtype(A)) if A else torch.empty(0)
     return [t.new_empty(t.shape) for t in targets], norms
@@ -254,9 +141,9 @@ def _(
     norm_scope="layer",
     rtol=None,
 ):
-    _check_options(rho, onto, norm_scope, rtol)
-    _check_pairs(A, B, grad_A, grad_B, scaling)
-    _check_averages(ema, skipped, B if onto == "B" else A, beta)
+    check_options(rho, onto, norm_scope, rtol)
+    check_pairs(A, B, grad_A, grad_B, scaling)
+    check_averages(ema, skipped, B if onto == "B" else A, beta)
     return skipped.new_empty(len(A), dtype=_norm_dtype(A) if A else torch.float32)
 
 
@@ -284,14 +171,14 @@ def _(
     norm_scope="layer",
     rtol=None,
 ):
-    _check_options(rho, onto, norm_scope, rtol)
-    _check_pairs(A, B, grad_A, grad_B, scaling)
+    check_options(rho, onto, norm_scope, rtol)
+    check_pairs(A, B, grad_A, grad_B, scaling)
     targets, factors = list(B if onto == "B" else A), [*A, *B]
-    _check_averages(ema, skipped, targets, beta)
-    _check_alike("clean", clean, targets)
-    _check_alike("exp_avg", exp_avg, factors)
-    _check_alike("exp_avg_sq", exp_avg_sq, factors)
-    _check_shapes("step", step, [torch.Size()] * len(factors))
+    check_averages(ema, skipped, targets, beta)
+    check_alike("clean", clean, targets)
+    check_alike("exp_avg", exp_avg, factors)
+    check_alike("exp_avg_sq", exp_avg_sq, factors)
+    check_shapes("step", step, [torch.Size()] * len(factors))
     for i, t in enumerate(step):
         if t.device not in (torch.device("cpu"), factors[i].device):
             raise ValueError(f"step[{i}] must be on the CPU or {factors[i].device}, got {t.device}")
@@ -312,7 +199,7 @@ def _(
 @torch.library.register_fake("eflat::foreach_bound")
 def _(ema, B, scaling, rho, norm_scope="layer"):
     for name, tensors in (("ema", ema), ("B", B)):
-        _check_devices(name, tensors, ema[0].device if ema else torch.device("meta"))
+        check_devices(name, tensors, ema[0].device if ema else torch.device("meta"))
     return ema[0].new_empty(len(ema), dtype=_norm_dtype(ema)) if ema else torch.empty(0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .pairs import LoraPair, find_pairs, merging_layers, stacklevel_of_user
+from .pairs import find_pairs, merging_layers, stacklevel_of_user
 from .perturbed import PerturbedWeights, Slot
+from .targets import parameters_of, perturbed_pairs
 
 Rho: TypeAlias = float | Callable[[int], float]
 
@@ -68,11 +69,11 @@ class PerturbingOptimizer(Optimizer):
             raise ValueError(f'norm_scope: expected "layer" or "global", got {norm_scope!r}')
         self.base = base
         self.norm_scope = norm_scope
-        self.pairs, slots, self._target_of = _perturbed_pairs(find_pairs(model), base, factors)
+        self.pairs, slots, self._target_of = perturbed_pairs(find_pairs(model), base, factors)
         # Optimizer.__init__ would make groups and state of its own; this sets the hooks alone.
         self.__setstate__({})
         self._targets: list[Slot] = slots
-        positions = {id(p): i for i, p in enumerate(_parameters(base.param_groups))}
+        positions = {id(p): i for i, p in enumerate(parameters_of(base.param_groups))}
         self._positions = [positions[id(getattr(*slot))] for slot in slots]
         self._steps = 0
         device = getattr(*slots[0]).device
@@ -260,7 +261,7 @@ class PerturbingOptimizer(Optimizer):
         counters = {_STEPS: self._steps, _SKIPPED: int(self._skipped)}
         packed["param_groups"] = [{**group, **counters} for group in packed["param_groups"]]
         packed["state"] = dict(packed["state"])
-        keys = _parameters(packed["param_groups"])
+        keys = parameters_of(packed["param_groups"])
         for position, average in zip(self._positions, self._averages(), strict=False):
             key = keys[position]
             packed["state"][key] = {**packed["state"].get(key, {}), _AVERAGE: average}
@@ -295,7 +296,7 @@ class PerturbingOptimizer(Optimizer):
                 if not entry:  # many optimizers take any entry for their own, complete state
                     continue
             state[key] = entry
-        keys = dict(enumerate(_parameters(groups)))
+        keys = dict(enumerate(parameters_of(groups)))
         averages = self._averages()
         values = [saved.get(keys.get(at)) for at, _ in zip(self._positions, averages, strict=False)]
         for average, value in zip(averages, values, strict=True):
@@ -345,10 +346,6 @@ class Addition:
         return self.deltas
 
 
-def _parameters(groups: Iterable[dict[str, Any]]) -> list[Any]:
-    return [parameter for group in groups for parameter in group["params"]]
-
-
 def _check_base(base: Optimizer) -> None:
     if not isinstance(base, Optimizer):
         raise TypeError(f"base: expected a torch.optim.Optimizer, got {type(base).__name__}")
@@ -360,50 +357,6 @@ def _check_base(base: Optimizer) -> None:
             f"base: {type(base).__name__} evaluates a closure at several points in one step, the "
             "perturbation belongs to one point; expected an optimizer whose step needs no closure"
         )
-
-
-def _perturbed_pairs(
-    pairs: list[LoraPair], base: Optimizer, factors: Sequence[str]
-) -> tuple[list[LoraPair], list[Slot], list[int]]:
-    """The pairs that have a target the base optimizer trains, and those targets, each once.
-
-    And the index of the (first) target of each pair: the experts of a layer share theirs.
-    """
-    trained = {id(p) for p in _parameters(base.param_groups) if p.requires_grad}
-    kept: list[LoraPair] = []
-    slots: list[Slot] = []
-    left_out: list[str] = []
-    target_of: list[int] = []
-    taken: dict[int, tuple[str, int]] = {}  # by whom, and the index of the target
-    for pair in pairs:
-        modules = [pair.module_A if factor == "A" else pair.module_B for factor in factors]
-        own = [slot for module in modules if id(getattr(*(slot := (module, pair.key)))) in trained]
-        new: list[int] = []
-        for slot in own:
-            group, index = taken.setdefault(id(getattr(*slot)), (pair.group, len(slots)))
-            if index == len(slots):
-                slots.append(slot)
-            if group == pair.group:  # tied: once
-                new.append(index)
-        if new:
-            kept.append(pair)
-            target_of.append(new[0])
-        elif not own:
-            left_out.append(pair.group)
-    target = " or ".join(factors)
-    if not kept:
-        raise ValueError(
-            f"base: expected an optimizer over trainable LoRA factors, none of its parameters is "
-            f"factor {target} of a pair that requires a gradient"
-        )
-    if left_out:
-        warnings.warn(
-            f"factor {target} of these pairs is frozen or not among the base optimizer's "
-            f"parameters, they train without a perturbation: {', '.join(dict.fromkeys(left_out))}",
-            UserWarning,
-            stacklevel=stacklevel_of_user(),
-        )
-    return kept, slots, target_of
 
 
 def check_transfer(onto: str, rtol: float | None) -> None:

@@ -122,3 +122,23 @@ def step_as_the_reference(
     for name, average in optimizer.averages.items():
         torch.testing.assert_close(as_matrix(average), expected[name], **CLOSE)
         assert average.any()
+
+
+def step_beside(
+    plain: torch.optim.Optimizer,
+    shadow: list[Tensor],
+    optimizer: EFlatLoRA,
+    parameters: list[Tensor],
+    averages: list[Tensor],
+) -> None:
+    """A step of ``plain`` on copies of the parameters, with their gradients, and one of
+    ``optimizer``: the same weights must come out, and the averages given."""
+    for parameter, copy in zip(parameters, shadow, strict=True):
+        copy.grad = parameter.grad.clone()
+    plain.step()
+    optimizer.step()
+    for parameter, copy in zip(parameters, shadow, strict=True):
+        torch.testing.assert_close(parameter, copy, **CLOSE)
+    for live, average in zip(optimizer.averages.values(), averages, strict=True):
+        torch.testing.assert_close(live, average, **CLOSE)
+        assert average.any()

@@ -246,6 +246,20 @@ def foreach_perturb(
     return E, norms
 
 
+def perturb_ema_(
+    pairs: list[Pair],
+    ema: list[Tensor],
+    skipped: Tensor,
+    beta: float = 0.9,
+    onto: str = "B",
+    norm_scope: str = "layer",
+) -> Tensor:
+    """The operator in place on ``ema`` and ``skipped``; gives the norms."""
+    A, B, grad_A, grad_B, scaling = lists(pairs)
+    arguments = (A, B, grad_A, grad_B, ema, skipped, scaling, RHO, beta, onto, norm_scope)
+    return on_device(torch.ops.eflat.foreach_perturb_ema_, *arguments)
+
+
 def same_bits(x: Tensor, y: Tensor) -> bool:
     """Equality of every bit; NaNs of equal bits are equal."""
     if x.shape != y.shape or x.dtype != y.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_layers import BETA, CLOSE, RHO, gradient_matrices
+from lora_layers import BETA, CLOSE, RHO, gradient_matrices, step_beside
 from models import CREATE, assert_same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -123,15 +123,7 @@ def test_eflat_lora(onto: str, base: type[torch.optim.Optimizer]) -> None:
             factors = [factor.detach() for factor in leaf]
             E, _ = reference.perturb(*factors, *gradients, pair.scaling, RHO, onto)
             averages[index] = (1 - BETA) * averages[index] + BETA * E
-        for p, q in zip(trainable(model), shadow, strict=True):
-            q.grad = p.grad.clone()
-        plain.step()
-        optimizer.step()
-        for p, q in zip(trainable(model), shadow, strict=True):
-            torch.testing.assert_close(p, q, **CLOSE)
-        for average, live in zip(averages, optimizer.averages.values(), strict=True):
-            torch.testing.assert_close(live, average, **CLOSE)
-            assert average.any()
+        step_beside(plain, shadow, optimizer, trainable(model), averages)
 
 
 @pytest.mark.parametrize("method", CREATE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_layers import BETA, CLOSE, RHO, Calls
+from lora_layers import BETA, CLOSE, RHO, Calls, step_beside
 from models import CREATE, assert_same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -146,15 +146,7 @@ def test_eflat_lora(onto: str, base: type[torch.optim.Optimizer], norm_scope: st
             *zip(*rows, strict=True), [pair.scaling for pair in pairs], RHO, onto, norm_scope
         )
         averages = [(1 - BETA) * old + BETA * new for old, new in zip(averages, E, strict=True)]
-        for p, q in zip(trainable(model), shadow, strict=True):
-            q.grad = p.grad.clone()
-        plain.step()
-        optimizer.step()
-        for p, q in zip(trainable(model), shadow, strict=True):
-            torch.testing.assert_close(p, q, **CLOSE)
-        for average, of_pair in zip(averages, optimizer.averages.values(), strict=True):
-            torch.testing.assert_close(of_pair, average, **CLOSE)
-            assert average.any()
+        step_beside(plain, shadow, optimizer, trainable(model), averages)
 
 
 @pytest.mark.parametrize("onto", ["A", "B", "both"])

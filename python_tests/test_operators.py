@@ -17,6 +17,7 @@ from strategies import (
     RHO,
     Pair,
     ambiguous,
+    averages,
     dtypes,
     error,
     factor,
@@ -29,6 +30,7 @@ from strategies import (
     on_device,
     pairs,
     perturb,
+    perturb_ema_,
     rounding_errors,
     same_bits,
     scopes,
@@ -248,39 +250,16 @@ def test_frozen_factor_leaves_the_other_term_alone(pair):
 # The averaging operator and the bound.
 
 
-def average_arguments(listed, onto, seed):
-    g = generator(seed)
-    targets = [p.B if onto == "B" else p.A for p in listed]
-    ema = [
-        normal(g, *t.shape).to(torch.float64 if t.dtype == torch.float64 else torch.float32)
-        for t in targets
-    ]
-    A, B, grad_A, grad_B, scaling = lists(listed)
-    return A, B, grad_A, grad_B, ema, torch.tensor(5), scaling
-
-
 @given(mixed_lists, sides, scopes, st.sampled_from([0.0, 0.1, 0.9, 1.0]), seeds)
 def test_moving_average(listed, onto, scope, beta, seed):
     listed[0] = listed[0].clone()
     listed[0].grad_B[0, 0] = math.nan
     assume(not any(ambiguous(p) for p in listed[1:]))
-    A, B, grad_A, grad_B, ema, skipped, scaling = average_arguments(listed, onto, seed)
-    before = [e.clone() for e in ema]
-    norms = on_device(
-        torch.ops.eflat.foreach_perturb_ema_,
-        A,
-        B,
-        grad_A,
-        grad_B,
-        ema,
-        skipped,
-        scaling,
-        RHO,
-        beta,
-        onto,
-        scope,
-    )
-    E, expected_norms = reference.foreach_perturb(A, B, grad_A, grad_B, scaling, RHO, onto, scope)
+    g = generator(seed)
+    ema = [normal(g, *e.shape).to(e.dtype) for e in averages(listed, onto)]
+    before, skipped = [e.clone() for e in ema], torch.tensor(5)
+    norms = perturb_ema_(listed, ema, skipped, beta, onto, scope)
+    E, expected_norms = reference.foreach_perturb(*lists(listed), RHO, onto, scope)
     same_norms = foreach_perturb(listed, RHO, onto, scope)[1]
     assert same_bits(norms, same_norms)
     assert int(skipped) == 5 + sum(not (0 < x < math.inf) for x in expected_norms.tolist())

@@ -15,17 +15,18 @@ from strategies import (
     RHO,
     Pair,
     ambiguous,
+    averages,
     dtypes,
     error,
     factor,
     foreach_perturb,
     generator,
-    lists,
     make_pair,
     normal,
     on_device,
     pairs,
     perturb,
+    perturb_ema_,
     rounding_errors,
     same_bits,
     scopes,
@@ -267,21 +268,7 @@ def test_no_perturbation_beside_a_norm_that_is_not_usable(seed, onto, scope):
         assert not e.any() or 0 < norm < math.inf
     ema = [torch.ones_like(e) for e in E]
     skipped = torch.tensor(0)
-    A, B, grad_A, grad_B, scaling = lists(listed)
-    norms = on_device(
-        torch.ops.eflat.foreach_perturb_ema_,
-        A,
-        B,
-        grad_A,
-        grad_B,
-        ema,
-        skipped,
-        scaling,
-        RHO,
-        0.9,
-        onto,
-        scope,
-    )
+    norms = perturb_ema_(listed, ema, skipped, 0.9, onto, scope)
     assert int(skipped) == sum(not 0 < norm < math.inf for norm in norms.tolist())
 
 
@@ -310,27 +297,9 @@ def test_gradients_that_cancel():
 )
 def test_moving_average_of_a_bad_layer_is_untouched(listed, onto, scope, name, value):
     listed = [replaced(p, name, value) for p in listed] + [zeroed(listed[0], "grad_A", "grad_B")]
-    A, B, grad_A, grad_B, scaling = lists(listed)
-    average_dtype = {torch.float64: torch.float64}
-    ema = [
-        torch.randn_like(t, dtype=average_dtype.get(t.dtype, torch.float32))
-        for t in (B if onto == "B" else A)
-    ]
+    ema = [torch.randn_like(e) for e in averages(listed, onto)]
     before, skipped = [e.clone() for e in ema], torch.tensor(40)
-    on_device(
-        torch.ops.eflat.foreach_perturb_ema_,
-        A,
-        B,
-        grad_A,
-        grad_B,
-        ema,
-        skipped,
-        scaling,
-        RHO,
-        0.9,
-        onto,
-        scope,
-    )
+    perturb_ema_(listed, ema, skipped, 0.9, onto, scope)
     assert all(same_bits(x, y) for x, y in zip(ema, before, strict=True))
     assert int(skipped) == 40 + len(listed)
 

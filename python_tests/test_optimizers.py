@@ -376,29 +376,3 @@ def test_memory_is_one_copy_and_one_average_per_target() -> None:
     flat = bytes_held(lambda model: create_flat_optimizer(model, torch.optim.AdamW, lr=0.1))
     assert 2 * targets <= eflat - plain <= 2 * targets + 64  # counter and norms
     assert targets <= flat - plain <= targets + 64
-
-
-@pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("onto", ["B", "A"])
-def test_a_model_may_change_its_type(onto: str, to: torch.dtype) -> None:
-    model = lora_mlp(torch.float32)
-    optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, onto=onto)
-    train(model, optimizer, 2)
-    old = {name: average.clone() for name, average in optimizer.averages.items()}
-    model.to(to)
-    for name, average in optimizer.averages.items():
-        assert average.dtype == (torch.float64 if to == torch.float64 else torch.float32)
-        assert same_bits(average.float(), old[name])
-    train(model, optimizer, 2)
-    assert int(optimizer.skipped_perturbations) == 0
-    assert all(not same_bits(x.float(), old[name]) for name, x in optimizer.averages.items())
-
-
-def test_factor_that_is_not_contiguous() -> None:
-    model = lora_mlp()
-    module = model.base_model.model.up.lora_B["default"]
-    module.weight = nn.Parameter(torch.randn(4, 16, dtype=torch.float64).T)
-    assert not module.weight.is_contiguous()
-    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=0.1)
-    train(model, optimizer, 3)
-    assert all(bool(average.any()) for average in optimizer.averages.values())
