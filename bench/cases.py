@@ -77,7 +77,7 @@ def shapes(pairs: list[Pair]) -> list[tuple[Pair, int]]:
     return [(first[shape], count) for shape, count in counts.items()]
 
 
-# Contenders for one pair. A fixed rtol, so that torch.compile sees a constant.
+# Contenders for one pair.
 
 
 def pinv_form(*pair: Tensor) -> Tensor:
@@ -89,13 +89,15 @@ def pinv_form(*pair: Tensor) -> Tensor:
     return (E_W @ torch.linalg.pinv(A) / SCALING).to(pair[0].dtype)
 
 
-def gram_in(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The Gram form in plain torch, computed in a dtype."""
+def gram_in(dtype: torch.dtype, rtol: float | None = None) -> Callable[..., Tensor]:
+    """The Gram form in plain torch, computed in a dtype; rtol by default that of the pair's own."""
     from eflat_ext.ops import gram_form
+    from eflat_ext.reference import default_rtol
 
     def gram(*pair: Tensor) -> Tensor:
         A, B, grad_A, grad_B = (t.to(dtype) for t in pair)
-        U, _, c = gram_form(A, B, grad_A, grad_B, SCALING, RHO, rtol=1e-3)
+        cutoff = default_rtol(*pair[:2]) if rtol is None else rtol
+        U, _, c = gram_form(A, B, grad_A, grad_B, SCALING, RHO, rtol=cutoff)
         return (c * U).to(pair[0].dtype)
 
     return gram

@@ -33,6 +33,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from cases import LLAMA_2_7B, RHO, SCALING, columns, gram_in, pinv_form
 from timing import (
     arguments,
     copy_of,
@@ -45,9 +46,6 @@ from timing import (
 )
 
 import eflat_ext
-from eflat_ext import ops
-
-RHO, SCALING = 0.05, 2.0
 
 
 class Case(NamedTuple):
@@ -63,7 +61,7 @@ def same(count: int, size: int, r: int, condition: float = 1) -> Case:
     return Case(f"{count} x {size}x{size} r={r}{ill}", [(size, size)] * count, r, condition)
 
 
-LLAMA_LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+LLAMA_LAYER = [(n, m) for count, n, m in LLAMA_2_7B for _ in range(count // 32)]
 CLAIMS = [same(48, 1024, 8), Case("224 of Llama-2-7B r=16", 32 * LLAMA_LAYER, 16, of_pinv=7)]
 CASES = [
     *CLAIMS,
@@ -80,24 +78,6 @@ SIZES = [512, 1024, 2048, 4096, 8192]  # n = m
 COUNTS = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
-def pinv_form(A, B, grad_A, grad_B):
-    gradient = grad_B @ torch.linalg.pinv(A.T) + torch.linalg.pinv(B.T) @ grad_A
-    gradient /= 2 * SCALING
-    E_W = RHO * gradient / gradient.norm()
-    return E_W @ torch.linalg.pinv(A) / SCALING
-
-
-def gram_form(*pair):
-    U, _, c = ops.gram_form(*pair, SCALING, RHO, rtol=ops.default_rtol(*pair[:2]))
-    return c * U
-
-
-def gram_form_64(*pair):
-    rtol = ops.default_rtol(*pair[:2])  # of the type that the factors have
-    U, _, c = ops.gram_form(*(t.double() for t in pair), SCALING, RHO, rtol=rtol)
-    return (c * U).to(pair[0].dtype)
-
-
 def random_pair(n, m, r, condition):
     gradient = torch.randn(n, m) / (n * m) ** 0.5
     A, B = torch.randn(r, m) / m**0.5, 1e-2 * torch.randn(n, r)
@@ -105,12 +85,8 @@ def random_pair(n, m, r, condition):
     return A, B, SCALING * B.T @ gradient, SCALING * gradient @ A.T
 
 
-def columns_of(pairs):
-    return [list(column) for column in zip(*pairs, strict=True)]
-
-
 def operator(pairs):
-    columns, scaling = columns_of(pairs), [SCALING] * len(pairs)
+    columns, scaling = columns(pairs), [SCALING] * len(pairs)
     return lambda: eflat_ext.foreach_perturb(*columns, scaling, RHO)
 
 
@@ -120,10 +96,11 @@ def measure(case: Case, rounds: int) -> dict[str, float | str]:
     total_bytes = 4 * sum(2 * r * m + 3 * n * r for n, m in case.shapes)
     multiply_adds = sum((n + m) * r * (2 * r + 1) + 2 * n * r * r for n, m in case.shapes)
     product, product_multiply_adds = matrix_product()
+    gram_64, gram_32 = gram_in(torch.float64), gram_in(torch.float32)
     fast = {
         "ours": operator(pairs),
-        "gram64": lambda: [gram_form_64(*pair) for pair in pairs],
-        "gram32": lambda: [gram_form(*pair) for pair in pairs],
+        "gram64": lambda: [gram_64(*pair) for pair in pairs],
+        "gram32": lambda: [gram_32(*pair) for pair in pairs],
         "copy": copy_of(total_bytes),
         "product": product,
     }

@@ -45,7 +45,6 @@ struct Float64 {
   struct Sum {
     double x, y;
   };
-  __device__ static double value(double x) { return x; }
   __device__ static Sum zero() { return {0, 0}; }
   __device__ static double first(const Sum& d) { return d.x; }
   __device__ static double second(const Sum& d) { return d.y; }
@@ -79,7 +78,6 @@ struct TwoFloat {
   struct Sum {
     Weight x, y;
   };
-  __device__ static float value(float x) { return x; }
   __device__ static Sum zero() { return {{0, 0}, {0, 0}}; }
   __device__ static double first(const Sum& d) { return double(d.x.hi) + double(d.x.lo); }
   __device__ static double second(const Sum& d) { return double(d.y.hi) + double(d.y.lo); }
