@@ -86,8 +86,8 @@ def random_pair(n, m, r, condition):
 
 
 def operator(pairs):
-    columns, scaling = columns(pairs), [SCALING] * len(pairs)
-    return lambda: eflat_ext.foreach_perturb(*columns, scaling, RHO)
+    lists, scaling = columns(pairs), [SCALING] * len(pairs)
+    return lambda: eflat_ext.foreach_perturb(*lists, scaling, RHO)
 
 
 def measure(case: Case, rounds: int) -> dict[str, float | str]:
