@@ -11,6 +11,9 @@ SOURCE := $(shell find csrc -type f) setup.py pyproject.toml
 # The wheel is tested beside this torch, another one than it is built with.
 OTHER_TORCH ?= 2.14.1
 
+# Processes that run the tests, of one thread each.
+JOBS ?= 2
+
 # Threads that spin while they wait cost a factor of 2 to 5 on a machine that does other things, too.
 export OMP_WAIT_POLICY ?= passive
 
@@ -20,7 +23,7 @@ demo: $(VENV)/built
 	$(BIN)/eflat finetune
 
 test: $(VENV)/tools
-	$(BIN)/python -m pytest python_tests
+	$(BIN)/python -m pytest python_tests --numprocesses $(JOBS) --dist worksteal
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
@@ -23,19 +24,23 @@ def build() -> None:
     """Registers ``torch.ops.eflat_float64``, ``eflat_two_float`` and ``eflat_naive``."""
     folder = ROOT / "build" / "host_cuda"
     folder.mkdir(parents=True, exist_ok=True)
-    cpp_extension.load(
-        "eflat_host_cuda",
-        [str(ROOT / "csrc" / "tests" / name) for name in ("ops_host_cuda.cpp", "host_cuda.cpp")],
-        extra_cflags=[
-            "-O2",
-            "-std=c++20",
-            "-fopenmp-simd",
-            "-Wno-psabi",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        ],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
+    with FileLock(folder / ".being_built"):  # tests run in several processes
+        cpp_extension.load(
+            "eflat_host_cuda",
+            [
+                str(ROOT / "csrc" / "tests" / name)
+                for name in ("ops_host_cuda.cpp", "host_cuda.cpp")
+            ],
+            extra_cflags=[
+                "-O2",
+                "-std=c++20",
+                "-fopenmp-simd",
+                "-Wno-psabi",
+                "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            ],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
 
 
 def replace_cpu_kernels(library: str) -> torch.library.Library:
