@@ -10,6 +10,11 @@ from torch import Tensor
 
 from .pairs import LoraPair
 
+# A torch without torch.distributed has neither name.
+_all_gather: Any = getattr(torch.distributed, "all_gather_single", None) or getattr(
+    torch.distributed, "all_gather_into_tensor", None
+)
+
 
 class Exchange:
     """Tensors that all ranks send to all in one go; each has the same shape on every rank."""
@@ -36,11 +41,10 @@ class Exchange:
         pieces = [self._sent[i].contiguous().reshape(-1).view(torch.uint8) for i in order]
         pieces.append(pieces[0].new_zeros(-sum(map(len, pieces)) % 8))
         sent = torch.cat(pieces)
-        received = sent.new_empty(world, len(sent))
-        torch.distributed.all_gather_into_tensor(received, sent, group=group)
-        for i, piece in zip(
-            order, received.split([len(piece) for piece in pieces], 1)[:-1], strict=True
-        ):
+        received = sent.new_empty(world * len(sent))
+        _all_gather(received, sent, group=group)
+        columns = received.view(world, -1).split([len(piece) for piece in pieces], 1)[:-1]
+        for i, piece in zip(order, columns, strict=True):
             own = self._sent[i]
             self._received[i] = piece.contiguous().view(own.dtype).view(world, *own.shape)
 
