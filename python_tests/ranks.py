@@ -1,4 +1,4 @@
-"""Processes that form groups: started once, and given one function after another to run together."""
+"""Processes that form groups: started once, and given one function after another to run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ def together(world: int, function: str, *args: Any, **kwargs: Any) -> list[Any]:
             answers.append(connection.recv())
     failed = {rank: text for rank, (_, text) in enumerate(answers) if text}
     if failed:
-        stop()  # the others may wait for a collective operation
         raise AssertionError("\n".join(f"rank {rank}: {text}" for rank, text in failed.items()))
     return [value for value, _ in answers]
 
