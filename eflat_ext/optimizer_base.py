@@ -17,8 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .additions import Addition
+from .dtensors import (
+    fsdp_modules,
+    is_dtensor,
+    laid_out_as,
+    local,
+    refuse_flat_parameters,
+    reshard,
+)
 from .pairs import find_pairs, merging_layers, stacklevel_of_user
 from .perturbed import PerturbedWeights, Slot
+from .sharded import Sharding
 from .targets import parameters_of, perturbed_pairs
 
 Rho: TypeAlias = float | Callable[[int], float]
@@ -67,9 +77,13 @@ class PerturbingOptimizer(Optimizer):
         _check_base(base)
         if norm_scope not in ("layer", "global"):
             raise ValueError(f'norm_scope: expected "layer" or "global", got {norm_scope!r}')
+        if isinstance(model, nn.Module):
+            refuse_flat_parameters(model)
+            reshard(fsdp_modules(model))
         self.base = base
         self.norm_scope = norm_scope
         self.pairs, slots, self._target_of = perturbed_pairs(find_pairs(model), base, factors)
+        Sharding.of(self.pairs)  # refuses what it cannot handle
         # Optimizer.__init__ would make groups and state of its own; this sets the hooks alone.
         self.__setstate__({})
         self._targets: list[Slot] = slots
@@ -85,11 +99,13 @@ class PerturbingOptimizer(Optimizer):
         self._rho = rho
         self._rho_now(rho)
 
-    def _perturb_with(self, model: nn.Module, perturbation: Callable[[list[Tensor]], None]) -> None:
+    def _perturb_with(self, model: nn.Module, perturbation: Addition) -> None:
         merging = merging_layers(model)
         layers = dict.fromkeys([*(pair.layer for pair in self.pairs), *merging])
         guarded = [(layer, name) for layer in layers for name in ("merge", "unmerge")]
-        self._weights = PerturbedWeights(model, self._targets, perturbation, self, guarded, merging)
+        self._weights = PerturbedWeights(
+            model, self._targets, perturbation, self, guarded, merging, perturbation.idle
+        )
 
     # The base optimizer's own groups, state and defaults: it rebinds them when it loads.
 
@@ -206,9 +222,9 @@ class PerturbingOptimizer(Optimizer):
             scaling = pair.scaling
             if scaling == 0:
                 continue
-            A, B = pair.parameter_A, pair.parameter_B
-            if A.grad is None and B.grad is None:
+            if not pair.has_gradient:
                 continue
+            A, B = pair.parameter_A, pair.parameter_B
             rows.indices.append(index)
             rows.A.append(pair.A)
             rows.B.append(pair.B)
@@ -232,6 +248,57 @@ class PerturbingOptimizer(Optimizer):
         if self._skipped.device != device:
             self._skipped = self._skipped.to(device)
         return self._skipped
+
+    def _sharding(self) -> tuple[Sharding, list[int]] | None:
+        """How factors are sharded, and all pairs with a scaling; None if nothing is sharded.
+
+        Every rank has to name the same pairs, whatever gradients it has.
+
+        Raises:
+            RuntimeError: the base optimizer has other parameters than the model.
+        """
+        trained = parameters_of(self.param_groups)
+        targets = self._weights.targets()
+        for position, target in zip(self._positions, targets, strict=True):
+            if trained[position] is not target:
+                raise RuntimeError(
+                    f"base: expected the parameters of the model, got a {type(trained[position])} "
+                    f"of shape {tuple(trained[position].shape)} in place of a target of shape "
+                    f"{tuple(target.shape)}; an engine that replaces parameters by its own "
+                    "(DeepSpeed ZeRO, FullyShardedDataParallel) is not supported"
+                )
+        sharding = Sharding.of(self.pairs)
+        if sharding is None:
+            return None
+        return sharding, [i for i, pair in enumerate(self.pairs) if pair.scaling != 0]
+
+    def _has_gradients(self) -> bool:
+        """Whether any pair with a scaling has a gradient."""
+        return any(pair.has_gradient and pair.scaling != 0 for pair in self.pairs)
+
+    def _keep_norms(self, indices: list[int], norms: Tensor) -> None:
+        """Remember the norms of those pairs that have a gradient."""
+        having = [at for at, index in enumerate(indices) if self.pairs[index].has_gradient]
+        self._norms = ([indices[at] for at in having], norms[having])
+
+    def _initialises_state(self) -> bool:
+        """Whether a step is none: torch.distributed.checkpoint makes one so that state exists.
+
+        It has zeros for gradients, a learning rate of zero, and a base optimizer without state.
+        """
+        if self.state or any(group.get("lr", 1.0) != 0 for group in self.param_groups):
+            return False
+        trained = [p for p in parameters_of(self.param_groups) if p.requires_grad]
+        if any(parameter.grad is None for parameter in trained):
+            return False
+        gradients = [parameter.grad for parameter in trained]
+        any_ = torch.stack([local(g).count_nonzero() for g in gradients]).any()
+        sharded = next((g for g in gradients if is_dtensor(g)), None)
+        if sharded is not None:
+            any_ = any_.to(torch.int32)
+            for group in sharded.device_mesh.get_all_groups():
+                torch.distributed.all_reduce(any_, torch.distributed.ReduceOp.MAX, group)
+        return not any_
 
     def _warn_clean_gradient(self) -> None:
         if not self._warned_clean:
@@ -306,10 +373,12 @@ class PerturbingOptimizer(Optimizer):
                     f"got {tuple(value.shape)}"
                 )
         self.eval()
+        self._weights.settle()
         self.base.load_state_dict({**state_dict, "state": state, "param_groups": groups})
         # Copied in place: the base class would cast them to the parameter's type.
         for average, value in zip(averages, values, strict=True):
-            average.zero_() if value is None else average.copy_(value)
+            shard = local(average)
+            shard.zero_() if value is None else shard.copy_(local(laid_out_as(value, average)))
         self._steps = int(steps)
         self._skipped.fill_(int(skipped))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -323,27 +392,6 @@ class PerturbingOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rho={self._rho!r}, pairs={len(self.pairs)}, {self.base!r})"
-
-
-class Addition:
-    """Adds one tensor to each target, or to the targets of some indices."""
-
-    def __init__(self, deltas: list[Tensor]) -> None:
-        self.deltas = deltas
-        self.indices: list[int] | None = None
-
-    def __call__(self, targets: list[Tensor]) -> None:
-        if self.indices is not None:
-            targets = [targets[index] for index in self.indices]
-        if targets:
-            torch._foreach_add_(targets, self.on_devices_of(targets))
-
-    def on_devices_of(self, targets: list[Tensor]) -> list[Tensor]:
-        """The tensors, moved where their targets have moved."""
-        for index, (delta, target) in enumerate(zip(self.deltas, targets, strict=True)):
-            if delta.device != target.device:
-                self.deltas[index] = delta.to(target.device)
-        return self.deltas
 
 
 def _check_base(base: Optimizer) -> None:

@@ -5,16 +5,18 @@ EFlat-LoRA: Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .additions import Addition, BoundedAverages
+from .dtensors import local
 from .fused_step import adamw_lists, without_gradients
-from .optimizer_base import Addition, PerturbingOptimizer, Rho, check_transfer
-from .pairs import LoraPair
+from .optimizer_base import PerturbingOptimizer, Rho, check_transfer
+from .sharded import Sharding
 from .two_gradients import FlatLoRA, LoRASAM
 
 __all__ = [
@@ -83,9 +85,12 @@ class EFlatLoRA(PerturbingOptimizer):
         self.rtol = rtol
         self.fused_step = fused_step
         targets = [getattr(*slot) for slot in self._targets]
-        averages = [torch.zeros(t.shape, dtype=_average_dtype(t), device=t.device) for t in targets]
+        averages = [
+            torch.zeros_like(t, dtype=average_dtype(t.dtype), memory_format=torch.contiguous_format)
+            for t in targets
+        ]
         self._perturbation = (
-            _BoundedAverages(averages, self.pairs, self._target_of, norm_scope)
+            BoundedAverages(averages, self.pairs, self._target_of, norm_scope)
             if onto == "A"
             else Addition(averages)
         )
@@ -111,6 +116,8 @@ class EFlatLoRA(PerturbingOptimizer):
         Returns:
             What the closure returned, None without one.
         """
+        if closure is None and self._initialises_state():
+            return self.base.step()
         loss = None
         stepped: list[Tensor] = []
         try:
@@ -136,12 +143,16 @@ class EFlatLoRA(PerturbingOptimizer):
     def _fold_in(self) -> list[Tensor]:
         """Put this step's perturbations into the averages; returns what was stepped with them."""
         rho = self._rho_now()
-        rows = self._with_gradients()
+        sharding = self._sharding()
         if self._weights.visited:
             # The gradients' own point, if an evaluation restored the weights since.
             self._weights.perturb()
-        elif self._steps and rows.indices:
+        elif self._steps and self._has_gradients():
             self._warn_clean_gradient()
+        if sharding is not None:
+            self._fold_in_shards(*sharding, rho)
+            return []
+        rows = self._with_gradients()
         parts = self._parts(rows.indices)
         averages = [part.flatten(1).contiguous() for part in parts]
         skipped = self._skipped_on(rows.A[0].device if rows.A else self._skipped.device)
@@ -166,6 +177,25 @@ class EFlatLoRA(PerturbingOptimizer):
         self._norms = (rows.indices, norms)
         return [] if adamw is None else [*rows.parameters_A, *rows.parameters_B]
 
+    def _fold_in_shards(self, sharding: Sharding, indices: list[int], rho: float) -> None:
+        averages = self._averages()
+        if not indices:
+            return
+        perturbations, norms = sharding.perturb(
+            [self.pairs[i] for i in indices],
+            [self._target_of[i] for i in indices],
+            rho,
+            self.onto,
+            self.norm_scope,
+            self.rtol,
+            average_dtype,
+        )
+        for target, (value, usable) in perturbations.items():
+            average = local(averages[target])
+            average.copy_(average.lerp(value, self.beta).where(usable, average))
+        self._skipped_on(norms.skipped.device).add_(norms.skipped)
+        self._keep_norms(indices, norms.values)
+
     def _parts(self, indices: Iterable[int]) -> list[Tensor]:
         """The averages of some pairs."""
         averages = self._averages()
@@ -175,71 +205,12 @@ class EFlatLoRA(PerturbingOptimizer):
         targets = self._weights.targets()
         averages = self._perturbation.on_devices_of(targets)
         for index, (average, target) in enumerate(zip(averages, targets, strict=True)):
-            averages[index] = average.to(_average_dtype(target))  # a model may change its type
+            averages[index] = average.to(average_dtype(target.dtype))  # a model may change its type
         return averages
 
     def _rho_changed(self) -> None:
-        if isinstance(self._perturbation, _BoundedAverages):
+        if isinstance(self._perturbation, BoundedAverages):
             self._perturbation.rho.fill_(self._rho_now())
-
-
-class _BoundedAverages(Addition):
-    """Adds averages onto A, scaled down until ``||s B average|| <= rho``.
-
-    They were made with an earlier B: while B is small and grows, the product would explode.
-    """
-
-    def __init__(
-        self,
-        averages: list[Tensor],
-        pairs: list[LoraPair],
-        target_of: list[int],
-        norm_scope: str,
-    ) -> None:
-        super().__init__(averages)
-        # A tensor on the host: a compiled forward pass would be compiled anew for each number.
-        self.rho = torch.zeros((), dtype=torch.float64)
-        self._pairs, self._target_of = pairs, target_of
-        self._scope = norm_scope
-
-    def __call__(self, targets: list[Tensor]) -> None:
-        averages = self.on_devices_of(targets)
-        # A layer scaled by zero has no full-space norm, and adds nothing to the model either.
-        rows = [(p, i) for p, i in zip(self._pairs, self._target_of, strict=True) if p.scaling != 0]
-        if not rows:
-            return
-        chosen = [pair.part("A", averages[i]) for pair, i in rows]
-        factors = torch.ops.eflat_ext.bound(
-            [part.flatten(1) for part in chosen],
-            [pair.B for pair, _ in rows],
-            [pair.scaling for pair, _ in rows],
-            self.rho,
-            self._scope,
-        )
-        scaled = torch._foreach_mul(chosen, list(factors.unbind()))
-        torch._foreach_add_([pair.part("A", targets[i]) for pair, i in rows], scaled)
-
-
-@torch.library.custom_op("eflat_ext::bound", mutates_args=())
-def _bound(
-    averages: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scaling: Sequence[float],
-    rho: Tensor,
-    norm_scope: str,
-) -> Tensor:
-    return torch.ops.eflat.foreach_bound(averages, B, scaling, rho.item(), norm_scope)
-
-
-@_bound.register_fake
-def _(
-    averages: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scaling: Sequence[float],
-    rho: Tensor,
-    norm_scope: str,
-) -> Tensor:
-    return torch.ops.eflat.foreach_bound(averages, B, scaling, 1.0, norm_scope)
 
 
 def create_eflat_optimizer(
@@ -312,5 +283,6 @@ def _trainable(model: nn.Module, params: Any) -> Any:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _average_dtype(target: Tensor) -> torch.dtype:
-    return torch.float64 if target.dtype == torch.float64 else torch.float32
+def average_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the averages for factors of a type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

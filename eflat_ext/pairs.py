@@ -9,14 +9,16 @@ parameters.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
+
+from .dtensors import is_dtensor
 
 # Variants that change where or how ``s B A`` is used, but not that it is ``s B A``.
 _PLAIN_VARIANTS = {
@@ -97,6 +99,17 @@ class LoraPair:
         return tensor.unflatten(1, (-1, self.experts))[:, :, self.expert]
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """n, m and r of the whole factors, also where they are sharded."""
+        A, B = self.parameter_A.shape, self.parameter_B.shape
+        return B[0], math.prod(A[1:]), A[0] // self.experts
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a parameter of the pair has one."""
+        return self.parameter_A.grad is not None or self.parameter_B.grad is not None
+
+    @property
     def scaling(self) -> float:
         """The layer's ``s``, with rsLoRA and ``set_scale`` folded in; 0 for a deleted adapter."""
         return float(self.layer.scaling.get(self.adapter, 0.0))
@@ -129,7 +142,6 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
         ImportError: PEFT is not installed.
         TypeError: ``model`` is no ``torch.nn.Module``.
         ValueError: no LoRA layer, or none that is a plain pair.
-        NotImplementedError: a factor is a DTensor.
     """
     LoraLayer, _ = _peft_classes()
     if not isinstance(model, nn.Module):
@@ -213,33 +225,19 @@ def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
     if not (isinstance(A, plain) and isinstance(B, plain)):
         return f"factors are {type(A).__name__} and {type(B).__name__}"
     for factor in (pair.parameter_A, pair.parameter_B):
-        if _is_dtensor(factor):
-            raise NotImplementedError(
-                f"{type(layer).__name__}: factors sharded as DTensor are not supported"
-            )
-        if factor.data_ptr() in shared:
+        if not is_dtensor(factor) and factor.data_ptr() in shared:
             return "factor shares its memory with another parameter"
     if isinstance(B, _CONVOLUTIONS) and (B.groups != 1 or A.groups != 1):
         return f"{B.groups} groups"
     if isinstance(B, nn.ParameterDict) and layer.get_base_layer().max_norm is not None:
         return "max_norm"  # every forward pass renormalises A in place
-    if (
-        min(pair.parameter_A.dim(), pair.parameter_B.dim()) < 2
-        or pair.A.shape[0] != pair.B.shape[1]
-    ):
-        return f"shapes {tuple(pair.parameter_A.shape)} and {tuple(pair.parameter_B.shape)}"
+    shape_A, shape_B = pair.parameter_A.shape, pair.parameter_B.shape
+    if min(len(shape_A), len(shape_B)) < 2 or shape_A[0] != math.prod(shape_B[1:]):
+        return f"shapes {tuple(shape_A)} and {tuple(shape_B)}"
     variant = type(getattr(layer, "lora_variant", {}).get(pair.adapter)).__name__
     if variant != "NoneType" and variant not in _PLAIN_VARIANTS:
         return variant
     return ""
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 def _shared_memory(model: nn.Module) -> set[int]:

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from .dtensors import fsdp_modules, local, reshard, same_layout
+
 Slot = tuple[nn.Module, str]
 
 
@@ -45,6 +47,7 @@ class PerturbedWeights:
         perturbation: adds the perturbation in place to the list of target parameters it is given
             (same order as ``targets``); called without gradients. It must not hold ``owner``.
         owner: on whose behalf this happens; when it is garbage, forward passes restore.
+        idle: whether the perturbation adds zeros.
         guarded: methods as (module, method name) that find clean weights.
         merging: modules whose forward passes call guarded methods for their own use, which then
             find the weights of that pass.
@@ -66,6 +69,7 @@ class PerturbedWeights:
         owner: object,
         guarded: Iterable[Slot] = (),
         merging: Iterable[nn.Module] = (),
+        idle: Callable[[], bool] = bool,
     ) -> None:
         for other in _attached_to(model):
             if other.alive:
@@ -87,6 +91,10 @@ class PerturbedWeights:
             getattr(*slot) for slot in self._slots
         ]  # the parameters whose values were copied
         self._clean = [torch.empty_like(target) for target in self._held]
+        self._idle = idle
+        self._fsdp: list[Any] = []
+        # Whether nobody can shard the model any more: its shards are what there is to look up.
+        self._settled = False
         self._owner: weakref.ref[Any] | None = weakref.ref(owner, self._disable)
         self._hook(model, guarded, merging)
 
@@ -102,6 +110,8 @@ class PerturbedWeights:
 
     def targets(self) -> list[Tensor]:
         """The parameters now; what was there last where a module holds none any more."""
+        self.settle()
+        reshard(self._fsdp)
         return [getattr(*slot, held) for slot, held in zip(self._slots, self._held, strict=True)]
 
     def perturb(self) -> None:
@@ -112,11 +122,29 @@ class PerturbedWeights:
         with torch.no_grad():
             targets = self.targets()
             copies = self._copies(targets)
-            torch._foreach_copy_(copies, targets)
+            _copy(copies, targets)
             self._held, self._clean = targets, copies
             self._dirty = True
             self._perturbation(targets)
             self._applied = True
+
+    def settle(self) -> bool:
+        """Until the first forward pass: find FSDP2's modules, let none of their hooks be first.
+
+        Returns:
+            Whether one was: the forward pass that is beginning has gathered weights already.
+        """
+        if self._settled or self._model is None:
+            return False
+        self._fsdp = fsdp_modules(self._model)
+        late = False
+        for module in self._holders if self._fsdp else ():
+            hooks: Any = module._forward_pre_hooks
+            own = [key for key, hook in hooks.items() if _attachment(hook) is self]
+            for key in own:
+                late |= next(iter(hooks)) != key
+                hooks.move_to_end(key, last=False)
+        return late
 
     def restore(self) -> None:
         """Copy the clean values back, bit for bit; nothing if they are there already."""
@@ -124,8 +152,9 @@ class PerturbedWeights:
             return
         self._applied = False
         with torch.no_grad():
-            torch._foreach_copy_(self._held, self._clean)
+            _copy(self._held, self._clean)
         self._dirty = False
+        reshard(self._fsdp)
 
     @contextmanager
     def restored_by(self, stepped: Sequence[int]) -> Iterator[list[Tensor]]:
@@ -147,8 +176,9 @@ class PerturbedWeights:
         if self._dirty:
             with torch.no_grad():
                 for i in set(range(len(targets))) - (copied.keys() & set(stepped)):
-                    self._held[i].copy_(self._clean[i])
+                    _copy([self._held[i]], [self._clean[i]])
             self._dirty = False
+            reshard(self._fsdp)
 
     @contextmanager
     def clean(self) -> Iterator[None]:
@@ -191,7 +221,8 @@ class PerturbedWeights:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.enabled = self.visited = False
         self._model = self._perturbation = self._owner = None
-        self._slots = []
+        self._slots, self._fsdp = [], []
+        self._settled, self._idle = True, bool
         self._suspended = self.merging = 0
         self._held, self._clean = state["held"], state["clean"]
         self._dirty = bool(self._held)
@@ -207,6 +238,7 @@ class PerturbedWeights:
                 copy.dtype != target.dtype
                 or copy.device != target.device
                 or copy.shape != target.shape
+                or not same_layout(copy, target)
             ):
                 with torch.inference_mode(False):
                     self._clean[index] = torch.empty_like(target)
@@ -215,7 +247,8 @@ class PerturbedWeights:
     def _hook(
         self, model: nn.Module, guarded: Iterable[Slot], merging: Iterable[nn.Module]
     ) -> None:
-        for module in _holders(model, [module for module, _ in self._slots]):
+        self._holders = _holders(model, [module for module, _ in self._slots])
+        for module in self._holders:
             module.register_forward_pre_hook(self._before_forward, prepend=True)
         index_of = {id(target): index for index, target in enumerate(self._held)}
         for module in model.modules():
@@ -242,10 +275,24 @@ class PerturbedWeights:
                     "torch.nn.DataParallel copied the weights before they were perturbed: use "
                     "DistributedDataParallel, or call optimizer.train() before each forward pass"
                 )
+            if not self._settled and self._sharded_late():
+                return
             self.perturb()
             self.visited = True
         else:
             self.restore()
+
+    def _sharded_late(self) -> bool:
+        """At the first forward pass: whether FSDP2's hook ran first, which is no harm at rest."""
+        late = self.settle()
+        self._settled = True
+        if late and not self._applied and not self._idle():
+            raise RuntimeError(
+                "the model was sharded after its optimizer had been constructed: call "
+                "optimizer.train() before the first forward pass"
+            )
+        self.visited |= late
+        return late
 
     def _save_clean(
         self,
@@ -260,13 +307,17 @@ class PerturbedWeights:
         for name, index in owned:
             key, parameter = prefix + name, module._parameters[name]
             if key in state_dict and parameter is self._held[index]:
-                value = self._clean[index].to(parameter, copy=True)
+                value = self._clean[index].to(parameter.device, parameter.dtype, copy=True)
                 if isinstance(state_dict[key], Parameter):  # keep_vars=True
                     value = Parameter(value, parameter.requires_grad)
                 state_dict[key] = value
 
     def _before_load(self, *_: object) -> None:
         self.restore()
+
+
+def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    torch._foreach_copy_([local(t) for t in to], [local(value) for value in values])
 
 
 class _RestoreFirst:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .optimizer_base import Addition, PairList, PerturbingOptimizer, Rho, check_transfer
+from .additions import Addition
+from .dtensors import from_local
+from .optimizer_base import PairList, PerturbingOptimizer, Rho, check_transfer
 from .pairs import LoraPair
+from .sharded import Norms, Sharding
 
 
 class TwoGradients(PerturbingOptimizer):
@@ -27,9 +30,15 @@ class TwoGradients(PerturbingOptimizer):
         self._perturb_with(model, self._perturbation)
         self._weights.enabled = False
 
-    def _perturbations(self, rho: float, rows: PairList) -> tuple[list[int], list[Tensor], Tensor]:
-        """Indices of targets, what to add to them, and the norms of the rows."""
+    def _perturbations(self, rho: float, rows: PairList) -> tuple[dict[int, Tensor], Tensor]:
+        """What to add to targets, by their index, and the norms of the rows."""
         raise NotImplementedError  # abstract: what the two methods differ in
+
+    def _perturbed_shards(
+        self, rho: float, sharding: Sharding, indices: list[int]
+    ) -> tuple[dict[int, Tensor], Norms]:
+        """The same where factors are sharded: this rank's shards, and the norms of these pairs."""
+        raise NotImplementedError  # abstract
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -48,6 +57,8 @@ class TwoGradients(PerturbingOptimizer):
         """
         loss = None
         if closure is None:
+            if self._initialises_state():
+                return self.base.step()
             if not self._pending:
                 raise RuntimeError("step() needs a closure, or first_step() before it")
         else:
@@ -63,7 +74,7 @@ class TwoGradients(PerturbingOptimizer):
                 raise
         unperturbed = self._weights.alive and not self._weights.visited
         self.abandon_step()
-        if unperturbed and self._with_gradients().indices:
+        if unperturbed and self._has_gradients():
             self._warn_clean_gradient()
         self.base.step()
         self._steps += 1
@@ -82,19 +93,32 @@ class TwoGradients(PerturbingOptimizer):
             RuntimeError: the last :meth:`first_step` has had no :meth:`second_step`.
         """
         self._not_pending()
-        rho = self._rho_now()
-        rows = self._with_gradients()
-        indices, deltas, norms = self._perturbations(rho, rows)
-        skipped = self._skipped_on(norms.device)
-        skipped += (~(norms.isfinite() & (norms > 0))).sum()
-        self._norms = (rows.indices, norms)
-        self._perturbation.indices, self._perturbation.deltas = indices, deltas
+        deltas = self._new_perturbations(self._rho_now())
+        self._perturbation.indices = list(deltas)
+        self._perturbation.deltas = list(deltas.values())
         self._pending = self._weights.enabled = True
         self._first_gradients = not zero_grad
         self._weights.perturb()
         self._weights.visited = False
         if zero_grad:
             self.base.zero_grad()
+
+    def _new_perturbations(self, rho: float) -> dict[int, Tensor]:
+        """What to add to targets, by their index; norms are kept, and counted."""
+        sharding, indices = self._sharding() or (None, [])
+        if sharding is None:
+            rows = self._with_gradients()
+            deltas, norms = self._perturbations(rho, rows)
+            self._skipped_on(norms.device).add_((~(norms.isfinite() & (norms > 0))).sum())
+            self._norms = (rows.indices, norms)
+            return deltas
+        if not indices:
+            return {}
+        shards, found = self._perturbed_shards(rho, sharding, indices)
+        self._skipped_on(found.skipped.device).add_(found.skipped)
+        self._keep_norms(indices, found.values)
+        targets = self._weights.targets()
+        return {index: from_local(shard, targets[index]) for index, shard in shards.items()}
 
     def second_step(self) -> None:
         """Restore the clean weights and step the base optimizer with the gradients there are now.
@@ -118,7 +142,7 @@ class TwoGradients(PerturbingOptimizer):
         Dropping the second gradients abandons the step: a gradient scaler that found an overflow
         in them never calls ``step``.
         """
-        if self._pending and not self._first_gradients and self._with_gradients().indices:
+        if self._pending and not self._first_gradients and self._has_gradients():
             self.abandon_step()
         self._first_gradients = False
         super().zero_grad(set_to_none)
@@ -163,7 +187,7 @@ class FlatLoRA(TwoGradients):
         self.rtol = rtol
         self._prepare(model)
 
-    def _perturbations(self, rho: float, rows: PairList) -> tuple[list[int], list[Tensor], Tensor]:
+    def _perturbations(self, rho: float, rows: PairList) -> tuple[dict[int, Tensor], Tensor]:
         E, norms = torch.ops.eflat.foreach_perturb(
             rows.A,
             rows.B,
@@ -180,7 +204,21 @@ class FlatLoRA(TwoGradients):
         for row, e in zip(rows.indices, E, strict=True):
             index = self._target_of[row]
             _put(deltas, index, self.pairs[row], self.onto, targets[index], e)
-        return list(deltas), list(deltas.values()), norms
+        return deltas, norms
+
+    def _perturbed_shards(
+        self, rho: float, sharding: Sharding, indices: list[int]
+    ) -> tuple[dict[int, Tensor], Norms]:
+        perturbations, norms = sharding.perturb(
+            [self.pairs[i] for i in indices],
+            [self._target_of[i] for i in indices],
+            rho,
+            self.onto,
+            self.norm_scope,
+            self.rtol,
+            lambda dtype: dtype,
+        )
+        return {index: value for index, (value, _) in perturbations.items()}, norms
 
 
 def _put(
@@ -213,9 +251,9 @@ class LoRASAM(TwoGradients):
         super().__init__(model, base, rho=rho, norm_scope=norm_scope, factors=["A", "B"])
         self._prepare(model)
 
-    def _perturbations(self, rho: float, rows: PairList) -> tuple[list[int], list[Tensor], Tensor]:
+    def _perturbations(self, rho: float, rows: PairList) -> tuple[dict[int, Tensor], Tensor]:
         if not rows.indices:
-            return [], [], torch.zeros(0, device=self._skipped.device)
+            return {}, torch.zeros(0, device=self._skipped.device)
         double = all(grad.dtype == torch.float64 for grad in rows.grad_A + rows.grad_B)
         dtype = torch.float64 if double else torch.float32
         norm_A, norm_B = (
@@ -224,8 +262,7 @@ class LoRASAM(TwoGradients):
         )
         norms = torch.hypot(norm_A, norm_B)
         good = norms.isfinite() & (norms > 0)
-        shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
-        scale = torch.where(good, rho / shared, 0)
+        scale = self._scales(rho, norms, good)
         index_of = {id(target): index for index, target in enumerate(self._weights.targets())}
         groups: dict[int, str] = {}
         deltas: dict[int, Tensor] = {}
@@ -240,4 +277,33 @@ class LoRASAM(TwoGradients):
                 if index is not None and groups.setdefault(index, pair.group) == pair.group:
                     delta = torch.where(ok, grad * scale[row], 0).to(grad.dtype)
                     _put(deltas, index, pair, factor, target, delta)
-        return list(deltas), list(deltas.values()), norms
+        return deltas, norms
+
+    def _perturbed_shards(
+        self, rho: float, sharding: Sharding, indices: list[int]
+    ) -> tuple[dict[int, Tensor], Norms]:
+        norms = sharding.gradient_norms([self.pairs[i] for i in indices])
+        scale = self._scales(rho, norms.values, norms.usable)
+        index_of = {id(target): index for index, target in enumerate(self._weights.targets())}
+        groups: dict[int, str] = {}
+        shards: dict[int, Tensor] = {}
+        for factor in ("A", "B"):
+            # Frozen factors are no targets, tied ones count once.
+            rows: list[tuple[LoraPair, int, Tensor]] = []
+            for i, own in zip(indices, scale.unbind(), strict=True):
+                pair = self.pairs[i]
+                parameter = pair.parameter_A if factor == "A" else pair.parameter_B
+                index = index_of.get(id(parameter))
+                if index is not None and groups.setdefault(index, pair.group) == pair.group:
+                    rows.append((pair, index, own))
+            pairs, targets, scales = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
+            spread = sharding.spread(pairs, targets, factor, scales)
+            for pair, index, _ in rows:
+                gradient, by = sharding.gradient(pair, factor), spread[index]
+                shards[index] = torch.where(by != 0, gradient * by, 0).to(gradient.dtype)
+        return shards, norms
+
+    def _scales(self, rho: float, norms: Tensor, good: Tensor) -> Tensor:
+        """By what the gradients of each pair are multiplied."""
+        shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
+        return torch.where(good, rho / shared, 0)

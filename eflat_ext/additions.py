@@ -1,0 +1,116 @@
+"""What perturbed weights have added to them: tensors as they are, or bounded by their radius."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dtensors import laid_out_as, local, same_layout
+from .pairs import LoraPair
+from .sharded import Sharding
+
+
+class Addition:
+    """Adds one tensor to each target, or to the targets of some indices."""
+
+    def __init__(self, deltas: list[Tensor]) -> None:
+        self.deltas = deltas
+        self.indices: list[int] | None = None
+
+    def __call__(self, targets: list[Tensor]) -> None:
+        if self.indices is not None:
+            targets = [targets[index] for index in self.indices]
+        if targets:
+            deltas = self.on_devices_of(targets)
+            torch._foreach_add_([local(t) for t in targets], [local(delta) for delta in deltas])
+
+    def idle(self) -> bool:
+        """Whether it adds zeros."""
+        return not any(bool(local(delta).any()) for delta in self.deltas)
+
+    def on_devices_of(self, targets: list[Tensor]) -> list[Tensor]:
+        """The tensors, moved where their targets have moved, and sharded as these are."""
+        for index, (delta, target) in enumerate(zip(self.deltas, targets, strict=True)):
+            if delta.device != target.device:
+                self.deltas[index] = delta.to(target.device)
+            if not same_layout(delta, target):
+                self.deltas[index] = laid_out_as(self.deltas[index], target)
+        return self.deltas
+
+
+class BoundedAverages(Addition):
+    """Adds averages onto A, scaled down until ``||s B average|| <= rho``.
+
+    They were made with an earlier B: while B is small and grows, the product would explode.
+    """
+
+    def __init__(
+        self,
+        averages: list[Tensor],
+        pairs: list[LoraPair],
+        target_of: list[int],
+        norm_scope: str,
+    ) -> None:
+        super().__init__(averages)
+        # A tensor on the host: a compiled forward pass would be compiled anew for each number.
+        self.rho = torch.zeros((), dtype=torch.float64)
+        self._pairs, self._target_of = pairs, target_of
+        self._scope = norm_scope
+
+    def __call__(self, targets: list[Tensor]) -> None:
+        averages = self.on_devices_of(targets)
+        # A layer scaled by zero has no full-space norm, and adds nothing to the model either.
+        rows = [(p, i) for p, i in zip(self._pairs, self._target_of, strict=True) if p.scaling != 0]
+        if not rows:
+            return
+        sharding = Sharding.of(self._pairs)
+        if sharding is not None:
+            self._add_shards(sharding, targets, averages, *map(list, zip(*rows, strict=True)))
+            return
+        chosen = [pair.part("A", averages[i]) for pair, i in rows]
+        factors = torch.ops.eflat_ext.bound(
+            [part.flatten(1) for part in chosen],
+            [pair.B for pair, _ in rows],
+            [pair.scaling for pair, _ in rows],
+            self.rho,
+            self._scope,
+        )
+        scaled = torch._foreach_mul(chosen, list(factors.unbind()))
+        torch._foreach_add_([pair.part("A", targets[i]) for pair, i in rows], scaled)
+
+    def _add_shards(
+        self,
+        sharding: Sharding,
+        targets: list[Tensor],
+        averages: list[Tensor],
+        pairs: list[LoraPair],
+        target_of: list[int],
+    ) -> None:
+        chosen = [averages[i] for i in target_of]
+        factors = sharding.bound(pairs, chosen, float(self.rho), self._scope)
+        for i, factor in sharding.spread(pairs, target_of, "A", factors.unbind()).items():
+            local(targets[i]).add_(local(averages[i]) * factor)
+
+
+@torch.library.custom_op("eflat_ext::bound", mutates_args=())
+def _bound(
+    averages: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rho: Tensor,
+    norm_scope: str,
+) -> Tensor:
+    return torch.ops.eflat.foreach_bound(averages, B, scaling, rho.item(), norm_scope)
+
+
+@_bound.register_fake
+def _(
+    averages: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rho: Tensor,
+    norm_scope: str,
+) -> Tensor:
+    return torch.ops.eflat.foreach_bound(averages, B, scaling, 1.0, norm_scope)

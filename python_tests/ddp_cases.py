@@ -1,0 +1,113 @@
+"""What the tests of DistributedDataParallel run on each rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import assert_same_bits, batches, lora_mlp, loss_of
+from sharded_cases import (
+    assert_same_on_all_ranks,
+    errors_against,
+    named,
+    one_process,
+    optimizer_of,
+    own_part,
+    train,
+)
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is communicated within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += "c10d" in func.namespace
+        return func(*args, **(kwargs or {}))
+
+
+def against_one_process(
+    method: str, steps: int = 20, config: Any = None, wrapped: bool = False, **options: Any
+) -> dict[str, float]:
+    """Errors after some steps, and equal bits on all ranks without a word more between them."""
+    config = config or {}
+    one, single = one_process(method, steps, config, **options)
+    model = lora_mlp(**config)
+    net = DistributedDataParallel(model)
+    optimizer = optimizer_of(net if wrapped else model, method, **options)
+    data = batches(steps)
+    train(net, optimizer, data[:3])  # DDP arranges its buckets anew in the first steps
+    with Collectives() as ours:
+        train(net, optimizer, data[3:6])
+    train(net, optimizer, data[6:])
+    assert_same_on_all_ranks(named(model))
+    if method == "eflat":
+        assert_same_on_all_ranks(optimizer.averages)
+        with torch.no_grad():
+            loss_of(net, own_part(data[0]))  # a training forward pass perturbs
+        assert optimizer._weights.applied
+        assert_same_on_all_ranks(named(model))
+        optimizer.eval()
+    errors = errors_against(model, optimizer, one, single)
+    plain = lora_mlp(**config)
+    net = DistributedDataParallel(plain)
+    base = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2)
+    train(net, base, data[:3])
+    with Collectives() as theirs:
+        train(net, base, data[3:6])
+    assert theirs.count > 0
+    assert ours.count == theirs.count * (1 if method == "eflat" else 2)
+    return errors
+
+
+def accumulation(method: str) -> None:
+    """Micro-batches within ``no_sync``: equal bits, and the same as one process."""
+    data = batches(6)
+    one, model = lora_mlp(), lora_mlp()
+    net = DistributedDataParallel(model)
+    optimizer, single = optimizer_of(net, method), optimizer_of(one, method)
+
+    def gradients(of: Any, at: int, part: Any) -> None:
+        for micro in (at, at + 1):
+            loss = loss_of(of, part(data[micro])) / 2
+            if of is net and micro == at:
+                with net.no_sync():
+                    loss_of(of, part(data[micro])).div(2).backward()
+            else:
+                loss.backward()
+
+    for at in (0, 2, 4):
+        for of, own, part in ((net, optimizer, own_part), (one, single, lambda batch: batch)):
+            own.zero_grad()
+            gradients(of, at, part)
+            if method != "eflat":
+                own.first_step()
+                gradients(of, at, part)
+            if of is net:
+                assert_same_on_all_ranks(named(model))
+            own.step()
+    assert_same_on_all_ranks(named(model))
+    assert max(errors_against(model, optimizer, one, single).values()) < 1e-9
+
+
+def bad_gradient_on_one_rank(value: float, **options: Any) -> None:
+    """All ranks skip alike; nothing of it is in the average."""
+    model = lora_mlp()
+    net = DistributedDataParallel(model)
+    optimizer = optimizer_of(net, **options)
+    data = batches(4)
+    train(net, optimizer, data[:3])
+    before = {name: average.clone() for name, average in optimizer.averages.items()}
+    optimizer.zero_grad()
+    loss = loss_of(net, own_part(data[3]))
+    (loss * value if dist.get_rank() == 1 else loss).backward()
+    optimizer.step()
+    assert_same_bits(dict(optimizer.averages), before)
+    assert int(optimizer.skipped_perturbations) == len(optimizer.pairs)
+    assert_same_on_all_ranks({**optimizer.averages, "skipped": optimizer.skipped_perturbations})

@@ -1,0 +1,288 @@
+"""What the tests of FSDP2 run on each rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lora_layers import batch_of, factors, gradient_matrices, lora_around
+from models import assert_same_bits, batches, lora_mlp, loss_of
+from sharded_cases import (
+    assert_same_on_all_ranks,
+    errors_against,
+    named,
+    one_process,
+    optimizer_of,
+    own_part,
+    shard_model,
+    train,
+    whole,
+)
+from test_experts import lora_experts
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from eflat_ext import reference
+from eflat_ext.dtensors import from_local
+from eflat_ext.pairs import find_pairs
+from eflat_ext.sharded import Sharding
+
+
+def against_one_process(
+    method: str = "eflat",
+    steps: int = 20,
+    dim_A: int = 0,
+    layers: bool = True,
+    config: Any = None,
+    replicas: int = 1,
+    **options: Any,
+) -> dict[str, float]:
+    """Errors after some steps."""
+    config = config or {}
+    one, single = one_process(method, steps, config, **options)
+    world = dist.get_world_size()
+    names = {"mesh_dim_names": ("replicate", "shard")} if replicas > 1 else {}
+    shape = (replicas, world // replicas) if replicas > 1 else (world,)
+    mesh = dist.init_device_mesh("cpu", shape, **names)
+    model = shard_model(lora_mlp(**config), dim_A, layers, mesh)
+    optimizer = optimizer_of(model, method, **options)
+    train(model, optimizer, batches(steps))
+    counts = {"skipped": optimizer.skipped_perturbations}
+    assert_same_on_all_ranks({**optimizer.perturbation_norms, **counts})
+    return errors_against(model, optimizer, one, single)
+
+
+def distribute(model: nn.Module, dim_A: int, dim_B: int = 0) -> nn.Module:
+    """Make every LoRA factor, and its gradient, a DTensor; without FSDP."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, module in list(model.named_modules()):
+        for key, parameter in list(module._parameters.items()):
+            if "lora_" not in name or parameter is None:
+                continue
+            dim = dim_A if "lora_A" in name or "lora_embedding_A" in name else dim_B
+            new = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(dim)]))
+            if parameter.grad is not None:
+                new.grad = distribute_tensor(parameter.grad, mesh, [Shard(dim)])
+            module._parameters[key] = new
+    return model
+
+
+def operators(
+    kind: str, dim_A: int, onto: str, norm_scope: str, condition: float = 1.0
+) -> dict[str, float]:
+    """Errors of perturbation and norm against the reference, for one kind of layer."""
+    if kind == "experts":
+        model = lora_experts()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.3)
+        x = torch.randn(5, 7, dtype=torch.float64)
+    else:
+        model = lora_around(kind)
+        x = batch_of(model)
+    pairs = find_pairs(model)
+    with torch.no_grad():
+        for pair in pairs:
+            pair.parameter_B.flatten(1)[:, -1] *= 1 / condition
+    model(x).backward()
+    rows = (
+        [(*factors(p), *gradient_matrices(p)) for p in pairs]
+        if kind != "experts"
+        else [
+            (
+                *(t.detach().clone() for t in (p.A, p.B)),
+                *(
+                    p.part(name, q.grad).flatten(1).clone()
+                    for name, q in (("A", p.parameter_A), ("B", p.parameter_B))
+                ),
+            )
+            for p in pairs
+        ]
+    )
+    made, norms = [], []
+    for pair, row in zip(pairs, rows, strict=True):
+        E, norm = reference.perturb(*row, pair.scaling, 0.3, onto)
+        made.append(E)
+        norms.append(norm)
+    total = torch.stack(norms).norm()
+    if norm_scope == "global":
+        made = [E * (norm / total) for E, norm in zip(made, norms, strict=True)]
+    target_of = [[p.group for p in pairs].index(pair.group) for pair in pairs]
+    distribute(model, dim_A)
+    sharding = Sharding.of(pairs)
+    assert sharding is not None
+    given, found = sharding.perturb(pairs, target_of, 0.3, onto, norm_scope, None, lambda t: t)
+    assert_same_on_all_ranks({"norms": found.values})
+    assert found.usable.all() and not found.skipped
+    errors = {"norms": float((found.values / torch.stack(norms) - 1).abs().max())}
+    largest = 0.0
+    for pair, key, E in zip(pairs, target_of, made, strict=True):
+        parameter: Any = pair.parameter_A if onto == "A" else pair.parameter_B
+        assert given[key].value.shape == parameter.to_local().shape
+        local = given[key].value
+        full = from_local(local, parameter).full_tensor()
+        part = pair.part(onto, full).flatten(1)
+        largest = max(largest, float((part - E).norm() / E.norm()))
+    return {**errors, "perturbation": largest}
+
+
+def refused(kind: str) -> str:
+    """The error at construction."""
+    model = lora_mlp()
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    if kind == "FSDP":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    elif kind == "columns of B":
+        model = distribute(model, dim_A=1, dim_B=1)
+    elif kind == "mixed":
+        fully_shard(model.base_model.model.up, mesh=mesh)
+    elif kind == "two meshes":
+        fully_shard(model.base_model.model.up, mesh=mesh)
+        other = dist.init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("r", "s"))
+        fully_shard(model.base_model.model.down, mesh=other)
+    before = {k: id(v) for k, v in model.named_parameters()}
+    try:
+        optimizer_of(model)
+    except NotImplementedError as error:
+        assert before == {k: id(v) for k, v in model.named_parameters()}
+        assert (
+            not any(m._forward_pre_hooks for m in model.modules() if "Fully" not in str(type(m)))
+            or kind != "columns of B"
+        )
+        return str(error)
+    return ""
+
+
+def life_cycle(layers: bool) -> None:
+    """Weights are perturbed in training forward passes and nowhere else."""
+    data = batches(4)
+    model = shard_model(lora_mlp(), layers=layers)
+    optimizer = optimizer_of(model)
+    plain = lora_mlp()
+    train(model, optimizer, data[:3])
+    clean = named(model)
+    perturbed = dict(clean)
+    for name, average in whole(optimizer.averages).items():
+        perturbed[name.replace(".default", ".lora_B.default") + ".weight"] += average
+
+    def outputs(weights: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                parameter.copy_(weights[name])
+            return plain(data[0][0])
+
+    def check(training: bool) -> None:
+        model.train(training)
+        with torch.no_grad():
+            given = model(data[0][0])
+        torch.testing.assert_close(given, outputs(perturbed if training else clean))
+        # What is saved is clean, at any moment, and sharded as the parameters are.
+        state = model.state_dict()
+        assert_same_bits(whole({n: state[n] for n in clean}), clean)
+        assert optimizer._weights.applied == training
+
+    assert not torch.equal(outputs(perturbed), outputs(clean))
+    # An evaluation leaves gathered weights behind, in the root module of FSDP2.
+    for training in (True, False, True, True, False, False, True):
+        check(training)
+    with optimizer.clean():
+        assert_same_bits(named(model), clean)
+    loss_of(model, own_part(data[3])).backward()
+    optimizer.eval()
+    assert_same_bits(named(model), clean)
+    optimizer.step()
+    optimizer.remove_hooks()
+
+
+def mixed_precision(onto: str) -> None:
+    """Forward and backward in bfloat16, shards in float32; the first average is the reference's."""
+    model = shard_model(
+        lora_mlp(torch.float32, init_lora_weights=False),
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    )
+    optimizer = optimizer_of(model, beta=1.0, onto=onto, rho=0.1)
+    data = batches(4, torch.float32)
+    loss_of(model, own_part(data[0])).backward()
+    expected = {}
+    for pair in optimizer.pairs:
+        A, B = (p.detach().full_tensor() for p in (pair.parameter_A, pair.parameter_B))
+        grads = [p.grad.full_tensor() for p in (pair.parameter_A, pair.parameter_B)]
+        expected[pair.name] = reference.perturb(A, B, *grads, pair.scaling, 0.1, onto)[0]
+    optimizer.step()
+    for name, average in whole(optimizer.averages).items():
+        assert average.dtype == torch.float32
+        error = (average - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-6, error
+    train(model, optimizer, data[1:])
+    assert all(torch.isfinite(t).all() for t in named(model).values())
+    assert_same_on_all_ranks(optimizer.perturbation_norms)
+
+
+def bad_gradient_on_one_rank(value: float, dim_A: int, factor: str, **options: Any) -> None:
+    """A single element of one shard: the pair is left out on all ranks, the other goes on."""
+    data = batches(4)
+    model = shard_model(lora_mlp(), dim_A)
+    optimizer = optimizer_of(model, **options)
+    train(model, optimizer, data[:3])
+    before = whole(optimizer.averages)
+    optimizer.zero_grad()
+    loss_of(model, own_part(data[3])).backward()
+    bad, good = optimizer.pairs
+    parameter: Any = bad.parameter_A if factor == "A" else bad.parameter_B
+    if dist.get_rank() == 1:
+        parameter.grad.to_local().view(-1)[-1:] = value
+    optimizer.step()
+    after = whole(optimizer.averages)
+    assert_same_bits({bad.name: after[bad.name]}, {bad.name: before[bad.name]})
+    assert not torch.equal(after[good.name], before[good.name])
+    assert all(torch.isfinite(average).all() for average in after.values())
+    assert int(optimizer.skipped_perturbations) == 1
+    norms = optimizer.perturbation_norms
+    assert not norms[bad.name].isfinite() and norms[good.name] > 0
+
+
+def missing_gradients_on_one_rank(method: str) -> None:
+    """Every rank takes part in what is exchanged, whatever gradients it has."""
+    data = batches(3)
+    model = shard_model(lora_mlp())
+    optimizer = optimizer_of(model, method)
+    train(model, optimizer, data[:2])
+    optimizer.zero_grad()
+    loss_of(model, own_part(data[2])).backward()
+    if dist.get_rank() == 1:
+        optimizer.pairs[0].parameter_A.grad = None
+        optimizer.pairs[0].parameter_B.grad = None
+    if method != "eflat":
+        optimizer.first_step()
+    optimizer.step()
+    assert_same_on_all_ranks({"skipped": optimizer.skipped_perturbations})
+    assert all(torch.isfinite(t).all() for t in named(model).values())
+    optimizer.zero_grad()
+    if method == "eflat":  # no gradient anywhere
+        before = whole(optimizer.averages)
+        optimizer.step()
+        assert_same_bits(whole(optimizer.averages), before)
+        assert int(optimizer.skipped_perturbations) == 0
+
+
+def replicated() -> None:
+    """Factors that are DTensors, whole on every rank."""
+    model, plain = lora_mlp(), lora_mlp()
+    for each in (model, plain):
+        loss_of(each, batches(1)[0]).backward()
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            new = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Replicate()]))
+            if parameter.grad is not None:
+                new.grad = distribute_tensor(parameter.grad, mesh, [Replicate()])
+            module._parameters[key] = new
+    optimizers = [optimizer_of(each) for each in (model, plain)]
+    for optimizer in optimizers:
+        optimizer.step()
+    for given, average in zip(*(o.averages.values() for o in optimizers), strict=True):
+        torch.testing.assert_close(given.full_tensor(), average)

@@ -1,0 +1,113 @@
+"""FSDP2 on two and four real processes: sharded factors, their perturbation and its life cycle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from ranks import together
+
+RANDOM_B = {"init_lora_weights": False}
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"layers": False, "norm_scope": "global"},
+    {"dim_A": 1},
+    {"onto": "A"},
+    {"onto": "A", "dim_A": 1, "norm_scope": "global"},
+    {"method": "flat", "norm_scope": "global"},
+    # From B = 0 the pseudo-inverse of B amplifies rounding beyond any comparison.
+    {"method": "flat", "onto": "A", "dim_A": 1, "config": RANDOM_B},
+    {"method": "lora-sam"},
+    {"method": "lora-sam", "dim_A": 1, "norm_scope": "global", "layers": False},
+]
+
+
+@pytest.mark.proves("Several devices", "FSDP2: 20 steps as in one process")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_as_one_process(world: int, case: dict[str, Any]) -> None:
+    for errors in together(world, "fsdp_cases:against_one_process", **case):
+        assert max(errors.values()) < 1e-6, errors
+
+
+@pytest.mark.proves("Several devices", "FSDP2: shards within replicas (HSDP)")
+def test_replicas_of_shards() -> None:
+    for errors in together(4, "fsdp_cases:against_one_process", replicas=2):
+        assert max(errors.values()) < 1e-6, errors
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding", "experts"])
+@pytest.mark.parametrize(
+    ("dim_A", "onto", "norm_scope"),
+    [(0, "B", "layer"), (1, "B", "global"), (0, "A", "global"), (1, "A", "layer")],
+)
+def test_operators_against_the_reference(kind: str, dim_A: int, onto: str, norm_scope: str) -> None:
+    """Four ranks: uneven shards, and empty ones of an A of two rows."""
+    for errors in together(4, "fsdp_cases:operators", kind, dim_A, onto, norm_scope):
+        assert max(errors.values()) < 1e-10, errors
+
+
+@pytest.mark.parametrize(("dim_A", "onto"), [(0, "B"), (1, "A")])
+def test_ill_conditioned_factors(dim_A: int, onto: str) -> None:
+    """The condition number itself is lost at most, not its square."""
+    for errors in together(
+        2, "fsdp_cases:operators", "conv1d", dim_A, onto, "layer", condition=1e5
+    ):
+        assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.proves("Several devices", "FSDP2: clean weights in evaluation and state_dict()")
+@pytest.mark.parametrize("layers", [True, False])
+def test_life_cycle(layers: bool) -> None:
+    together(2, "fsdp_cases:life_cycle", layers)
+
+
+@pytest.mark.proves("Several devices", "FSDP2: bfloat16 mixed precision")
+@pytest.mark.parametrize("onto", ["A", "B"])
+def test_mixed_precision(onto: str) -> None:
+    together(2, "fsdp_cases:mixed_precision", onto)
+
+
+@pytest.mark.proves("Several devices", "FSDP2: NaN on one rank, all skip alike")
+@pytest.mark.parametrize(
+    ("value", "dim_A", "factor", "options"),
+    [
+        (math.nan, 0, "B", {}),
+        (math.inf, 1, "A", {"norm_scope": "global"}),
+        (-math.inf, 0, "A", {"onto": "A"}),
+        (math.nan, 1, "B", {"onto": "A", "norm_scope": "global"}),
+    ],
+)
+def test_bad_gradient_on_one_rank(
+    value: float, dim_A: int, factor: str, options: dict[str, Any]
+) -> None:
+    together(2, "fsdp_cases:bad_gradient_on_one_rank", value, dim_A, factor, **options)
+
+
+@pytest.mark.parametrize("method", ["eflat", "flat", "lora-sam"])
+def test_missing_gradients_on_one_rank(method: str) -> None:
+    together(2, "fsdp_cases:missing_gradients_on_one_rank", method)
+
+
+def test_replicated_dtensors() -> None:
+    together(2, "fsdp_cases:replicated")
+
+
+@pytest.mark.proves("Several devices", "layouts that are not supported fail at construction")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (
+            "columns of B",
+            ["factor B of base_model.model.up.default", "Shard(dim=1)", "Shard(0) for B"],
+        ),
+        ("mixed", ["factor A of base_model.model.down.default is no DTensor while others are"]),
+        ("two meshes", ["others are on DeviceMesh"]),
+        ("FSDP", ["FullyShardedDataParallel flattens parameters", "fully_shard"]),
+    ],
+)
+def test_unsupported_layouts(kind: str, words: list[str]) -> None:
+    for message in together(2, "fsdp_cases:refused", kind):
+        assert all(word in message for word in words), message
