@@ -73,7 +73,8 @@ def train(
 
     class Telling(PerturbingTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            if tell is not None and self.state.global_step == 0:
+            if tell is not None and not begun:
+                begun.append(1)
                 tell.send("begin")
             return super().training_step(*args, **kwargs)
 
@@ -84,6 +85,7 @@ def train(
             super()._save_checkpoint(*args, **kwargs)
             seconds.append(time.perf_counter() - start)
 
+    begun: list[int] = []
     seconds: list[float] = []
     record = Record()
     args = arguments(
