@@ -13,19 +13,18 @@ import torch
 _MOMENTS = ("call", "c_return")
 
 
-def interrupted(action: Callable[[], Any], at: int | None = None) -> tuple[bool, int]:
+def interrupted(action: Callable[[], Any], at: int | None = None) -> tuple[bool, list[str]]:
     """Run ``action``; interrupt it at moment number ``at``, counted from 0 (None: never).
 
     Returns:
-        Whether it was interrupted, and how many moments there were.
+        Whether it was interrupted, and the name of the module that ran, for each moment.
     """
-    count = 0
+    moments: list[str] = []
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal count
         if event in _MOMENTS:
-            count += 1
-            if at is not None and count > at:
+            moments.append(frame.f_globals.get("__name__", ""))
+            if at is not None and len(moments) > at:
                 sys.setprofile(None)
                 raise KeyboardInterrupt
 
@@ -33,8 +32,8 @@ def interrupted(action: Callable[[], Any], at: int | None = None) -> tuple[bool,
         sys.setprofile(profile)
         action()
     except KeyboardInterrupt:
-        return True, count
+        return True, moments
     finally:
         sys.setprofile(None)
         torch.set_grad_enabled(True)  # torch's own ``no_grad`` may be cut short
-    return False, count
+    return False, moments
