@@ -127,6 +127,8 @@ class EFlatLoRA(PerturbingOptimizer):
                 with torch.enable_grad():
                     loss = closure()
             stepped = self._fold_in()
+            # Here, too: a signal during the restoring in "finally" would end it.
+            self._weights.restore()
         finally:
             self._weights.restore()
         self._weights.visited = False

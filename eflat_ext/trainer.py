@@ -8,8 +8,12 @@ needs two gradients, and for the perturbation's figures in the log.
 from __future__ import annotations
 
 import copy
+import json
+import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -30,6 +34,7 @@ __all__ = [
     "PerturbationMixin",
     "eflat_optimizer",
     "flat_optimizer",
+    "last_complete_checkpoint",
     "lora_sam_optimizer",
 ]
 
@@ -66,6 +71,25 @@ def flat_optimizer(base: Base, *, model: nn.Module | None = None, **kwargs: Any)
 def lora_sam_optimizer(base: Base, *, model: nn.Module | None = None, **kwargs: Any) -> Hook:
     """LoRA-SAM, for a trainer with :class:`PerturbationMixin`; see :func:`eflat_optimizer`."""
     return OptimizerFactory(create_lora_sam_optimizer, base, model, kwargs), {}
+
+
+def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint in a trainer's output folder that was saved to its end, if any.
+
+    For ``trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))``
+    after a run was killed; without a checkpoint, it starts at the beginning. Given True, Trainer
+    takes the newest folder, and fails if the run was killed while it wrote that. It writes
+    ``trainer_state.json`` last: a checkpoint where that file is whole is complete.
+    """
+    found = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            try:
+                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            found[int(path.name.partition("-")[2])] = str(path)
+    return found[max(found)] if found else None
 
 
 class OptimizerFactory:

@@ -65,15 +65,16 @@ class TwoGradients(PerturbingOptimizer):
             self._not_pending()
             with torch.enable_grad():
                 loss = closure()
-            self.first_step(zero_grad=False)
-            try:
+        # Restored within "try", too: a signal during the restoring in "finally" would end it.
+        try:
+            if closure is not None:
+                self.first_step(zero_grad=False)
                 with torch.enable_grad():
                     closure()
-            except BaseException:
-                self.abandon_step()
-                raise
-        unperturbed = self._weights.alive and not self._weights.visited
-        self.abandon_step()
+            unperturbed = self._weights.alive and not self._weights.visited
+            self.abandon_step()
+        finally:
+            self.abandon_step()
         if unperturbed and self._has_gradients():
             self._warn_clean_gradient()
         self.base.step()

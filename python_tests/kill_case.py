@@ -1,0 +1,149 @@
+"""Runs of Trainer that are killed, in processes of their own, and what they leave behind.
+
+The processes are forked from one that has imported everything.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft.peft_model
+import torch
+from models import lora_gpt2, weights
+from torch import Tensor
+from trainer_case import PerturbingTrainer, arguments, make, own
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
+
+from eflat_ext import trainer as ours
+
+STEPS, EVERY = 10, 2  # saved at every second step
+HOOKS = {"eflat": ours.eflat_optimizer, "flat": ours.flat_optimizer}
+# Whatever writes the files of a checkpoint, and which argument is the file.
+WRITERS = [
+    (torch, "save", 1),
+    (peft.peft_model, "safe_save_file", 1),
+    (TrainerState, "save_to_json", 1),
+]
+
+
+class Record(TrainerCallback):
+    """What a run that nothing happens to holds after each step."""
+
+    def __init__(self) -> None:
+        self.run: Any = None
+        self.weights: dict[int, dict[str, Tensor]] = {}
+        self.optimizers: dict[int, dict[str, Any]] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.weights[state.global_step] = weights(model)
+        saved = args.output_dir + f"/checkpoint-{state.global_step}/optimizer.pt"
+        self.optimizers[state.global_step] = torch.load(saved, weights_only=True)
+
+
+def train(
+    hook: str,
+    folder: Path,
+    resume: str | None,
+    outcome: Path,
+    tell: Any = None,
+    tear: tuple[int, float] | None = None,
+) -> None:
+    """One run, to its end if it is not killed; what it ended with goes to the file ``outcome``.
+
+    Args:
+        hook: "eflat" or "flat".
+        folder: for its checkpoints.
+        resume: the checkpoint it starts from.
+        outcome: the file.
+        tell: the end of a pipe that hears "begin", and "save" before each save.
+        tear: (n, share): it kills itself within writing file number n, that much of it written.
+    """
+    torch.set_num_threads(1)
+    counted = _count_writes(tear)
+
+    class Telling(PerturbingTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if tell is not None and not begun:
+                begun.append(1)
+                tell.send("begin")
+            return super().training_step(*args, **kwargs)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            if tell is not None:
+                tell.send("save")
+            start = time.perf_counter()
+            super()._save_checkpoint(*args, **kwargs)
+            seconds.append(time.perf_counter() - start)
+
+    begun: list[int] = []
+    seconds: list[float] = []
+    record = Record()
+    args = arguments(
+        folder,
+        max_steps=STEPS,
+        save_strategy="steps",
+        save_steps=EVERY,
+        logging_steps=1,
+        max_grad_norm=0.05,
+    )
+    run = make(lora_gpt2(), args, HOOKS[hook], Telling, [record] if resume is None else [])
+    start = time.perf_counter()
+    run.train(resume_from_checkpoint=resume)
+    result = {
+        "weights": weights(run.model),
+        "optimizer": own(run).state_dict(),
+        "log": [entry for entry in run.state.log_history if "loss" in entry],
+        "steps": {} if resume else record.weights,
+        "states": {} if resume else record.optimizers,
+        "seconds": (time.perf_counter() - start, max(seconds, default=0.0)),
+        "writes": counted[0],
+    }
+    torch.save(result, outcome)
+
+
+def _count_writes(tear: tuple[int, float] | None) -> list[int]:
+    counted = [0]
+
+    def wrap(owner: Any, name: str, position: int) -> None:
+        write = getattr(owner, name)
+
+        def torn(*args: Any, **kwargs: Any) -> Any:
+            result = write(*args, **kwargs)
+            if tear is not None and counted[0] == tear[0]:
+                path = args[position]
+                os.truncate(path, int(os.path.getsize(path) * tear[1]))
+                os.kill(os.getpid(), signal.SIGKILL)
+            counted[0] += 1
+            return result
+
+        setattr(owner, name, torn)
+
+    for writer in WRITERS:
+        wrap(*writer)
+    return counted
+
+
+def start(target: Callable, *args: Any) -> Any:
+    """A process that has everything imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kill_case"])
+    process = context.Process(target=target, args=args)
+    # Some Pythons do not tell the process that forks where the parent finds modules.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        process.start()
+    return process
+
+
+# What is imported late is imported before the fork, too.
+with tempfile.TemporaryDirectory() as _folder:
+    make(lora_gpt2(), arguments(Path(_folder)))

@@ -1,0 +1,115 @@
+"""SIGKILL at any moment of training: nothing perturbed on disk, and it goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kill_case import EVERY, STEPS, start, train
+from models import assert_same_bits
+from safetensors import SafetensorError
+from trainer_case import assert_saved
+
+from eflat_ext.trainer import last_complete_checkpoint
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+
+
+def finished(hook: str, folder: Path, resume: str | None, outcome: Path) -> dict[str, Any]:
+    process = start(train, hook, folder, resume, outcome)
+    process.join()
+    assert process.exitcode == 0
+    return torch.load(outcome, weights_only=False)
+
+
+def killed(kind: str, hook: str, folder: Path, whole: dict[str, Any], rng: random.Random) -> None:
+    """Start a run and kill it: at any time, a moment after a save began, or within a write."""
+    ours, theirs = Pipe(duplex=False)
+    tear = (rng.randrange(whole["writes"]), rng.random()) if kind == "write" else None
+    process = start(train, hook, folder, None, folder / "never", theirs, tear)
+    if tear is None:
+        assert ours.recv() == "begin"
+        seconds = whole["seconds"][0]
+        if kind == "save":
+            for _ in range(rng.randint(1, STEPS // EVERY)):
+                assert ours.recv() == "save"
+            seconds = whole["seconds"][1]
+        time.sleep(rng.uniform(0, 0.9 * seconds))
+        process.kill()
+    process.join()
+    # Unless it was faster than thought.
+    assert process.exitcode == -signal.SIGKILL or (process.exitcode == 0 and tear is None)
+
+
+def look(folder: Path, whole: dict[str, Any]) -> int:
+    """No file holds anything but the state of its step; how many checkpoints are incomplete."""
+    last = last_complete_checkpoint(folder)
+    last_step = int(last.rpartition("-")[2]) if last else 0
+    incomplete = 0
+    for checkpoint in folder.glob("checkpoint-*"):
+        step = int(checkpoint.name.partition("-")[2])
+        complete = step <= last_step
+        incomplete += not complete
+        assert whole["steps"][step]
+        try:
+            assert_saved(checkpoint, whole["steps"][step])
+        except (OSError, SafetensorError):  # absent or torn
+            assert not complete
+        try:
+            state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        except (OSError, RuntimeError, EOFError):
+            assert not complete
+        else:
+            assert_same_state(state, whole["states"][step])
+        others = {path.name for path in checkpoint.rglob("*") if path.suffix in (".bin", ".pt")}
+        assert others <= {"optimizer.pt", "scheduler.pt", "training_args.bin"}
+    return incomplete
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a["param_groups"] == b["param_groups"]
+    assert a["state"].keys() == b["state"].keys()
+    for key, entry in a["state"].items():
+        assert_same_bits(entry, b["state"][key])
+
+
+def kill_and_resume(hook: str, kinds: list[str], tmp_path: Path) -> int:
+    whole = finished(hook, tmp_path / "whole", None, tmp_path / "whole.pt")
+    assert len(whole["log"]) == STEPS and len(whole["steps"]) == STEPS // EVERY
+    rng = random.Random(seed := random.SystemRandom().randrange(2**32))
+    print("seed", seed)  # shown when it fails
+    incomplete = 0
+    for number, kind in enumerate(kinds):
+        folder = tmp_path / str(number)
+        last: str | None = f"{folder}/checkpoint-{STEPS}"
+        while last == f"{folder}/checkpoint-{STEPS}":  # killed too late, nothing was left to do
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            killed(kind, hook, folder, whole, rng)
+            found = look(folder, whole)
+            last = last_complete_checkpoint(folder)
+        incomplete += found
+        again = finished(hook, folder, last, tmp_path / "again.pt")
+        assert_same_bits(again["weights"], whole["weights"])
+        assert_same_state(again["optimizer"], whole["optimizer"])
+        assert again["log"] == whole["log"]
+        assert look(folder, whole) == 0
+    return incomplete
+
+
+@pytest.mark.proves("Faults", "killed at twenty moments, also while saving, it resumes bit-exact")
+def test_killed_runs_resume_bit_exact(tmp_path: Path) -> None:
+    kinds = ["any"] * 7 + ["save"] * 6 + ["write"] * 7
+    assert kill_and_resume("eflat", kinds, tmp_path) >= 7
+
+
+def test_killed_runs_of_two_gradients_resume_bit_exact(tmp_path: Path) -> None:
+    assert kill_and_resume("flat", ["any", "save", "write"], tmp_path) >= 1
