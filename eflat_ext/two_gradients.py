@@ -49,7 +49,11 @@ class TwoGradients(PerturbingOptimizer):
         loss = None
         if closure is None:
             if not self._pending:
-                raise RuntimeError("step() needs a closure, or first_step() before it")
+                raise RuntimeError(
+                    "step() needs a closure, or first_step() before it; with Hugging Face Trainer, "
+                    "eflat_ext.trainer.PerturbationMixin: class MyTrainer(PerturbationMixin, "
+                    "Trainer)"
+                )
         else:
             self._not_pending()
             with torch.enable_grad():
