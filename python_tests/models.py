@@ -138,7 +138,9 @@ def accelerator(**kwargs: object) -> Any:
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4 leaves it behind
+    for name in list(os.environ):  # what transformers 4 leaves behind
+        if name.startswith(("ACCELERATE_DYNAMO_", "ACCELERATE_MIXED_PRECISION")):
+            del os.environ[name]
     return Accelerator(cpu=True, **kwargs)
 
 

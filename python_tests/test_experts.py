@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from lora_layers import BETA, CLOSE, RHO, Calls, step_beside
 from models import CREATE, assert_same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model
@@ -258,6 +259,8 @@ def test_a_mixture_of_experts_of_transformers(method: str) -> None:
     """Experts that no token went to are skipped; the others move, the model learns."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("its experts are lists of linear layers")
     torch.manual_seed(0)
     shape = MixtralConfig(
         vocab_size=40,

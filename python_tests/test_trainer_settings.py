@@ -91,6 +91,7 @@ def test_checkpointing_and_bf16(
     runs = []
     for given, passes in (({}, 1), settings):
         model = without_dropout(lora_gpt2())
+        model.enable_input_require_grads()  # transformers 5 does it by itself
         args = arguments(tmp_path, max_steps=3, learning_rate=1e-3, **given)
         run = make(model, args, cls=Points, **RUNS[method])
         run.train()
