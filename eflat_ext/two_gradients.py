@@ -60,7 +60,11 @@ class TwoGradients(PerturbingOptimizer):
             if self._initialises_state():
                 return self.base.step()
             if not self._pending:
-                raise RuntimeError("step() needs a closure, or first_step() before it")
+                raise RuntimeError(
+                    "step() needs a closure, or first_step() before it; with Hugging Face Trainer, "
+                    "eflat_ext.trainer.PerturbationMixin: class MyTrainer(PerturbationMixin, "
+                    "Trainer)"
+                )
         else:
             self._not_pending()
             with torch.enable_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -84,6 +85,13 @@ def lora_bert(**config: object) -> nn.Module:
     return get_peft_model(BertForSequenceClassification(shape), LoraConfig(**config)).train()
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
@@ -130,6 +138,9 @@ def accelerator(**kwargs: object) -> Any:
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+    for name in list(os.environ):  # what transformers 4 leaves behind
+        if name.startswith(("ACCELERATE_DYNAMO_", "ACCELERATE_MIXED_PRECISION")):
+            del os.environ[name]
     return Accelerator(cpu=True, **kwargs)
 
 

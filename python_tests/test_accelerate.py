@@ -84,6 +84,9 @@ def autocast() -> AbstractContextManager:
     return torch.autocast("cpu", torch.bfloat16)
 
 
+@pytest.mark.proves(
+    "Accelerate", "`prepare`, `accumulate`, `clip_grad_norm_`, bf16: the bits of a plain loop"
+)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_equals_the_plain_loop(precision: str) -> None:
     """accumulate and clip_grad_norm_, under autocast too: the plain loop's bits."""
@@ -97,6 +100,7 @@ def test_equals_the_plain_loop(precision: str) -> None:
     assert all(a.dtype == torch.float32 and bool(a.any()) for a in averages.values())
 
 
+@pytest.mark.proves("Accelerate", "two gradients, with a closure")
 @pytest.mark.parametrize("create", [CREATE["flat"], CREATE["lora-sam"]])
 def test_two_gradients_with_a_closure(create: Any) -> None:
     plain, model = lora_mlp(torch.float32), lora_mlp(torch.float32)
@@ -113,6 +117,9 @@ def test_two_gradients_with_a_closure(create: Any) -> None:
     assert_same_bits(weights(model), weights(plain))
 
 
+@pytest.mark.proves(
+    "Accelerate", "fp16 with GradScaler: overflowed steps touch nothing, the rest as in float32"
+)
 @pytest.mark.parametrize("fused", [True, False])
 def test_fp16_with_overflows(fused: bool) -> None:
     """Skipped steps touch nothing; the others are the float32 run's, up to fp16 rounding."""
@@ -136,6 +143,9 @@ def test_fp16_with_overflows(fused: bool) -> None:
     assert min(errors.values()) > 0 and max(errors.values()) < 8 * 2**-11, errors
 
 
+@pytest.mark.proves(
+    "Accelerate", "`save_state`, `load_state`: resumes bit-exact in float32, bf16 and fp16"
+)
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_saved_state_resumes_bit_exact(precision: str, fused: bool, tmp_path: Path) -> None:

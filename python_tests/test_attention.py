@@ -85,6 +85,7 @@ def test_both_projections_are_pairs() -> None:
     assert [tuple(pair.B.shape) for pair in pairs] == [(18, 2), (6, 2)]
 
 
+@pytest.mark.proves("LoRA layers", "MultiheadAttention")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("onto", ["A", "B"])
 def test_eflat_lora(onto: str, base: type[torch.optim.Optimizer]) -> None:

@@ -45,6 +45,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
+@pytest.mark.proves("Plain loops", "`state_dict` and `load_state_dict` resume bit-exact")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)

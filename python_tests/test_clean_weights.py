@@ -107,6 +107,9 @@ every_moment = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.proves(
+    "Plain loops", "nothing to remember: whatever saves the model at any moment gets clean weights"
+)
 @every_moment
 @every_method
 def test_saved_weights_are_clean(method: str, moment: Callable, tmp_path: Path) -> None:
@@ -130,6 +133,9 @@ def merged_reference(clean: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights(other.merge_and_unload())
 
 
+@pytest.mark.proves(
+    "Plain loops", "nothing to remember: merging at any moment merges clean weights"
+)
 @every_moment
 @every_method
 def test_merged_weights_are_clean(method: str, moment: Callable) -> None:

@@ -59,6 +59,7 @@ def test_factors_are_those_of_the_weight(kind: str) -> None:
     torch.testing.assert_close(grad_B, s * G @ A.T, **CLOSE)
 
 
+@pytest.mark.proves("LoRA layers", "Linear, Embedding, Conv1d, Conv2d, Conv3d")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("onto", ["A", "B"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,6 +186,10 @@ def test_checkpoint_merge_and_resume(kind: str, onto: str) -> None:
     torch.testing.assert_close(model.merge_and_unload().eval()(data[0]), y, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.proves(
+    "LoRA layers",
+    "options on convolutions and embeddings: DoRA, rsLoRA, LoRA bias, patterns, dropout",
+)
 @pytest.mark.parametrize("onto", ["A", "B"])
 @pytest.mark.parametrize(
     ("kind", "config"),
@@ -223,6 +228,7 @@ def test_one_factor_of_another_layer_frozen(kind: str, frozen: str) -> None:
     _step_as_the_reference(model, "B" if frozen == "A" else "A")
 
 
+@pytest.mark.proves("LoRA layers", "an adapter deleted during training")
 @pytest.mark.parametrize("onto", ["A", "B"])
 @pytest.mark.parametrize("kind", ["conv2d", "embedding"])
 def test_two_adapters_and_one_deleted(kind: str, onto: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eflat_ext.optimizers import EFlatLoRA, create_eflat_optimizer
 
 
+@pytest.mark.proves("LoRA layers", "LoRA+ parameter groups")
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_lora_plus_groups(ratio: float) -> None:
     """A and B in groups of other learning rates: each factor moves by its own group's."""
@@ -46,6 +47,7 @@ def test_lora_plus_groups(ratio: float) -> None:
             assert moved == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.proves("LoRA layers", "initialisations: PiSSA, OLoRA, Gaussian, orthogonal, MiCA")
 @pytest.mark.parametrize("onto", ["A", "B"])
 @pytest.mark.parametrize(
     "init", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal", "mica", False]
@@ -70,6 +72,7 @@ def test_initialisations(init: Any, onto: str) -> None:
     step_as_the_reference(optimizer, lambda step: loss_of(model, data[step]))
 
 
+@pytest.mark.proves("LoRA layers", "initialisation by EVA")
 def test_eva() -> None:
     torch.manual_seed(0)
     config = LoraConfig(
@@ -104,6 +107,7 @@ def test_mica_on_an_embedding() -> None:
     step_as_the_reference(optimizer, lambda _: model(batch_of(model)))
 
 
+@pytest.mark.proves("LoRA layers", "LoRA-FA (A frozen)")
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
 def test_lora_fa(kind: str) -> None:
     """PEFT's LoRA-FA freezes A and projects B's gradient in its step: averages as ever."""
@@ -123,6 +127,7 @@ def test_lora_fa(kind: str) -> None:
         assert torch.equal(pair.A, before)
 
 
+@pytest.mark.proves("LoRA layers", "LoRA bias: trained, not perturbed")
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_lora_bias_is_trained_unperturbed(kind: str) -> None:
     model = lora_around(kind, lora_bias=True)

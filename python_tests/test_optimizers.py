@@ -297,6 +297,7 @@ def test_average_is_the_moving_average_of_perturbations() -> None:
             torch.testing.assert_close(average, expected[name], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.proves("Plain loops", "an evaluation between backward and step changes nothing")
 def test_an_evaluation_before_the_step_makes_no_difference() -> None:
     """E is computed from the factors where the gradients were taken, whatever ran since."""
     runs = []

@@ -66,6 +66,10 @@ def test_pairs_in_module_order() -> None:
     assert up.A is up.layer.lora_A["default"].weight and up.active
 
 
+@pytest.mark.proves(
+    "LoRA layers",
+    "options on linear layers: DoRA, rsLoRA, LoRA bias, `rank_pattern`, `alpha_pattern`, dropout",
+)
 @pytest.mark.parametrize(
     "config",
     [
@@ -137,6 +141,7 @@ def test_one_factor_frozen(onto: str) -> None:
         assert average.any()
 
 
+@pytest.mark.proves("LoRA layers", "several active adapters, each its own pair")
 def test_two_active_adapters_are_two_pairs_each() -> None:
     model = lora_mlp()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["down"]))
@@ -152,6 +157,7 @@ def test_two_active_adapters_are_two_pairs_each() -> None:
         assert average.any()
 
 
+@pytest.mark.proves("LoRA layers", "an adapter switched off during training")
 def test_an_adapter_switched_off_keeps_its_average() -> None:
     model = lora_mlp()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["down"]))
@@ -194,6 +200,10 @@ def test_active_follows_the_layer() -> None:
     assert not pair.active and pair.scaling == 0.0
 
 
+@pytest.mark.proves(
+    "LoRA layers",
+    "grouped convolutions and other layers without a plain pair are named in a warning",
+)
 @pytest.mark.parametrize(
     ("targets", "named"),
     [
@@ -223,6 +233,7 @@ def test_a_variant_with_a_factor_between_is_named() -> None:
         find_pairs(lora_mlp(kasa_config=KasaConfig()))
 
 
+@pytest.mark.proves("LoRA layers", "factors that share memory are named in a warning")
 def test_tied_factors_that_are_views_are_named() -> None:
     model = lora_gpt2(target_modules=["c_attn", "wte", "lm_head"], ensure_weight_tying=True)
     with pytest.warns(

@@ -47,6 +47,10 @@ class Watch(TrainerCallback):
         assert_saved(self.folder / f"checkpoint-{state.global_step}", self.clean)
 
 
+@pytest.mark.proves(
+    "Hugging Face Trainer",
+    "saves clean weights at any step, resumes bit-exact (accumulation, clipping, label smoothing)",
+)
 @pytest.mark.parametrize(("build", "evaluate"), [(lora_gpt2, True), (lora_bert, False)])
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_every_save_is_clean_and_resumes(
@@ -77,6 +81,9 @@ def test_every_save_is_clean_and_resumes(
         assert_same_bits(getattr(own(again), "averages", {}), getattr(own(run), "averages", {}))
 
 
+@pytest.mark.proves(
+    "Hugging Face Trainer", "one line: optimizer, numbers and groups are those of the arguments"
+)
 def test_hook_equals_wrapping_the_optimizer_of_trainer(tmp_path: Path) -> None:
     """The arguments' optimizer, numbers and groups, bit for bit."""
     model, other = lora_gpt2(lora_bias=True), lora_gpt2(lora_bias=True)
@@ -133,6 +140,7 @@ def test_hook_called_with_groups(hook: Callable, cls: type) -> None:
     assert type(factory(groups, **kwargs)) is cls
 
 
+@pytest.mark.proves("Hugging Face Trainer", "an optimizer that exists already goes in as usual")
 def test_hook_equals_passing_the_optimizer(tmp_path: Path) -> None:
     model, other = lora_gpt2(), lora_gpt2()
     adamw = {"lr": 1e-2, "weight_decay": 0.1}
@@ -169,6 +177,9 @@ def test_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.import_module("eflat_ext.trainer")
 
 
+@pytest.mark.proves(
+    "Hugging Face Trainer", "`load_best_model_at_end`: evaluated, saved and loaded clean"
+)
 @pytest.mark.parametrize("highest", [True, False])
 @pytest.mark.parametrize("hook", [ours.eflat_optimizer, ours.flat_optimizer])
 def test_best_model_at_the_end(hook: Callable, highest: bool, tmp_path: Path) -> None:

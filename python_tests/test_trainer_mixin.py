@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same_bits, lora_bert, lora_gpt2, same_bits, scale_gradients, weights
-from torch import Tensor, nn
+from models import (
+    assert_same_bits,
+    lora_bert,
+    lora_gpt2,
+    same_bits,
+    scale_gradients,
+    weights,
+    without_dropout,
+)
+from torch import Tensor
 from trainer_case import (
     HANDS_OVER_THE_MODEL,
     RUNS,
@@ -50,13 +58,10 @@ class Recorder(PerturbingTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
+@pytest.mark.proves(
+    "Hugging Face Trainer",
+    "the mixin: all micro-batches twice, as in a plain loop with two gradients",
+)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("build", [lora_gpt2, lora_bert])
 def test_two_gradients_equal_a_plain_loop(
@@ -174,6 +179,9 @@ def test_out_of_memory_starts_anew_with_smaller_batches(at: int, tmp_path: Path)
     assert_same_bits(run.seen[0][-1], run.seen[at + 1][-1])  # at clean weights
 
 
+@pytest.mark.proves(
+    "Hugging Face Trainer", "logs the perturbation's norm and how many were skipped"
+)
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_log(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean norm and the count of skipped perturbations; read when logged, not at every step."""
@@ -221,6 +229,7 @@ def test_mixin_leaves_other_optimizers_alone(tmp_path: Path) -> None:
     assert_same_bits(weights(models[0]), weights(models[1]))
 
 
+@pytest.mark.proves("Hugging Face Trainer", "fp16: a step that the scaler skips changes nothing")
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_fp16_overflows(options: dict[str, Any], tmp_path: Path) -> None:
     """Steps that the scaler skips change nothing, and the next ones go on."""
@@ -257,6 +266,10 @@ def test_fp16_overflows(options: dict[str, Any], tmp_path: Path) -> None:
     assert any(bool((before[n] != p).any()) for n, p in model.named_parameters())
 
 
+@pytest.mark.proves(
+    "Hugging Face Trainer",
+    "TRL's SFTTrainer trains, logs and resumes bit-exact, with one gradient and with two",
+)
 @pytest.mark.parametrize("hook", [ours.eflat_optimizer, ours.flat_optimizer])
 def test_trl_sft_trainer(hook: Callable, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed")

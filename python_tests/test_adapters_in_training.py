@@ -1,0 +1,217 @@
+"""What PEFT lets a user do to adapters while an optimizer trains them, and tied base weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lora_layers import BETA, RHO, as_matrix, step_as_the_reference
+from models import (
+    assert_same_bits,
+    batches,
+    lora_gpt2,
+    lora_mlp,
+    loss_of,
+    same_bits,
+    trainable,
+    weights,
+    without_dropout,
+)
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from eflat_ext.optimizers import EFlatLoRA, create_eflat_optimizer
+
+DATA = batches(8)
+onto_both = pytest.mark.parametrize("onto", ["A", "B"])
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """float64, no factor zero."""
+    model = model.double().train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and not parameter.any():
+                parameter.normal_(std=0.3)
+    return model
+
+
+def adapted(onto: str) -> tuple[nn.Module, EFlatLoRA]:
+    torch.manual_seed(0)
+    model = randomised(lora_mlp())
+    return model, optimizer_of(model, onto)
+
+
+def optimizer_of(model: nn.Module, onto: str) -> EFlatLoRA:
+    return create_eflat_optimizer(model, torch.optim.AdamW, lr=0.01, rho=RHO, beta=BETA, onto=onto)
+
+
+def train(model: nn.Module, optimizer: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+    for batch in data:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+
+
+def averages_of(optimizer: EFlatLoRA) -> dict[str, Tensor]:
+    return {name: average.clone() for name, average in optimizer.averages.items()}
+
+
+@pytest.mark.proves(
+    "LoRA layers",
+    "an adapter added during training: trained as a group, perturbed by a new optimizer",
+)
+@onto_both
+def test_an_adapter_is_added(onto: str) -> None:
+    model, optimizer = adapted(onto)
+    step_as_the_reference(optimizer, lambda step: loss_of(model, DATA[step]))
+    model(DATA[0][0])  # perturbed meanwhile
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["down"]))
+    model.base_model.set_adapter(["default", "second"])
+    randomised(model)
+    second = [p for n, p in model.named_parameters() if ".second." in n]
+    optimizer.add_param_group({"params": second})
+    before = [p.detach().clone() for p in second]
+    optimizer.train()
+    assert optimizer._weights.applied
+    assert all(same_bits(p, old) for p, old in zip(second, before, strict=True))
+    train(model, optimizer, DATA[3:5])
+    assert not any(same_bits(p, old) for p, old in zip(second, before, strict=True))
+    assert len(optimizer.averages) == 2
+
+    optimizer.remove_hooks()
+    anew = optimizer_of(model, onto)
+    assert len(anew.averages) == 3
+    step_as_the_reference(anew, lambda step: loss_of(model, DATA[5 + step]))
+
+
+@pytest.mark.proves("LoRA layers", "adapters disabled during training keep weights and averages")
+@onto_both
+def test_layers_are_disabled_for_a_step(onto: str) -> None:
+    model, optimizer = adapted(onto)
+    train(model, optimizer, DATA[:3])
+    averages, before = averages_of(optimizer), weights(model)
+    for pair in optimizer.pairs:
+        pair.layer.enable_adapters(False)
+    train(model, optimizer, DATA[3:4])  # the head alone
+    after = weights(model)
+    changed = {name for name in after if not same_bits(after[name], before[name])}
+    assert changed == {name for name in after if "modules_to_save" in name}
+    assert_same_bits(averages_of(optimizer), averages)
+    assert int(optimizer.skipped_perturbations) == 0 and not optimizer.perturbation_norms
+    for pair in optimizer.pairs:
+        pair.layer.enable_adapters(True)
+    train(model, optimizer, DATA[4:5])
+    assert all(not same_bits(averages[n], average) for n, average in optimizer.averages.items())
+
+
+@pytest.mark.proves("LoRA layers", "`disable_adapter()` gives the base model between two passes")
+@onto_both
+def test_a_pass_of_the_base_model_in_every_step(onto: str) -> None:
+    """As losses against the base model take it (DPO, distillation)."""
+    runs = []
+    for disabled in (False, True):
+        model, optimizer = adapted(onto)
+        base = copy.deepcopy(model).eval()
+        for x, y in DATA[:4]:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            with torch.no_grad():
+                if disabled:
+                    with model.disable_adapter():
+                        target = model(x)
+                else:
+                    with base.disable_adapter():
+                        target = base(x)
+            (loss + (model(x) - target).square().mean()).backward()
+            optimizer.step()
+        runs.append((weights(model), averages_of(optimizer)))
+    for one, other in zip(*runs, strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.proves("LoRA layers", "merged and unmerged during training, as if nothing had been")
+@onto_both
+def test_adapters_are_merged_for_a_while(onto: str) -> None:
+    """After a step, or between the micro-batches of one, when the weights are perturbed."""
+    runs = []
+    for merged in (False, True):
+        model, optimizer = adapted(onto)
+        train(model, optimizer, DATA[:2])
+        evaluations = []
+        for middle in (False, True):
+            optimizer.zero_grad()
+            if middle:
+                loss_of(model, DATA[2]).backward()
+            x = DATA[3][0]
+            if merged:
+                model.merge_adapter()
+                evaluations.append(model.eval()(x).detach())
+                model.train().unmerge_adapter()
+            else:
+                evaluations.append(copy.deepcopy(model).eval()(x).detach())
+            loss_of(model, DATA[4]).backward()
+            optimizer.step()
+        runs.append((evaluations, weights(model), averages_of(optimizer)))
+    (plain, *ends), (found, *ends_again) = runs
+    for one, other in zip(plain, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    for one, other in zip(ends, ends_again, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.proves("LoRA layers", "tied base weights: the adapter of each use is a pair")
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+@pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["wte", "lm_head"]], ids=str)
+@onto_both
+def test_tied_base_weights(targets: list[str], onto: str) -> None:
+    torch.manual_seed(0)
+    model = randomised(without_dropout(lora_gpt2(target_modules=targets, fan_in_fan_out=False)))
+    base = model.base_model.model
+    tied = [getattr(m, "base_layer", m) for m in (base.transformer.wte, base.lm_head)]
+    assert tied[0].weight is tied[1].weight
+    optimizer = optimizer_of(model, onto)
+    assert len(optimizer.pairs) == len(targets)
+    tokens = torch.arange(16).reshape(2, 8)
+    before = tied[0].weight.detach().clone()
+    step_as_the_reference(optimizer, lambda _: model(input_ids=tokens, labels=tokens).loss)
+    assert same_bits(tied[0].weight, before)
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 6, 3, groups=2)
+        self.plain = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(torch.tanh(self.grouped(x))).mean((2, 3))
+
+
+@pytest.mark.proves("LoRA layers", "grouped convolutions train, unperturbed")
+@onto_both
+def test_grouped_convolutions_train_unperturbed(onto: str) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["grouped", "plain"])
+    model = randomised(get_peft_model(Convolutions(), config))
+    with pytest.warns(UserWarning, match=r"grouped \(Conv2d: 2 groups\)"):
+        optimizer = optimizer_of(model, onto)
+    assert [pair.layer_name.rsplit(".", 1)[1] for pair in optimizer.pairs] == ["plain"]
+    x, y = torch.randn(5, 4, 6, 6, dtype=torch.float64), torch.randint(0, 3, (5,))
+    shadow = [p.detach().clone().requires_grad_() for p in trainable(model)]
+    plain = torch.optim.AdamW(shadow, lr=0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        clean = weights(model)
+        loss_of(model, (x, y)).backward()
+        moved = {n for n, p in weights(model).items() if not same_bits(p, clean[n])}
+        assert moved == ({f"base_model.model.plain.lora_{onto}.default.weight"} if step else set())
+        for p, q in zip(trainable(model), shadow, strict=True):
+            q.grad = p.grad.clone()
+        plain.step()
+        optimizer.step()
+        for p, q in zip(trainable(model), shadow, strict=True):
+            torch.testing.assert_close(as_matrix(p), as_matrix(q), rtol=1e-8, atol=1e-11)
