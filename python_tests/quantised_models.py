@@ -102,6 +102,9 @@ def quantised_lora(
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BASES[base](), dtype=dtype
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a processor's own, inexact forward pass
+            module.support_avx512bf16_for_cpu = False
     if dtype == torch.float32:  # it would make bfloat16 float32
         model = prepare_model_for_kbit_training(
             model, checkpointing is not None, gradient_checkpointing_kwargs=checkpointing

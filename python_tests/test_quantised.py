@@ -279,6 +279,31 @@ def test_saved_adapters_are_clean(folder: Path, base: str, method: str, tmp_path
     assert_same_bits(lora_only(weights(model)), point)  # saving left the model alone
 
 
+@pytest.mark.proves("Quantised bases", "evaluates and generates clean in the middle of a step")
+@pytest.mark.parametrize("base", [*FOUR_BITS, *EIGHT_BITS, *TORCHAO])
+@pytest.mark.parametrize("method", ["eflat fused", "flat"])
+def test_evaluation_between_micro_batches(folder: Path, base: str, method: str) -> None:
+    """And the second half of the accumulated gradient belongs to the point of the first."""
+    results = []
+    for evaluated in (False, True):
+        model, optimizer, clean = accumulated(folder, base, method)
+        point = lora_only(weights(model))
+        if evaluated:
+            plain = with_lora(folder, base, clean).eval()
+            assert_same_bits(logits(model), logits(plain))
+            tokens = [
+                one.generate(input_ids=TOKENS[0][:, :3], max_new_tokens=4, do_sample=False)
+                for one in (model, plain)
+            ]
+            assert torch.equal(*tokens)
+            assert_same_bits(lora_only(weights(model)), clean)
+        loss_of(model.train(), 1).backward()
+        assert_same_bits(lora_only(weights(model)), point)
+        optimizer.step()
+        results.append(lora_only(weights(model)))
+    assert_same_bits(*results)
+
+
 @pytest.mark.proves("Quantised bases", "merging while perturbed gives the clean model's merge")
 @pytest.mark.parametrize("base", [*FOUR_BITS, *EIGHT_BITS, *TORCHAO])
 @pytest.mark.parametrize("method", ["eflat fused", "flat"])
