@@ -1,0 +1,130 @@
+"""A small Llama with random weights, quantised as users do it, and LoRA on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+TOKENS = torch.randint(0, 96, (3, 2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def four_bits(quant_type: str = "nf4", double: bool = False, compute: Any = torch.float32) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def eight_bits() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def torchao(name: str, **kwargs: Any) -> Any:
+    import torchao.quantization as configs
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(getattr(configs, name)(**kwargs))
+
+
+FOUR_BITS: dict[str, Callable[[], Any]] = {
+    "nf4": lambda: four_bits("nf4"),
+    "nf4, double quantisation": lambda: four_bits("nf4", double=True),
+    "fp4": lambda: four_bits("fp4"),
+    "nf4, bfloat16 compute": lambda: four_bits("nf4", double=True, compute=torch.bfloat16),
+}
+EIGHT_BITS = {"int8": eight_bits}
+TORCHAO: dict[str, Callable[[], Any]] = {
+    "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao int4": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "torchao float8": lambda: torchao("Float8WeightOnlyConfig"),
+}
+BASES: dict[str, Callable[[], Any]] = {
+    **FOUR_BITS,
+    **EIGHT_BITS,
+    **TORCHAO,
+    "torchao int8, dynamic activations": lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
+}
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """Skips a test, or all of a module, where a package is not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def save_llama(folder: Path) -> Path:
+    """A one-layer Llama of width 64 in ``folder``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    return folder
+
+
+def quantised_lora(
+    folder: Path,
+    base: str,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: dict[str, Any] | None = None,
+    autocast_adapter_dtype: bool = True,
+    **config: Any,
+) -> nn.Module:
+    """The model of ``folder``, quantised by ``BASES[base]``, rank 4 on three layers, training.
+
+    Args:
+        checkpointing: arguments of gradient checkpointing, which is off without them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BASES[base](), dtype=dtype
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a processor's own, inexact forward pass
+            module.support_avx512bf16_for_cpu = False
+    if dtype == torch.float32:  # it would make bfloat16 float32
+        model = prepare_model_for_kbit_training(
+            model, checkpointing is not None, gradient_checkpointing_kwargs=checkpointing
+        )
+    torch.manual_seed(0)
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": TARGETS,
+        "task_type": "CAUSAL_LM",
+        **config,
+    }
+    lora = LoraConfig(**config)
+    model = get_peft_model(model, lora, autocast_adapter_dtype=autocast_adapter_dtype).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    return model(input_ids=TOKENS[step % 3], labels=TOKENS[step % 3]).loss

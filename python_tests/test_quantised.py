@@ -1,0 +1,415 @@
+"""LoRA on bases that bitsandbytes and torchao quantised: the methods need nothing of the base."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_layers import Calls, factors, gradient_matrices
+from models import assert_same_bits, same_bits, trainable, weights
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from quantised_models import (
+    EIGHT_BITS,
+    FOUR_BITS,
+    TOKENS,
+    TORCHAO,
+    loss_of,
+    needs,
+    quantised_lora,
+    save_llama,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from trainer_case import RUNS, arguments, make, own
+
+from eflat_ext import reference
+from eflat_ext.optimizers import (
+    EFlatLoRA,
+    create_eflat_optimizer,
+    create_flat_optimizer,
+    create_lora_sam_optimizer,
+)
+
+pytestmark = [
+    needs("bitsandbytes", "torchao"),
+    pytest.mark.filterwarnings("ignore:Merge lora module", "ignore:Unmerge lora module"),
+]
+
+RHO, BETA, LR = 0.3, 0.6, 0.02
+METHODS: dict[str, Callable[..., Any]] = {
+    "eflat fused": lambda *a, **k: create_eflat_optimizer(*a, rho=RHO, beta=BETA, **k),
+    "eflat": lambda *a, **k: create_eflat_optimizer(*a, rho=RHO, beta=BETA, fused_step=False, **k),
+    "eflat onto A": lambda *a, **k: create_eflat_optimizer(*a, rho=RHO, beta=BETA, onto="A", **k),
+    "flat": lambda *a, **k: create_flat_optimizer(*a, rho=RHO, **k),
+    "lora-sam": lambda *a, **k: create_lora_sam_optimizer(*a, rho=RHO, **k),
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def lora_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+
+
+def base_state(model: nn.Module) -> dict[str, Any]:
+    """A copy of all that the quantised base saves, scales included; torchao's dequantised."""
+    from torchao.utils import TorchAOBaseTensor
+
+    return {
+        name: value.dequantize()
+        if isinstance(value, TorchAOBaseTensor)
+        else value.detach().as_subclass(Tensor).clone()
+        for name, value in model.state_dict().items()
+        if "lora_" not in name and isinstance(value, Tensor)
+    }
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    value, expected = (tensor.detach().double().flatten() for tensor in (value, expected))
+    return float((value - expected).norm() / expected.norm())
+
+
+def perturbations(optimizer: Any) -> dict[tuple[str, str], Tensor]:
+    """By pair and factor, what the reference makes of the factors and gradients there are now."""
+    found = {}
+    for pair in optimizer.pairs:
+        A, B, *gradients = *factors(pair), *gradient_matrices(pair)
+        if hasattr(optimizer, "onto"):
+            E, norm = reference.perturb(A, B, *gradients, pair.scaling, RHO, optimizer.onto)
+            assert norm > 0
+            found[pair.name, optimizer.onto] = E
+        else:
+            square = sum(gradient.double().square().sum() for gradient in gradients)
+            for factor, gradient in zip("AB", gradients, strict=True):
+                found[pair.name, factor] = RHO * gradient.double() / square.sqrt()
+    return found
+
+
+def assert_moved_by(optimizer: Any, clean: dict[int, Tensor], expected: dict, limit: float) -> None:
+    """Factors are where the perturbations put them, the others at their clean values."""
+    for pair in optimizer.pairs:
+        for factor, parameter in (("A", pair.parameter_A), ("B", pair.parameter_B)):
+            E = expected.get((pair.name, factor))
+            if E is None:
+                assert same_bits(parameter, clean[id(parameter)])
+            else:
+                point = clean[id(parameter)].double() + E.view_as(parameter)
+                assert relative_error(parameter, point) < limit
+
+
+def steps_as_the_reference(
+    model: nn.Module, optimizer: Any, steps: int = 3, limit: float = 1e-5
+) -> None:
+    """Every step perturbs as the reference does, steps as AdamW does, leaves the base alone."""
+    base = base_state(model)
+    parameters = trainable(model)
+    shadow = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+    plain = torch.optim.AdamW(shadow, lr=LR)
+    average = {}
+    eflat = isinstance(optimizer, EFlatLoRA)
+    for step in range(steps):
+        clean = {id(parameter): parameter.detach().clone() for parameter in parameters}
+        saved = lora_only(weights(model))
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        new = perturbations(optimizer)
+        if not eflat:
+            assert_moved_by(optimizer, clean, {}, 0)
+            optimizer.first_step()
+            loss_of(model, step).backward()
+            assert_moved_by(optimizer, clean, new, limit)
+        elif optimizer.onto == "B":  # averages onto A are bounded where they are applied
+            assert_moved_by(optimizer, clean, average, limit)
+        assert_same_bits(lora_only(model.state_dict()), saved)
+        for parameter, copied in zip(parameters, shadow, strict=True):
+            copied.grad = parameter.grad.clone()
+        plain.step()
+        optimizer.step()
+        for key, E in new.items() if eflat else ():
+            average[key] = (1 - BETA) * average.get(key, 0) + BETA * E
+            assert relative_error(optimizer.averages[key[0]], average[key]) < limit
+        for parameter, copied in zip(parameters, shadow, strict=True):
+            assert relative_error(parameter, copied) < limit
+        assert_same_bits(lora_only(model.state_dict()), lora_only(weights(model)))
+    assert_same_bits(base_state(model), base)
+
+
+def check(folder: Path, base: str, method: str, **config: Any) -> None:
+    model = quantised_lora(folder, base, **config)
+    optimizer = METHODS[method](model, torch.optim.AdamW, lr=LR)
+    assert len(optimizer.pairs) == 3
+    with Calls() as calls:
+        steps_as_the_reference(model, optimizer)
+    assert ("foreach_adamw_step_" in calls.names) == (method in ("eflat fused", "eflat onto A"))
+
+
+@pytest.mark.proves(
+    "Quantised bases", "bitsandbytes 4 bits (nf4, fp4, double quantisation) as the reference"
+)
+@pytest.mark.parametrize("base", FOUR_BITS)
+@every_method
+def test_four_bits(folder: Path, base: str, method: str) -> None:
+    check(folder, base, method)
+
+
+@pytest.mark.proves("Quantised bases", "bitsandbytes 8 bits (LLM.int8) as the reference")
+@pytest.mark.parametrize("base", EIGHT_BITS)
+@every_method
+def test_eight_bits(folder: Path, base: str, method: str) -> None:
+    check(folder, base, method)
+
+
+@pytest.mark.proves("Quantised bases", "torchao int8, int4 and float8 weights as the reference")
+@pytest.mark.parametrize("base", TORCHAO)
+@every_method
+def test_torchao(folder: Path, base: str, method: str) -> None:
+    check(folder, base, method)
+
+
+def test_pairs_that_get_no_gradient_from_torchao(folder: Path) -> None:
+    """Dynamic activations pass none on to the layers below: those stay as they are."""
+    model = quantised_lora(folder, "torchao int8, dynamic activations")
+    optimizer = METHODS["eflat fused"](model, torch.optim.AdamW, lr=LR)
+    before = [factors(pair) for pair in optimizer.pairs]
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    moved = []
+    for pair, (A, B) in zip(optimizer.pairs, before, strict=True):
+        if pair.parameter_B.grad is None:
+            assert same_bits(pair.A, A) and same_bits(pair.B, B)
+            assert not optimizer.averages[pair.name].any()
+        else:
+            moved.append(pair.layer_name.rpartition(".")[2])
+            assert optimizer.averages[pair.name].any()
+    assert moved == ["down_proj"]
+
+
+def test_dora_on_four_bits(folder: Path) -> None:
+    check(folder, "nf4", "eflat", use_dora=True)
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@every_method
+def test_bfloat16(folder: Path, adapter: torch.dtype, method: str) -> None:
+    """Everything but the 4-bit weights in bfloat16, the adapter as PEFT makes it or bfloat16, too.
+
+    Averages stay float32 and as exact; the point and the step are rounded to the adapter's type.
+    """
+    model = quantised_lora(
+        folder,
+        "nf4, bfloat16 compute",
+        dtype=torch.bfloat16,
+        autocast_adapter_dtype=adapter == torch.float32,
+    )
+    optimizer = METHODS[method](model, torch.optim.AdamW, lr=LR)
+    assert {p.dtype for p in trainable(model)} == {adapter}
+    if adapter == torch.float32:
+        steps_as_the_reference(model, optimizer)
+    else:
+        steps_as_the_reference(model, optimizer, limit=0.01)
+    if isinstance(optimizer, EFlatLoRA):
+        assert {average.dtype for average in optimizer.averages.values()} == {torch.float32}
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        if not isinstance(optimizer, EFlatLoRA):
+            optimizer.first_step()
+            loss_of(model, step).backward()
+        optimizer.step()
+
+
+def accumulated(
+    folder: Path, base: str, method: str, **config: Any
+) -> tuple[nn.Module, Any, dict[str, Tensor]]:
+    """In the middle of the third step: the model, its optimizer, its clean LoRA weights."""
+    model = quantised_lora(folder, base, **config)
+    optimizer = METHODS[method](model, torch.optim.AdamW, lr=LR)
+    train(model, optimizer, range(2))
+    clean = lora_only(weights(model))
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
+    if not isinstance(optimizer, EFlatLoRA):
+        optimizer.first_step()
+    point = lora_only(weights(model))
+    assert sum(not same_bits(point[name], clean[name]) for name in clean) >= 3
+    return model, optimizer, clean
+
+
+def with_lora(folder: Path, base: str, lora: dict[str, Tensor]) -> nn.Module:
+    """A new model on the same base, without an optimizer."""
+    model = quantised_lora(folder, base)
+    model.load_state_dict(lora, strict=False)
+    assert_same_bits(lora_only(weights(model)), lora)
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> dict[str, Tensor]:
+    return {"logits": model.eval()(input_ids=TOKENS[0]).logits}
+
+
+@pytest.mark.proves("Quantised bases", "saved adapters are clean at any moment, bit for bit")
+@pytest.mark.parametrize("base", ["nf4, double quantisation", "int8", "torchao int8"])
+@every_method
+def test_saved_adapters_are_clean(folder: Path, base: str, method: str, tmp_path: Path) -> None:
+    model, _, clean = accumulated(folder, base, method)
+    point = lora_only(weights(model))
+    by_name = {name.replace(".default", ""): value for name, value in clean.items()}
+    assert_same_bits(lora_only(model.state_dict()), clean)
+    assert_same_bits(get_peft_model_state_dict(model), by_name)
+    model.save_pretrained(tmp_path)
+    assert_same_bits(load_file(tmp_path / "adapter_model.safetensors"), by_name)
+    copied = copy.deepcopy(model)
+    assert_same_bits(lora_only(copied.state_dict()), clean)
+    assert_same_bits(logits(copied), logits(with_lora(folder, base, clean)))
+    assert_same_bits(lora_only(weights(model)), point)  # saving left the model alone
+
+
+@pytest.mark.proves("Quantised bases", "evaluates and generates clean in the middle of a step")
+@pytest.mark.parametrize("base", [*FOUR_BITS, *EIGHT_BITS, *TORCHAO])
+@pytest.mark.parametrize("method", ["eflat fused", "flat"])
+def test_evaluation_between_micro_batches(folder: Path, base: str, method: str) -> None:
+    """And the second half of the accumulated gradient belongs to the point of the first."""
+    results = []
+    for evaluated in (False, True):
+        model, optimizer, clean = accumulated(folder, base, method)
+        point = lora_only(weights(model))
+        if evaluated:
+            plain = with_lora(folder, base, clean).eval()
+            assert_same_bits(logits(model), logits(plain))
+            tokens = [
+                one.generate(input_ids=TOKENS[0][:, :3], max_new_tokens=4, do_sample=False)
+                for one in (model, plain)
+            ]
+            assert torch.equal(*tokens)
+            assert_same_bits(lora_only(weights(model)), clean)
+        loss_of(model.train(), 1).backward()
+        assert_same_bits(lora_only(weights(model)), point)
+        optimizer.step()
+        results.append(lora_only(weights(model)))
+    assert_same_bits(*results)
+
+
+@pytest.mark.proves("Quantised bases", "merging while perturbed gives the clean model's merge")
+@pytest.mark.parametrize("base", [*FOUR_BITS, *EIGHT_BITS, *TORCHAO])
+@pytest.mark.parametrize("method", ["eflat fused", "flat"])
+def test_merged_weights_are_clean(folder: Path, base: str, method: str) -> None:
+    model, _optimizer, clean = accumulated(folder, base, method)
+    point = lora_only(weights(model))
+    plain = with_lora(folder, base, clean)
+
+    for one in (model, plain):
+        one.merge_adapter()
+    assert_same_bits(base_state(model), base_state(plain))
+    loss_of(model, 0)  # perturbs again: unmerging must subtract what was added
+    for one in (model, plain):
+        one.unmerge_adapter()
+    assert_same_bits(lora_only(weights(model)), clean)
+    assert_same_bits(base_state(model), base_state(plain))
+    assert_same_bits(logits(model), logits(plain))
+
+    model, _, clean = accumulated(folder, base, method)
+    merged = logits(model.merge_and_unload())
+    assert_same_bits(merged, logits(with_lora(folder, base, clean).merge_and_unload()))
+    wrong = logits(with_lora(folder, base, point).merge_and_unload())
+    assert not torch.equal(merged["logits"], wrong["logits"])
+
+
+@pytest.mark.proves("Quantised bases", "QLoRA in Hugging Face Trainer resumes bit-exact")
+@pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_trainer(folder: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    """4 bits, a paged 8-bit optimizer, gradient checkpointing, accumulation, clipping."""
+    settings = {
+        "optim": "paged_adamw_8bit",
+        "gradient_checkpointing": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_grad_norm": 0.05,
+    }
+    models = [quantised_lora(folder, "nf4, double quantisation") for _ in range(2)]
+    runs = [make(model, arguments(tmp_path, **settings), **options) for model in models]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert type(own(runs[0]).base).__module__.startswith("bitsandbytes")
+    assert_same_bits(*(lora_only(weights(model)) for model in models))
+    assert_same_bits(*(getattr(own(run), "averages", {}) for run in runs))
+
+
+@pytest.mark.proves("Quantised bases", "gradient checkpointing changes no bit")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["eflat fused", "flat"])
+def test_gradient_checkpointing(folder: Path, reentrant: bool, method: str) -> None:
+    results = []
+    for checkpointing in (None, {"use_reentrant": reentrant}):
+        model, _, clean = accumulated(folder, "nf4", method, checkpointing=checkpointing)
+        results.append((clean, lora_only(weights(model))))
+        inner = model.get_base_model().model
+        assert inner.gradient_checkpointing == (checkpointing is not None)
+    assert_same_bits(results[0][0], results[1][0])
+    assert_same_bits(results[0][1], results[1][1])
+
+
+@pytest.mark.proves(
+    "Quantised bases", "8-bit and paged optimizers of bitsandbytes, resumed bit-exact"
+)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit"])
+@pytest.mark.parametrize("method", METHODS)
+def test_optimizers_of_bitsandbytes(folder: Path, name: str, method: str) -> None:
+    import bitsandbytes
+
+    cls = getattr(bitsandbytes.optim, name)
+    options = {"lr": LR, "min_8bit_size": 64}
+
+    model = quantised_lora(folder, "nf4")
+    optimizer = METHODS[method](model, cls, **options)
+    train(model, optimizer, range(2))
+    eight = [p for p in trainable(model) if optimizer.state[p]["state1"].dtype == torch.uint8]
+    assert len(eight) == (6 if name.endswith("8bit") else 0)
+
+    buffer = io.BytesIO()
+    torch.save([lora_only(model.state_dict()), optimizer.state_dict()], buffer)
+    buffer.seek(0)
+    lora, state = torch.load(buffer, weights_only=True)
+    resumed = with_lora(folder, "nf4", lora)
+    other = METHODS[method](resumed, cls, **options)
+    other.load_state_dict(state)
+    train(resumed, other, range(2, 4))
+
+    # The step is the base optimizer's own, at the clean weights.
+    parameters = trainable(model)
+    shadow = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+    plain = cls(shadow, **options)
+    plain.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))
+    train(model, optimizer, range(2, 3))
+    for parameter, copied in zip(parameters, shadow, strict=True):
+        copied.grad = parameter.grad.clone()
+    plain.step()
+    for parameter, copied in zip(parameters, shadow, strict=True):
+        assert same_bits(parameter, copied)
+
+    train(model, optimizer, range(3, 4))
+    assert_same_bits(lora_only(weights(resumed)), lora_only(weights(model)))
+
+
+def test_loading_an_adapter_while_perturbed(folder: Path) -> None:
+    model, optimizer, _ = accumulated(folder, "nf4", "eflat fused")
+    new = {name: value + 1 for name, value in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, new)
+    optimizer.eval()
+    assert_same_bits(get_peft_model_state_dict(model), new)
