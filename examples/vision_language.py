@@ -133,11 +133,10 @@ def with_lora(model: Qwen2VLForConditionalGeneration, whole: list[str] | None) -
     return get_peft_model(model, config)
 
 
-def load(model: str | None, processor: Qwen2VLProcessor) -> PeftModel:
-    """The checkpoint with LoRA, in bfloat16 on CUDA; without one the small random model."""
+def load(model: str | None, processor: Qwen2VLProcessor, dtype: torch.dtype) -> PeftModel:
+    """The checkpoint with LoRA, its own weights in ``dtype``; or the small random model."""
     if model is None:
         return with_lora(small_model(processor.tokenizer), NOT_PRETRAINED)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return with_lora(Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=dtype), None)
 
 
@@ -263,10 +262,11 @@ def main(
         processor = small_processor([r[key] for r in train.rows for key in ("question", "answer")])
     else:
         processor = Processor.from_pretrained(model)
+    cuda = torch.cuda.is_available()
     lines = []
     for method, radius in (("LoRA", None), ("EFlat-LoRA", rho)):
         set_seed(seed)
-        tuned = load(model, processor)
+        tuned = load(model, processor, torch.bfloat16 if cuda else torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder,
@@ -276,8 +276,8 @@ def main(
                 learning_rate=learning_rate or (1e-4 if model else 3e-3),
                 lr_scheduler_type="cosine",
                 warmup_steps=steps // 10,
-                bf16=model is not None and torch.cuda.is_available(),
-                dataloader_pin_memory=torch.cuda.is_available(),
+                bf16=cuda and model is not None,
+                dataloader_pin_memory=cuda,
                 logging_strategy="no",
                 save_strategy="no",
                 report_to=[],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from models import assert_same_bits, same_bits, weights
-from PIL import Image
 from torch import Tensor
-from trainer_case import arguments, assert_saved, own
+from trainer_case import adapter, arguments, assert_saved, own
 from transformers import TrainerCallback, set_seed
 
 from eflat_ext import reference
@@ -45,10 +45,15 @@ def processor(example: ModuleType, data: tuple[Any, Any]) -> Any:
 
 
 def trainer(
-    example: ModuleType, data: tuple[Any, Any], processor: Any, folder: Path, **settings: Any
+    example: ModuleType,
+    data: tuple[Any, Any],
+    processor: Any,
+    folder: Path,
+    checkpoint: Path | None = None,
+    **settings: Any,
 ) -> Any:
     set_seed(0)
-    model = example.load(None, processor)
+    model = example.load(checkpoint, processor, torch.bfloat16)
     args = arguments(folder, remove_unused_columns=False, weight_decay=0.0, **settings)
     return example.make_trainer(model, processor, *data, args, RHO)
 
@@ -83,10 +88,17 @@ class Averages(TrainerCallback):
 @pytest.mark.proves(
     "Vision-language", "perturbs the layers of both towers of a Qwen2-VL as the reference does"
 )
+@pytest.mark.parametrize("bf16", [False, True])
 def test_perturbations(
-    example: ModuleType, data: tuple[Any, Any], processor: Any, tmp_path: Path
+    example: ModuleType, data: tuple[Any, Any], processor: Any, tmp_path: Path, bf16: bool
 ) -> None:
-    run = trainer(example, data, processor, tmp_path, max_steps=4, learning_rate=3e-3)
+    """A random model, and a checkpoint in bfloat16 under autocast: what the example has on CUDA."""
+    checkpoint = None
+    if bf16:
+        checkpoint = tmp_path / "model"
+        example.small_model(processor.tokenizer).save_pretrained(checkpoint)
+    settings = {"max_steps": 4, "learning_rate": 3e-3, "bf16": bf16}
+    run = trainer(example, data, processor, tmp_path, checkpoint, **settings)
     callback = Averages(run.model)
     run.add_callback(callback)
     callback.run = run
@@ -98,6 +110,9 @@ def test_perturbations(
     assert [pair.name for pair in own(run).pairs] == names
     assert len(callback.errors) == 4
     assert int(own(run).skipped_perturbations) == 0
+    assert {pair.B.dtype for pair in callback.pairs} == {torch.float32}
+    frozen = run.model.get_base_model().model.visual.patch_embed.proj.weight
+    assert frozen.dtype == (torch.bfloat16 if bf16 else torch.float32)
     for errors in callback.errors:
         assert max(errors.values()) <= 1e-5, errors
 
@@ -180,9 +195,12 @@ def compare_with_generation(run: Any, processor: Any) -> None:
     assert counted == decoded
 
 
-def test_labels_are_the_answers(example: ModuleType, data: tuple[Any, Any], processor: Any) -> None:
+def test_labels_are_the_answers(
+    example: ModuleType, data: tuple[Any, Any], processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [dict(row) for row in data[0].rows[:8]]
     rows[0]["question"] *= 3  # longer than the others
+    monkeypatch.setattr(processor.tokenizer, "padding_side", "left")  # as checkpoints have it
     batch = example.Collator(processor)(rows)
     assert batch["pixel_values"].shape[0] == 16 * len(rows)  # 64 x 64 pixels to 4 x 4 patches
     text = processor.decode(batch["input_ids"][0])
@@ -205,6 +223,11 @@ def test_checkpoint_from_a_folder(
     model = example.small_model(processor.tokenizer).eval()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    # As the full processor saves it.
+    config = json.loads((folder / "processor_config.json").read_text())
+    config["processor_class"] = "Qwen2VLProcessor"
+    config["video_processor"] = {"video_processor_type": "Qwen2VLVideoProcessor", "min_frames": 4}
+    (folder / "processor_config.json").write_text(json.dumps(config))
     example.main(
         str(folder), steps=3, batch_size=4, train_questions=12, test_questions=6, output=tmp_path
     )
@@ -219,8 +242,9 @@ def test_checkpoint_from_a_folder(
         for tower in TOWERS:
             trained = [w for n, w in weights(saved).items() if "lora_B" in n and tower in n]
             assert trained and all(w.any() for w in trained), tower
+    one, other = (adapter(tmp_path / method) for method in ("LoRA", "EFlat-LoRA"))
+    assert one.keys() == other.keys() and not any(same_bits(one[n], other[n]) for n in one)
     # The processor that was loaded is the one that was saved.
     again = example.Processor.from_pretrained(folder)
     rows = data[0].rows[:3]
     assert_same_bits(example.Collator(processor)(rows), example.Collator(again)(rows))
-    assert isinstance(Image.open(rows[0]["image"]), Image.Image)
