@@ -201,6 +201,9 @@ def _(
 
 @torch.library.register_fake("eflat::foreach_bound")
 def _(ema, B, scaling, rho, norm_scope="layer"):
+    for name, values in (("B", B), ("scaling", scaling)):
+        if len(values) != len(ema):
+            raise ValueError(f"{name} must have one entry per pair, {len(ema)}, got {len(values)}")
     for name, tensors in (("ema", ema), ("B", B)):
         check_devices(name, tensors, ema[0].device if ema else torch.device("meta"))
     return ema[0].new_empty(len(ema), dtype=_norm_dtype(ema)) if ema else torch.empty(0)

@@ -26,8 +26,8 @@ NUMBERS = [
 NO_NUMBERS = [None, "", "0.1", "x", 1j, [], [0.1], {}, (0.1,), b"1", object]
 STRINGS = ["A", "B", "layer", "global"]
 NO_STRINGS = [
-    *("", "b", "A ", " B", "AB", "C", "Ｂ", "B\0", "\0", "\ud800", "β" * 1000, "x" * 100_000),
-    *("Layer", "GLOBAL", b"B", None, 3, 1.5, True, ["B"], ("layer",)),
+    *("", "b", "A ", " B", "AB", "C", "\uff22", "B\0", "\0", "\ud800", "β" * 1000, "x" * 100_000),
+    *("Layer", "GLOBAL", None, 3, 1.5, True, ["B"], ("layer",)),
 ]
 
 
@@ -50,7 +50,11 @@ def number(rng: random.Random) -> tuple[Any, bool]:
         np.int64(1),
         torch.tensor(0.5),
     ]
-    odd += [torch.tensor(0.5, requires_grad=True), torch.tensor(0.5, device="meta")]
+    odd += [
+        torch.tensor(0.5),
+        torch.tensor(0.5, requires_grad=True),
+        torch.tensor(0.5, device="meta"),
+    ]
     odd += [torch.tensor([0.5]), torch.ones(2), np.ones(1), np.ones(3)]
     return rng.choice(odd), True
 

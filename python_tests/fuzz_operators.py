@@ -33,7 +33,7 @@ from torch import Tensor
 import eflat_ext
 from eflat_ext import reference
 
-SECONDS = 20  # that a call may take
+SECONDS = 60  # that a call may take
 PAIR = ("A", "B", "grad_A", "grad_B")
 TWO_PER_PAIR = ("exp_avg", "exp_avg_sq", "step", *ADAMW_NUMBERS)
 IN_WORDS = re.compile(r"must|expected|Expected|missing|Unknown|unexpected|takes", re.DOTALL)
@@ -144,6 +144,8 @@ def changed_tensor(rng: random.Random, call: Call, name: str, t: Any) -> Any:
     if not isinstance(t, Tensor) or rng.random() < 0.1:
         call.changes.append(f"{name}: no tensor")
         return change.no_tensor(rng)
+    if is_freed(t):
+        return t  # torch itself would read what is not there
     if rng.random() < 0.1:
         return shared(rng, call, name, t)
     function = rng.choice(change.CHANGES)
@@ -208,7 +210,14 @@ def changed_list(rng: random.Random, call: Call, name: str, values: Any, numbers
     return tuple(values) if rng.random() < 0.1 else values
 
 
+def is_freed(t: Any) -> bool:
+    strided = isinstance(t, Tensor) and t.layout == torch.strided and not t.is_nested
+    return strided and not in_storage(t)
+
+
 def every_tensor(call: Call, function: Any) -> None:
+    if any(map(is_freed, tensors_of(list(call.arguments.values())))):
+        return
     for name, value in call.arguments.items():
         if isinstance(value, Tensor):
             call.arguments[name] = function(value)
@@ -544,6 +553,9 @@ def check_result(call: Call, before: dict[str, Any], result: Any) -> str:
         return "checked"
     expected, expected_norms = reference.foreach_perturb(*zip(*pairs, strict=True), *options)
     dtypes = [p.A.dtype for p in pairs]
+    largest = min(torch.finfo(dtype).max for dtype in dtypes)
+    if any(float(x.norm()) > largest / 2 for x in (*expected, expected_norms)):
+        return "checked"  # the norm is infinite then
     assert_near("norm", norms, expected_norms, torch.float32)
     if E is not None:
         for e, x in zip(E, expected, strict=True):
@@ -551,6 +563,8 @@ def check_result(call: Call, before: dict[str, Any], result: Any) -> str:
     elif call.operator == "foreach_perturb_ema_":
         beta = float(a["beta"])
         for new, old, x in zip(a["ema"], plain(before["ema"]), expected, strict=True):
+            if not small(old):
+                continue
             assert_near("ema", new.detach(), (1 - beta) * old.double() + beta * x, new.dtype)
     elif call.operator == "foreach_adamw_step_" and torch.float16 not in dtypes:
         usual = {"onto": onto, "norm_scope": scope}
@@ -678,8 +692,9 @@ def judge_error(call: Call, wrong: set[str], error: Exception) -> str:
         return kind  # torch's own words on what it dispatches to no kernel
     if call.unsure and not wrong:
         return f"{kind}, left to torch"
-    if "expected at most" in text or "negation inputs" in text:
-        return kind  # torch's words for a surplus argument, for a negative bit of what is written
+    # torch's words for a surplus argument, for a negative bit of what is written.
+    if any(words in text for words in ("expected at most", "negation inputs", "MathBitsFallback")):
+        return kind
     named = [name for name in wrong if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
     assert named, f"names none of {sorted(wrong)}: {kind}: {text[:500]}"
     assert IN_WORDS.search(text), f"does not say what is expected: {text[:500]}"
