@@ -42,7 +42,7 @@ class AdamWSteps {
       const AdamW a = of_factor(A[l], "A", l, lists, l),
                   b = of_factor(B[l], "B", l, lists, A.size() + l);
       steps_.push_back(
-          {arguments.keep(clean[l]), arguments.onto_B ? b : a, arguments.onto_B ? a : b});
+          {arguments.keep(clean[l], name), arguments.onto_B ? b : a, arguments.onto_B ? a : b});
       arguments.pairs[l].step = &steps_.back();
     }
   }
@@ -59,18 +59,15 @@ class AdamWSteps {
   AdamW of_factor(const Tensor& factor, const char* factor_name, int64_t pair,
                   const AdamWLists& lists, int64_t i) {
     const std::string like = argument(factor_name, pair);
-    check_written(factor, like);
+    AdamW a{};
+    a.factor = written(factor, like);
     for (const auto& [list, list_name] :
          {std::pair(&lists.exp_avg, "exp_avg"), std::pair(&lists.exp_avg_sq, "exp_avg_sq")}) {
       const std::string name = argument(list_name, i);
       check_like((*list)[i], name, factor, like);
       check_dtype_and_device((*list)[i], name, factor, like);
-      check_written((*list)[i], name);
+      (list == &lists.exp_avg ? a.exp_avg : a.exp_avg_sq) = written((*list)[i], name);
     }
-    AdamW a{};
-    a.factor = factor.mutable_data_ptr();
-    a.exp_avg = lists.exp_avg[i].mutable_data_ptr();
-    a.exp_avg_sq = lists.exp_avg_sq[i].mutable_data_ptr();
     a.lr = number("lr", lists.lr, i, 0, INFINITY);
     a.beta1 = number("beta1", lists.beta1, i, 0, 1);
     a.beta2 = number("beta2", lists.beta2, i, 0, 1);
@@ -81,7 +78,7 @@ class AdamWSteps {
     STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float && step.dim() == 0, name,
                     " must be a float32 tensor without dimensions, got ",
                     dtype_name(step.scalar_type()), " of shape ", shape_of(step));
-    float* at = counters_[i] = static_cast<float*>(step.mutable_data_ptr());
+    float* at = counters_[i] = static_cast<float*>(written(step, name));
     if (on_device_ && step.device() == factor.device()) {
       a.step = at;
     } else {
@@ -91,10 +88,6 @@ class AdamWSteps {
       on_host_.emplace_back(at, *at + 1);
     }
     return a;
-  }
-
-  static void check_written(const Tensor& t, const std::string& name) {
-    STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous, since it is updated in place");
   }
 
   // Finite, at least `least` and less than `bound`.

@@ -88,6 +88,27 @@ inline void check_dtype_and_device(const Tensor& t, const std::string& name, con
   STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of ", like_name);
 }
 
+// Whether the storage still holds the tensor: it may have been freed, as FSDP does between uses.
+inline void check_memory(const Tensor& t, bool contiguous, const std::string& name) {
+  int64_t last = t.storage_offset();
+  if (contiguous) {
+    last += t.numel() - 1;
+  } else {
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  }
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  STD_TORCH_CHECK(t.numel() == 0 || (last + 1) * int64_t(t.element_size()) <= bytes, name,
+                  " must lie within its storage, got a storage of ", bytes, " bytes");
+}
+
+// The memory of a tensor that is updated in place.
+inline void* written(const Tensor& t, const std::string& name) {
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous, since it is updated in place");
+  check_memory(t, true, name);
+  return t.mutable_data_ptr();
+}
+
 inline double default_rtol(const Pair& p) {
   const double size = double(std::max({p.target.length, p.other.length, int64_t(p.rank)}));
   return p.dtype == DType::f64 ? std::max(1e-7, size * 2.220446049250313e-16)
@@ -119,15 +140,18 @@ struct Arguments {
     global_norm = norm_scope == "global";
   }
 
-  const void* keep(const Tensor& t) {
-    kept.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+  const void* keep(const Tensor& t, const std::string& name) {
+    const bool contiguous = t.is_contiguous();
+    check_memory(t, contiguous, name);
+    kept.push_back(contiguous ? t : torch::stable::contiguous(t));
     return kept.back().const_data_ptr();
   }
 
   // Checks a pair and appends it, with `out` still to be set. index < 0: no list.
   void add(const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,
            double scaling, std::optional<double> rtol, int64_t index) {
-    const std::string a = argument("A", index), b = argument("B", index);
+    const std::string a = argument("A", index), b = argument("B", index),
+                      grad_a = argument("grad_A", index), grad_b = argument("grad_B", index);
     STD_TORCH_CHECK(A.dim() == 2, a, " must be 2-d, (r, m), got shape ", shape_of(A));
     STD_TORCH_CHECK(B.dim() == 2, b, " must be 2-d, (n, r), got shape ", shape_of(B));
     const int64_t r = A.size(0), m = A.size(1), n = B.size(0);
@@ -141,11 +165,12 @@ struct Arguments {
     p.rank = int(r);
     p.dtype = checked_dtype(A, a);
     check_dtype_and_device(B, b, A, a);
-    check_gradient(grad_A, argument("grad_A", index), A, a);
-    check_gradient(grad_B, argument("grad_B", index), B, b);
+    check_gradient(grad_A, grad_a, A, a);
+    check_gradient(grad_B, grad_b, B, b);
     check_scaling(scaling, index);
     p.scaling = scaling;
-    const Side side_A{keep(A), keep(grad_A), m, true}, side_B{keep(B), keep(grad_B), n, false};
+    const Side side_A{keep(A, a), keep(grad_A, grad_a), m, true},
+        side_B{keep(B, b), keep(grad_B, grad_b), n, false};
     p.target = onto_B ? side_B : side_A;
     p.other = onto_B ? side_A : side_B;
     p.rtol = rtol.value_or(default_rtol(p));
@@ -191,11 +216,12 @@ struct Arguments {
       check_lengths(A, B, grad_A, grad_B, scaling);
       return torch::stable::new_empty(skipped, {0}, ScalarType::Float);
     }
+    check_memory(skipped, true, "skipped");
     const Tensor norms = add_all(A, B, grad_A, grad_B, scaling, rtol);
     STD_TORCH_CHECK(skipped.device() == A[0].device(), "skipped must be on the device of A[0]");
     for (size_t l = 0; l < A.size(); ++l) {
       check_average(ema[l], l, onto_B ? B[l] : A[l], onto_B ? "B" : "A");
-      pairs[l].out = ema[l].mutable_data_ptr();
+      pairs[l].out = written(ema[l], argument("ema", l));
       pairs[l].out_dtype = dtype_of(ema[l]);
     }
     return norms;
@@ -219,8 +245,8 @@ struct Arguments {
     p.dtype = checked_dtype(B, b);
     p.out_dtype = checked_dtype(ema, e);
     p.scaling = scaling;
-    p.target = {keep(B), nullptr, B.size(0), false};
-    p.other = {keep(ema), nullptr, ema.size(1), true};
+    p.target = {keep(B, b), nullptr, B.size(0), false};
+    p.other = {keep(ema, e), nullptr, ema.size(1), true};
     all_float64 = all_float64 && p.out_dtype == DType::f64;
     pairs.push_back(p);
   }
@@ -254,7 +280,6 @@ struct Arguments {
     STD_TORCH_CHECK(ema.scalar_type() == expected, name, " must be ", dtype_name(expected), " for ",
                     dtype_name(target.scalar_type()), " factors, got ",
                     dtype_name(ema.scalar_type()));
-    STD_TORCH_CHECK(ema.is_contiguous(), name, " must be contiguous, since it is updated in place");
   }
 
   static void check_scaling(double scaling, int64_t index) {

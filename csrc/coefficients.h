@@ -128,8 +128,10 @@ EFLAT_HD void finish_scales(Layers& layers, int count, double rho, bool global) 
       layers.scale(l) = 0;
       if (!usable(norm)) continue;
       const double scope_norm = global ? total : norm;
-      if (rho * layers.size(l) / scope_norm <= largest_finite(layers.dtype(l))) {
-        layers.scale(l) = scale_of(layers.scaling(l), rho, scope_norm);
+      const double scale = scale_of(layers.scaling(l), rho, scope_norm);
+      if (rho * layers.size(l) / scope_norm <= largest_finite(layers.dtype(l)) &&
+          scale <= largest_finite(DType::f64)) {
+        layers.scale(l) = scale;
       } else {
         norm = HUGE_VAL;
         changed = global;

@@ -50,41 +50,81 @@ struct Cpu {
   }
 };
 
-// What is called where no kernel is registered for the arguments' device, or nothing has one.
-constexpr const char* kNoKernels =
-    "this build of eflat_ext has no kernels for the device or layout of its arguments: they must "
-    "be "
-    "dense, and CUDA tensors need a build with EFLAT_CUDA=1";
+// What is called where no kernel is registered for the device or layout of an argument: the others
+// have pulled nothing here, so the first that is no plain CPU tensor is to blame.
+struct Given {
+  const char* name;
+  std::vector<Tensor> tensors;
+  bool list = true;
+};
 
-Tensor no_pairs(size_t count) {
-  STD_TORCH_CHECK(count == 0, kNoKernels);
-  const std::vector<int64_t> empty{0};
-  return torch::stable::empty(empty, ScalarType::Float);
+void refuse(std::initializer_list<Given> arguments) {
+  for (const Given& given : arguments) {
+    for (size_t i = 0; i < given.tensors.size(); ++i) {
+      const Tensor& t = given.tensors[i];
+      int32_t layout, type;  // not as a ScalarType, which knows no quantized ones
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+      const bool dense = layout == aoti_torch_layout_strided();
+      const bool quantized =
+          (type >= int32_t(ScalarType::QInt8) && type <= int32_t(ScalarType::QInt32));
+      STD_TORCH_CHECK(dense && t.is_cpu() && !quantized, argument(given.name, given.list ? i : -1),
+                      " must be a dense tensor on the CPU, got ",
+                      !dense      ? "another layout"
+                      : quantized ? "a quantized one"
+                                  : "another device",
+                      ": this build of eflat_ext has no kernels for the device or layout of it, "
+                      "and CUDA tensors need one with EFLAT_CUDA=1");
+    }
+  }
 }
 
-std::tuple<Tensor, Tensor> no_perturb(Tensor A, Tensor, Tensor, Tensor, double, double, std::string,
-                                      std::optional<double>) {
-  STD_TORCH_CHECK(false, kNoKernels);
+std::tuple<Tensor, Tensor> no_perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, double,
+                                      double, std::string, std::optional<double>) {
+  refuse({{"A", {A}, false},
+          {"B", {B}, false},
+          {"grad_A", {grad_A}, false},
+          {"grad_B", {grad_B}, false}});
   return {A, A};
 }
 
-Tensor no_foreach_perturb_ema_(std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
-                               std::vector<Tensor>, std::vector<Tensor>, Tensor skipped,
-                               std::vector<double>, double, double, std::string, std::string,
-                               std::optional<double>) {
-  STD_TORCH_CHECK(false, kNoKernels);
+Tensor no_foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
+                               std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
+                               std::vector<Tensor> ema, Tensor skipped, std::vector<double>, double,
+                               double, std::string, std::string, std::optional<double>) {
+  refuse({{"A", A},
+          {"B", B},
+          {"grad_A", grad_A},
+          {"grad_B", grad_B},
+          {"ema", ema},
+          {"skipped", {skipped}, false}});
   return skipped;
 }
 
-Tensor no_foreach_adamw_step_(std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
-                              std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
-                              std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
-                              Tensor skipped, std::vector<double>, double, double,
-                              std::vector<double>, std::vector<double>, std::vector<double>,
+Tensor no_foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B,
+                              std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
+                              std::vector<Tensor> clean, std::vector<Tensor> ema,
+                              std::vector<Tensor> exp_avg, std::vector<Tensor> exp_avg_sq,
+                              std::vector<Tensor> step, Tensor skipped, std::vector<double>, double,
+                              double, std::vector<double>, std::vector<double>, std::vector<double>,
                               std::vector<double>, std::vector<double>, std::string, std::string,
                               std::optional<double>) {
-  STD_TORCH_CHECK(false, kNoKernels);
+  refuse({{"A", A},
+          {"B", B},
+          {"grad_A", grad_A},
+          {"grad_B", grad_B},
+          {"clean", clean},
+          {"ema", ema},
+          {"exp_avg", exp_avg},
+          {"exp_avg_sq", exp_avg_sq},
+          {"step", step},
+          {"skipped", {skipped}, false}});
   return skipped;
+}
+
+Tensor no_norms() {
+  const std::vector<int64_t> empty{0};
+  return torch::stable::empty(empty, ScalarType::Float);
 }
 
 Norms empty_foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B,
@@ -93,7 +133,8 @@ Norms empty_foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B,
                             std::string norm_scope, std::optional<double> rtol) {
   Arguments(onto, norm_scope, rho, rtol);
   Arguments::check_lengths(A, B, grad_A, grad_B, scaling);
-  return {std::vector<Tensor>{}, no_pairs(A.size())};
+  refuse({{"A", A}, {"B", B}, {"grad_A", grad_A}, {"grad_B", grad_B}});
+  return {std::vector<Tensor>{}, no_norms()};
 }
 
 Tensor empty_foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B,
@@ -101,7 +142,8 @@ Tensor empty_foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B,
   Arguments("A", norm_scope, rho, std::nullopt);
   check_length("B", B.size(), ema.size());
   check_length("scaling", scaling.size(), ema.size());
-  return no_pairs(ema.size());
+  refuse({{"ema", ema}, {"B", B}});
+  return no_norms();
 }
 
 }  // namespace

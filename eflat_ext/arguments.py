@@ -22,7 +22,7 @@ def check_options(rho: float, onto: str, norm_scope: str, rtol: float | None) ->
     for name, value in (("rho", rho), ("rtol", rtol)):
         if not (isinstance(value, (int, float)) or (name == "rtol" and value is None)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(rho) and rho >= 0):
+    if not (_is_finite(rho) and rho >= 0):
         raise ValueError(f"rho must be finite and at least 0, got {rho}")
     if onto not in ("A", "B"):
         raise ValueError(f"onto must be 'B' or 'A', got {onto!r}")
@@ -62,8 +62,9 @@ def check_pair(
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense tensor, got {kind}")
         if tensor.dtype not in _FACTOR_DTYPES:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
@@ -100,8 +101,29 @@ def check_pair(
         )
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling{index} must be a number, got {type(scaling).__name__}")
-    if not math.isfinite(scaling) or scaling == 0:
+    if not _is_finite(scaling) or scaling == 0:
         raise ValueError(f"scaling{index} must be finite and not 0, got {scaling}")
+
+
+def check_memory(named: dict[str, Tensor | Sequence[Tensor]]) -> None:
+    """ValueError if the storage of a tensor no longer holds it: somebody has freed it, say."""
+    for name, value in named.items():
+        for i, t in enumerate([value] if isinstance(value, Tensor) else value):
+            steps = zip(t.stride(), t.shape, strict=True)
+            last = t.storage_offset() + sum(stride * (size - 1) for stride, size in steps)
+            there = t.untyped_storage().nbytes()
+            if t.numel() > 0 and (last + 1) * t.element_size() > there:
+                index = "" if isinstance(value, Tensor) else f"[{i}]"
+                raise ValueError(
+                    f"{name}{index} must lie within its storage, got a storage of {there} bytes"
+                )
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 def check_averages(

@@ -68,17 +68,24 @@ def _launch(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    import json
+
     import yaml  # type: ignore[import-untyped]
 
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read --config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Arguments may be bytes that are no text.
+        reason = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
         raise InputError(f"--config {path} is no valid YAML: {reason}") from None
     if not isinstance(settings, dict):
         raise InputError(f"--config {path} holds no settings, one 'name: value' a line")
+    try:
+        json.dumps(settings, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # odd keys, a value within itself
+        raise InputError(f"--config {path} holds what is no setting: {error}") from None
     return settings
 
 
@@ -95,7 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (cyclopts.CycloptsError, InputError) as error:
-        print(f"eflat: {' '.join(str(error).split())}", file=sys.stderr)
+        # Arguments may be bytes that are no text.
+        reason = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        if len(reason) > 700:  # something long was given: its beginning will do
+            reason = f"{reason[:500]} ... {reason[-150:]}"
+        print(f"eflat: {reason}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"eflat: {error}: pip install 'eflat_ext[finetune]'", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +103,12 @@ class FinetuneConfig:
 
     def check(self) -> None:
         """Raise :class:`InputError` naming the first setting that is out of range."""
+        for name, given in dataclasses.asdict(self).items():
+            for value in given if isinstance(given, list) else [given]:
+                if isinstance(value, (str, Path)) and not _is_text(str(value)):
+                    raise InputError(
+                        f"{_option(name)} is {str(value)!r}, but must be UTF-8 without NUL"
+                    )
         for name in ("method", "seeds"):
             values = getattr(self, name)
             if not values:
@@ -148,9 +155,17 @@ class FinetuneConfig:
         del settings["output_dir"]
         for name in ("model", "data", "test_data"):
             own = settings[name] in (None, MINILM, MOVIE_REVIEWS)
-            if not own and Path(settings[name]).exists():
+            if not own and os.path.exists(settings[name]):  # False for an impossible name, too
                 settings[name] = str(Path(settings[name]).resolve())
         return settings
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8, on the command line or in a file name
+        return False
+    return "\0" not in value
 
 
 def _option(name: str) -> str:

@@ -195,7 +195,7 @@ def read(source: str, text_column: str = "text", label_column: str = "label") ->
             raise InputError(f"{source} is not text in UTF-8") from None
         except OSError as error:
             raise InputError(f"cannot read {source}: {error.strerror or error}") from None
-    elif path.exists():
+    elif os.path.exists(path):  # False for an impossible name, too
         raise InputError(f"{source} is of no known format: give a .csv, .tsv or .jsonl file")
     else:
         rows, where = _read_hub(source), "row"
@@ -220,8 +220,9 @@ def _read_jsonl(file: Iterable[str], source: str) -> list[tuple[int, dict]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{source}, line {number} is no valid JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
+                reason = getattr(error, "msg", error)
+                raise InputError(f"{source}, line {number} is no valid JSON: {reason}") from None
             if not isinstance(row, dict):
                 raise InputError(f"{source}, line {number} is no JSON object")
             rows.append((number, row))
@@ -273,6 +274,11 @@ def _to_table(
             value = "" if value is None else str(value).strip()
             if not value:
                 raise InputError(f"{source}, {where} {number}: column {column!r} is empty")
+            if any("\ud800" <= c <= "\udfff" for c in value):
+                raise InputError(
+                    f"{source}, {where} {number}: column {column!r} holds half a surrogate pair, "
+                    "which is no character"
+                )
             values.append(value)
     return Table(texts, labels)
 

@@ -236,11 +236,13 @@ def run(config: FinetuneConfig) -> Path:
                     f"{task.device} ran out of memory; lower --batch-size or --max-length, "
                     "or take --dtype bfloat16"
                 ) from None
-            report.save_run(folder, result, model, task)
+            with report.writing(folder):
+                report.save_run(folder, result, model, task)
             results.append(result)
             del model, optimizer
             gc.collect()  # hooks may tie the two in a cycle, and the next run needs the memory
-    report.finish(folder, config, results)
+    with report.writing(folder):
+        report.finish(folder, config, results)
     return folder
 
 

@@ -57,7 +57,7 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         positions = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # those of damaged files are many and change by version
         raise InputError(f"cannot load --model {config.model}: {first_line(error)}") from None
     limit = min(tokenizer.model_max_length, positions or math.inf)
     if config.max_length > limit:
@@ -77,7 +77,6 @@ def load_model(
     New modules are those that the checkpoint lacks, the head first of all: they start at
     random and have to be trained beside an adapter.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     half = config.dtype == "bfloat16" and method != "full"
@@ -91,7 +90,7 @@ def load_model(
             dtype=torch.bfloat16 if half else torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # as above
         raise InputError(f"cannot load --model {config.model}: {first_line(error)}") from None
     model.config.pad_token_id = pad_token_id
     keys = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]

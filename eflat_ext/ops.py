@@ -16,6 +16,7 @@ from .arguments import (
     check_alike,
     check_averages,
     check_devices,
+    check_memory,
     check_options,
     check_pair,
     check_pairs,
@@ -65,6 +66,7 @@ def perturb(
     except RuntimeError:
         check_options(rho, onto, "layer", rtol)
         check_pair(A, B, grad_A, grad_B, scaling, "")
+        check_memory({"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B})
         raise
 
 
@@ -99,6 +101,7 @@ def foreach_perturb(
     except RuntimeError:
         check_options(rho, onto, norm_scope, rtol)
         check_pairs(A, B, grad_A, grad_B, scaling)
+        check_memory({"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B})
         raise
 
 
@@ -198,6 +201,9 @@ def _(
 
 @torch.library.register_fake("eflat::foreach_bound")
 def _(ema, B, scaling, rho, norm_scope="layer"):
+    for name, values in (("B", B), ("scaling", scaling)):
+        if len(values) != len(ema):
+            raise ValueError(f"{name} must have one entry per pair, {len(ema)}, got {len(values)}")
     for name, tensors in (("ema", ema), ("B", B)):
         check_devices(name, tensors, ema[0].device if ema else torch.device("meta"))
     return ema[0].new_empty(len(ema), dtype=_norm_dtype(ema)) if ema else torch.empty(0)
@@ -314,7 +320,18 @@ for _name in ("foreach_perturb_ema_", "foreach_adamw_step_", "foreach_bound"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
+def _check_no_gradient(operator, written):
+    for name, tensors in written.items():
+        for i, t in enumerate(tensors):
+            if t.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{name}[{i}] must not require a gradient, since {operator} writes to it: call "
+                    "it within torch.no_grad()"
+                )
+
+
 def _perturb_ema_in_place(keyset, A, B, grad_A, grad_B, ema, skipped, *options):
+    _check_no_gradient("foreach_perturb_ema_", {"ema": ema})
     norms = torch.ops.eflat.foreach_perturb_ema_.default.redispatch(
         keyset & torch._C._after_ADInplaceOrView_keyset,
         *(A, B, grad_A, grad_B, ema, skipped, *options),
@@ -326,17 +343,14 @@ def _perturb_ema_in_place(keyset, A, B, grad_A, grad_B, ema, skipped, *options):
 def _adamw_step_in_place(
     keyset, A, B, grad_A, grad_B, clean, ema, exp_avg, exp_avg_sq, step, skipped, *options
 ):
-    written = [*A, *B, *ema, *exp_avg, *exp_avg_sq, *step, skipped]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in written):
-        raise RuntimeError(
-            "foreach_adamw_step_ writes to tensors that require a gradient: call it within "
-            "torch.no_grad()"
-        )
+    written = {"A": A, "B": B, "ema": ema, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    _check_no_gradient("foreach_adamw_step_", {**written, "step": step})
     norms = torch.ops.eflat.foreach_adamw_step_.default.redispatch(
         keyset & torch._C._after_ADInplaceOrView_keyset,
         *(A, B, grad_A, grad_B, clean, ema, exp_avg, exp_avg_sq, step, skipped, *options),
     )
-    torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version([t for ts in written.values() for t in ts])
+    torch.autograd.graph.increment_version([*step, skipped])
     return norms
 
 

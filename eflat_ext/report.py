@@ -8,7 +8,8 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -181,12 +182,31 @@ def create_folder(folder: Path, config: FinetuneConfig, task: Task) -> None:
         f"# {packages}\n"
         f"# device {task.device}, {torch.get_num_threads()} CPU threads, {task.steps} steps\n"
     )
+    body = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        body = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
-        (folder / "config.yaml").write_text(header + body, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(header + body, encoding="utf-8")
+    except InputError:
+        with suppress(OSError):
+            (folder / "config.yaml").unlink(missing_ok=True)
+            for path in new:
+                if path.exists():
+                    path.rmdir()
+        raise
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong in writing to the run folder into an InputError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write to {folder}: {reason}") from None
 
 
 def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
