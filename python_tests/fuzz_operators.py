@@ -155,7 +155,7 @@ def changed_tensor(rng: random.Random, call: Call, name: str, t: Any) -> Any:
     # torch's fallback for the negative bit fails after the call where one tensor alone is written.
     if name == "skipped" and function in (change.negated, change.conjugated):
         return t
-    if function is change.bad_storage and not call.arguments.get("A", True):
+    if function is change.bad_storage and no_pairs(call):
         return t  # of no pairs nothing is read
     try:
         new = function(rng, t)
@@ -214,6 +214,11 @@ def changed_list(rng: random.Random, call: Call, name: str, values: Any, numbers
     else:
         values[at] = changed_tensor(rng, call, one, values[at])
     return tuple(values) if rng.random() < 0.1 else values
+
+
+def no_pairs(call: Call) -> bool:
+    pairs = call.arguments.get("A")
+    return isinstance(pairs, (list, tuple)) and not pairs
 
 
 def is_freed(t: Any) -> bool:
