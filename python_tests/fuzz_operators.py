@@ -162,7 +162,8 @@ def changed_tensor(rng: random.Random, call: Call, name: str, t: Any) -> Any:
     except (RuntimeError, TypeError, ValueError, AssertionError):
         return t  # that cannot be had of such a tensor
     call.changes.append(f"{name}: {function.__name__}")
-    call.unsure |= function in change.UNSURE
+    # Of no pairs the counter is the only tensor: on meta the call is one that is traced.
+    call.unsure |= function in change.UNSURE or (function is change.other_device and no_pairs(call))
     return new
 
 
