@@ -46,6 +46,11 @@ def schemas() -> dict[str, Any]:
 
 
 SCHEMAS = schemas()
+TYPES = {name: {a.name: str(a.type) for a in s.arguments} for name, s in SCHEMAS.items()}
+WRITTEN = {
+    name: [a.name for a in s.arguments if a.alias_info and a.alias_info.is_write]
+    for name, s in SCHEMAS.items()
+}
 PUBLIC = ("perturb", "foreach_perturb")
 
 
@@ -60,15 +65,11 @@ class Call:
 
     @property
     def types(self) -> dict[str, str]:
-        return {a.name: str(a.type) for a in SCHEMAS[self.operator].arguments}
+        return TYPES[self.operator]
 
     @property
     def written(self) -> list[str]:
-        return [
-            a.name
-            for a in SCHEMAS[self.operator].arguments
-            if a.alias_info and a.alias_info.is_write
-        ]
+        return WRITTEN[self.operator]
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{k}={short(v)}" for k, v in self.arguments.items())
@@ -151,12 +152,18 @@ def changed_tensor(rng: random.Random, call: Call, name: str, t: Any) -> Any:
     function = rng.choice(change.CHANGES)
     if function is change.read_only and name.partition("[")[0] in call.written:
         function = change.flagged_read_only  # the other would end torch's own operators, too
+    # torch's fallback for the negative bit fails after the call where one tensor alone is written.
+    if name == "skipped" and function in (change.negated, change.conjugated):
+        return t
+    if function is change.bad_storage and no_pairs(call):
+        return t  # of no pairs nothing is read
     try:
         new = function(rng, t)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError, AssertionError):
         return t  # that cannot be had of such a tensor
     call.changes.append(f"{name}: {function.__name__}")
-    call.unsure |= function in change.UNSURE
+    # Of no pairs the counter is the only tensor: on meta the call is one that is traced.
+    call.unsure |= function in change.UNSURE or (function is change.other_device and no_pairs(call))
     return new
 
 
@@ -200,7 +207,7 @@ def changed_list(rng: random.Random, call: Call, name: str, values: Any, numbers
         if kind == 1:
             extra = 1.0 if numbers else torch.ones(3, 4)
             return [*values, values[-1] if values else extra]
-        return [] if kind == 2 else values * rng.choice([2, 100, 1000])
+        return [] if kind == 2 else values * (rng.choice([2, 50, 300]) if len(values) < 11 else 2)
     at = rng.randrange(len(values))
     one = f"{name}[{at}]"
     if numbers:
@@ -208,6 +215,11 @@ def changed_list(rng: random.Random, call: Call, name: str, values: Any, numbers
     else:
         values[at] = changed_tensor(rng, call, one, values[at])
     return tuple(values) if rng.random() < 0.1 else values
+
+
+def no_pairs(call: Call) -> bool:
+    pairs = call.arguments.get("A")
+    return isinstance(pairs, (list, tuple)) and not pairs
 
 
 def is_freed(t: Any) -> bool:
@@ -251,7 +263,7 @@ def change_all(rng: random.Random, call: Call) -> None:
     elif kind == 6:
         every_tensor(call, lambda t: t.clone().requires_grad_(t.is_floating_point()))
     else:  # many pairs
-        copies = rng.choice([10, 100])
+        copies = rng.choice([10, 10, 50])
         for name, value in call.arguments.items():
             if isinstance(value, list):
                 parts = len(value) if name not in TWO_PER_PAIR else len(value) // 2
@@ -553,6 +565,8 @@ def check_result(call: Call, before: dict[str, Any], result: Any) -> str:
         return "checked"
     expected, expected_norms = reference.foreach_perturb(*zip(*pairs, strict=True), *options)
     dtypes = [p.A.dtype for p in pairs]
+    if any(0 < float(norm) < 1e-30 for norm in expected_norms):
+        return "checked"  # zero where norms are float32
     largest = min(torch.finfo(dtype).max for dtype in dtypes)
     if any(float(x.norm()) > largest / 2 for x in (*expected, expected_norms)):
         return "checked"  # the norm is infinite then
@@ -693,7 +707,7 @@ def judge_error(call: Call, wrong: set[str], error: Exception) -> str:
     if call.unsure and not wrong:
         return f"{kind}, left to torch"
     # torch's words for a surplus argument, for a negative bit of what is written.
-    if any(words in text for words in ("expected at most", "negation inputs", "MathBitsFallback")):
+    if any(words in text for words in ("expected at most", "fallback doesn't currently support")):
         return kind
     named = [name for name in wrong if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
     assert named, f"names none of {sorted(wrong)}: {kind}: {text[:500]}"

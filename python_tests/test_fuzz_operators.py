@@ -6,6 +6,7 @@ is the last one that it has printed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -31,7 +32,7 @@ def test_random_calls():
     *calls, last = run.stdout.splitlines()
     complaints = [
         f"{call[:1500]}\n  {complaint}"
-        for call, complaint in zip(calls, calls[1:], strict=False)
+        for call, complaint in itertools.pairwise(calls)
         if complaint.startswith("WRONG")
     ]
     assert not complaints, "\n".join(complaints[:10])
