@@ -166,20 +166,9 @@ class Collator:
         self.answer_starts = processor.tokenizer("<|im_start|>assistant\n").input_ids
 
     def __call__(self, rows: list[dict[str, str]]) -> dict[str, Tensor]:
-        texts = [
-            self.processor.apply_chat_template(
-                [
-                    {"role": "user", "content": [image, {"type": "text", "text": row["question"]}]},
-                    {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]},
-                ]
-            ).removesuffix("\n")
-            for row in rows
-            for image in [{"type": "image"}]
-        ]
-        images = [[Image.open(row["image"])] for row in rows]
         batch = self.processor(
-            images=images,
-            text=texts,
+            images=[[Image.open(row["image"])] for row in rows],
+            text=[self.chat(row["question"], row["answer"]) for row in rows],
             padding=True,
             padding_side="right",
             return_tensors="pt",
@@ -189,6 +178,15 @@ class Collator:
             turn = int((row == self.answer_starts[0]).nonzero()[-1])
             row[: turn + len(self.answer_starts)] = -100
         return {**batch, "labels": labels}
+
+    def chat(self, question: str, answer: str) -> str:
+        """The template's text up to the end of the answer."""
+        asked = [{"type": "image"}, {"type": "text", "text": question}]
+        answered = [{"type": "text", "text": answer}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        )
+        return text.removesuffix("\n")
 
 
 def best_tokens(logits: Tensor, labels: Tensor) -> Tensor:
