@@ -110,8 +110,9 @@ def train(model: PeftModel, optimizer: torch.optim.Optimizer, data: list[Any]) -
 
 
 def main(
-    *, steps: int = 6, batch: int = 6, lr: float = 1e-3, rho: float = 0.05, seed: int = 0
+    *, steps: int = 6, batch: int = 4, lr: float = 1e-3, rho: float = 0.05, seed: int = 0
 ) -> None:
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
