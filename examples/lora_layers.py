@@ -67,12 +67,12 @@ def main() -> None:
         optimizer.step()
         losses.append(loss.item())
 
-    print(f"{'pair':55}  {'A':>9}  {'B':>9}  scaling  norm of its average")
+    print(f"{'pair':40}  {'A':>9}  {'B':>9}  scaling  norm of its average")
     for pair in optimizer.pairs:
         name = pair.name.removeprefix("base_model.model.")
         shapes = ["x".join(map(str, factor.shape)) for factor in (pair.A, pair.B)]
         norm = optimizer.averages[pair.name].norm()
-        print(f"{name:55}  {shapes[0]:>9}  {shapes[1]:>9}  {pair.scaling:7.1f}  {norm:.3f}")
+        print(f"{name:40}  {shapes[0]:>9}  {shapes[1]:>9}  {pair.scaling:7.1f}  {norm:.3f}")
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     for warning in caught:
         if "plain pair" in str(warning.message):

@@ -31,17 +31,17 @@ class PerturbedTrainer(PerturbationMixin, Trainer):
     """Any Trainer class will do; EFlat-LoRA needs the mixin for the log alone."""
 
 
-def main(method: Literal["eflat", "flat"] = "eflat", steps: int = 30, rho: float = 0.05) -> None:
-    """Train, evaluate and save every 15 steps, load the best, and test it."""
+def main(method: Literal["eflat", "flat"] = "eflat", steps: int = 24, rho: float = 0.05) -> None:
+    """Train, evaluate and save every 12 steps, load the best, and test it."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
     path = find_model("minilm")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    data = split(movie_reviews(), train_size=16 * steps, validation_size=100, test_size=200)
+    data = split(movie_reviews(), train_size=16 * steps, validation_size=64, test_size=150)
 
     def rows(part: Part) -> list[dict]:
-        encoded = tokenizer(part.texts, truncation=True, max_length=64)["input_ids"]
+        encoded = tokenizer(part.texts, truncation=True, max_length=32)["input_ids"]
         return [{"input_ids": i, "labels": k} for i, k in zip(encoded, part.labels, strict=True)]
 
     lora = LoraConfig(
@@ -54,15 +54,14 @@ def main(method: Literal["eflat", "flat"] = "eflat", steps: int = 30, rho: float
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=2,
-            learning_rate=5e-3,
+            per_device_train_batch_size=16,
+            learning_rate=3e-3,
             eval_strategy="steps",
             save_strategy="steps",
-            eval_steps=15,
-            save_steps=15,
+            eval_steps=12,
+            save_steps=12,
             load_best_model_at_end=True,
-            logging_steps=15,
+            logging_steps=12,
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
             disable_tqdm=True,

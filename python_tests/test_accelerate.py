@@ -143,6 +143,38 @@ def test_fp16_with_overflows(fused: bool) -> None:
     assert min(errors.values()) > 0 and max(errors.values()) < 8 * 2**-11, errors
 
 
+@pytest.mark.proves("Accelerate", "two gradients in fp16, with overflowed steps")
+@pytest.mark.parametrize("create", [CREATE["flat"], CREATE["lora-sam"]])
+def test_two_gradients_in_fp16(create: Any) -> None:
+    engine = accelerator(mixed_precision="fp16")
+    scale_gradients(engine, init_scale=2.0**12)
+    model = lora_mlp(torch.float32)
+    start = weights(model)
+    model, optimizer = engine.prepare(model, create(model, torch.optim.AdamW, lr=1e-2))
+    for step in range(10):
+        before = dict(model.state_dict())
+        before = {name: value.clone() for name, value in before.items()}
+        optimizer.zero_grad()
+        engine.backward(loss_of(model, DATA[step]))
+        optimizer.optimizer.first_step()
+        engine.backward(loss_of(model, DATA[step]) * (1e9 if step in OVERFLOWING else 1))
+        optimizer.step()
+        assert engine.optimizer_step_was_skipped == (step in OVERFLOWING)
+        if step in OVERFLOWING:
+            assert_same_bits(dict(model.state_dict()), before)
+    optimizer.zero_grad()  # of a step that might have been skipped
+    plain = lora_mlp(torch.float32)
+    kept = [DATA[step] for step in range(10) if step not in OVERFLOWING]
+    train_on(plain, create(plain, torch.optim.AdamW, lr=1e-2), kept)
+    ends, expected = weights(model), weights(plain)
+    errors = [
+        float((ends[name] - expected[name]).norm() / (expected[name] - start[name]).norm())
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    assert min(errors) > 0 and max(errors) < 8 * 2**-11, errors
+
+
 @pytest.mark.proves(
     "Accelerate", "`save_state`, `load_state`: resumes bit-exact in float32, bf16 and fp16"
 )

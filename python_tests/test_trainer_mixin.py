@@ -20,7 +20,6 @@ from models import (
 )
 from torch import Tensor
 from trainer_case import (
-    HANDS_OVER_THE_MODEL,
     RUNS,
     PerturbingTrainer,
     Sentences,
@@ -264,48 +263,3 @@ def test_fp16_overflows(options: dict[str, Any], tmp_path: Path) -> None:
     assert run.accelerator.scaler.get_scale() == 2.0**7
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert any(bool((before[n] != p).any()) for n, p in model.named_parameters())
-
-
-@pytest.mark.proves(
-    "Hugging Face Trainer",
-    "TRL's SFTTrainer trains, logs and resumes bit-exact, with one gradient and with two",
-)
-@pytest.mark.parametrize("hook", [ours.eflat_optimizer, ours.flat_optimizer])
-def test_trl_sft_trainer(hook: Callable, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl is not installed")
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-
-    class Sft(ours.PerturbationMixin, trl.SFTTrainer):
-        pass
-
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 40)}}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
-    results = []
-    for resume in (None, str(tmp_path / "checkpoint-2")):
-        args = arguments(
-            tmp_path, trl.SFTConfig, save_strategy="steps", save_steps=1, logging_steps=1
-        )
-        model = lora_gpt2()
-        run = Sft(
-            model=model,
-            args=args,
-            train_dataset=datasets.Dataset.from_list(
-                [{"input_ids": row["input_ids"].tolist()} for row in Sentences()]
-            ),
-            processing_class=tokenizer,
-            optimizer_cls_and_kwargs=hook(
-                args, rho=0.2, model=None if HANDS_OVER_THE_MODEL else model
-            ),
-        )
-        run.train(resume_from_checkpoint=resume)
-        logged = [entry for entry in run.state.log_history if "loss" in entry]
-        assert logged and all("perturbation_norm" in entry for entry in logged)
-        results.append(weights(model))
-    assert_same_bits(*results)
