@@ -190,9 +190,13 @@ def create_folder(folder: Path, config: FinetuneConfig, task: Task) -> None:
 
 
 def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
-    """Write METHOD/seed-N: adapter or model, metrics.json and the loss of every step."""
+    """Write METHOD/seed-N: adapter or model, metrics.json and the loss of every step.
+
+    The folder has its name only once it is whole, so a process that is killed leaves no other.
+    """
     metrics = result.metrics
-    run = folder / metrics["method"] / f"seed-{metrics['seed']}"
+    whole = folder / metrics["method"] / f"seed-{metrics['seed']}"
+    run = _unfinished(whole)
     model.save_pretrained(run)
     if metrics["method"] == "full":
         task.tokenizer.save_pretrained(run)
@@ -201,6 +205,7 @@ def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
         writer = csv.writer(file)
         writer.writerow(["step", "loss"])
         writer.writerows(enumerate(result.losses, start=1))
+    run.rename(whole)
 
 
 def finish(folder: Path, config: FinetuneConfig, results: Sequence[Result]) -> None:
@@ -210,11 +215,13 @@ def finish(folder: Path, config: FinetuneConfig, results: Sequence[Result]) -> N
     runs = [result.metrics for result in results]
     summary = summarize(runs)
     _write_json(folder / "results.json", {"versions": versions(), "summary": summary, "runs": runs})
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    table = folder / "results.csv"
+    with _unfinished(table).open("w", newline="", encoding="utf-8") as file:
         columns = dict.fromkeys(name for run in runs for name in run)
         writer = csv.DictWriter(file, list(columns), restval="")
         writer.writeheader()
         writer.writerows(runs)
+    _unfinished(table).rename(table)
     plot_losses(folder / "loss.png", results)
     console = Console()
     console.print(make_table(summary, config.evaluate_on))
@@ -245,7 +252,8 @@ def plot_losses(path: Path, results: Sequence[Result]) -> None:
         axes.set_title("EFlat-LoRA: the loss at its perturbed weights", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(_unfinished(path), dpi=150)
+    _unfinished(path).rename(path)
 
 
 def versions() -> dict[str, str]:
@@ -259,6 +267,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _unfinished(path: Path) -> Path:
+    """What a file or folder is called while it is written."""
+    return path.with_name(f"unfinished-{path.name}")
+
+
 def _write_json(path: Path, content: Any) -> None:
     def clean(value: Any) -> Any:
         # JSON knows no NaN and no infinity.
@@ -270,4 +283,6 @@ def _write_json(path: Path, content: Any) -> None:
             return [clean(item) for item in value]
         return value
 
-    path.write_text(json.dumps(clean(content), indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(clean(content), indent=2) + "\n"
+    _unfinished(path).write_text(text, encoding="utf-8")
+    _unfinished(path).rename(path)
