@@ -197,7 +197,7 @@ def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
     metrics = result.metrics
     whole = folder / metrics["method"] / f"seed-{metrics['seed']}"
     run = _unfinished(whole)
-    model.save_pretrained(run)
+    model.save_pretrained(str(run))
     if metrics["method"] == "full":
         task.tokenizer.save_pretrained(run)
     _write_json(run / "metrics.json", metrics)

@@ -61,6 +61,7 @@ def averages(optimizer: Any) -> dict[str, Tensor]:
 # Gradients.
 
 
+@pytest.mark.proves("Faults", "NaN or Inf in one layer or in all never enters an average")
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -202,6 +203,7 @@ def test_trainer_skips_a_step(options: dict[str, Any], skip: bool, tmp_path: Pat
 # Batches.
 
 
+@pytest.mark.proves("Faults", "a batch without labels changes no average")
 @pytest.mark.parametrize("rows", [0, 32], ids=["empty", "no labels"])
 @every_method
 def test_a_batch_without_anything_to_learn(method: str, rows: int) -> None:

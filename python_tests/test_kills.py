@@ -110,6 +110,7 @@ def kill_and_resume(hook: str, kinds: list[str], tmp_path: Path) -> int:
 
 
 @pytest.mark.proves("Faults", "killed at twenty moments, also while saving, it resumes bit-exact")
+@pytest.mark.proves("Hugging Face Trainer", "a killed run resumes bit-exact")
 def test_killed_runs_resume_bit_exact(tmp_path: Path) -> None:
     kinds = ["any"] * 7 + ["save"] * 6 + ["write"] * 7
     assert kill_and_resume("eflat", kinds, tmp_path) >= 7
@@ -130,6 +131,7 @@ def test_which_checkpoint_is_complete(tmp_path: Path) -> None:
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
 
 
+@pytest.mark.proves("Faults", "a killed eflat finetune leaves nothing that looks complete")
 def test_a_killed_comparison_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     """``eflat finetune``: adapters of finished runs, whole and clean; a table when all are."""
     settings = {
