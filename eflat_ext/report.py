@@ -210,10 +210,14 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
-    """Write METHOD/seed-N: adapter or model, metrics.json and the loss of every step."""
+    """Write METHOD/seed-N: adapter or model, metrics.json and the loss of every step.
+
+    The folder has its name only once it is whole, so a process that is killed leaves no other.
+    """
     metrics = result.metrics
-    run = folder / metrics["method"] / f"seed-{metrics['seed']}"
-    model.save_pretrained(run)
+    whole = folder / metrics["method"] / f"seed-{metrics['seed']}"
+    run = _unfinished(whole)
+    model.save_pretrained(str(run))
     if metrics["method"] == "full":
         task.tokenizer.save_pretrained(run)
     _write_json(run / "metrics.json", metrics)
@@ -221,6 +225,7 @@ def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
         writer = csv.writer(file)
         writer.writerow(["step", "loss"])
         writer.writerows(enumerate(result.losses, start=1))
+    run.rename(whole)
 
 
 def finish(folder: Path, config: FinetuneConfig, results: Sequence[Result]) -> None:
@@ -230,11 +235,13 @@ def finish(folder: Path, config: FinetuneConfig, results: Sequence[Result]) -> N
     runs = [result.metrics for result in results]
     summary = summarize(runs)
     _write_json(folder / "results.json", {"versions": versions(), "summary": summary, "runs": runs})
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    table = folder / "results.csv"
+    with _unfinished(table).open("w", newline="", encoding="utf-8") as file:
         columns = dict.fromkeys(name for run in runs for name in run)
         writer = csv.DictWriter(file, list(columns), restval="")
         writer.writeheader()
         writer.writerows(runs)
+    _unfinished(table).rename(table)
     plot_losses(folder / "loss.png", results)
     console = Console()
     console.print(make_table(summary, config.evaluate_on))
@@ -265,7 +272,8 @@ def plot_losses(path: Path, results: Sequence[Result]) -> None:
         axes.set_title("EFlat-LoRA: the loss at its perturbed weights", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(_unfinished(path), dpi=150)
+    _unfinished(path).rename(path)
 
 
 def versions() -> dict[str, str]:
@@ -279,6 +287,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _unfinished(path: Path) -> Path:
+    """What a file or folder is called while it is written."""
+    return path.with_name(f"unfinished-{path.name}")
+
+
 def _write_json(path: Path, content: Any) -> None:
     def clean(value: Any) -> Any:
         # JSON knows no NaN and no infinity.
@@ -290,4 +303,6 @@ def _write_json(path: Path, content: Any) -> None:
             return [clean(item) for item in value]
         return value
 
-    path.write_text(json.dumps(clean(content), indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(clean(content), indent=2) + "\n"
+    _unfinished(path).write_text(text, encoding="utf-8")
+    _unfinished(path).rename(path)

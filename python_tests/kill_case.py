@@ -24,7 +24,9 @@ from trainer_case import PerturbingTrainer, arguments, make, own
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+from eflat_ext import finetune
 from eflat_ext import trainer as ours
+from eflat_ext.config import FinetuneConfig
 
 STEPS, EVERY = 10, 2  # saved at every second step
 HOOKS = {"eflat": ours.eflat_optimizer, "flat": ours.flat_optimizer}
@@ -109,6 +111,12 @@ def train(
         "writes": counted[0],
     }
     torch.save(result, outcome)
+
+
+def compare(settings: dict[str, Any]) -> None:
+    """``eflat finetune``."""
+    torch.set_num_threads(1)
+    finetune.run(FinetuneConfig(**settings))
 
 
 def _count_writes(tear: tuple[int, float] | None) -> list[int]:

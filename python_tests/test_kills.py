@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import random
 import shutil
@@ -13,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from kill_case import EVERY, STEPS, start, train
+from kill_case import EVERY, STEPS, compare, start, train
 from models import assert_same_bits
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny_model import make_rows, save_tiny_model, write_csv
 from trainer_case import assert_saved
 
 from eflat_ext.trainer import last_complete_checkpoint
@@ -106,6 +110,7 @@ def kill_and_resume(hook: str, kinds: list[str], tmp_path: Path) -> int:
 
 
 @pytest.mark.proves("Faults", "killed at twenty moments, also while saving, it resumes bit-exact")
+@pytest.mark.proves("Hugging Face Trainer", "a killed run resumes bit-exact")
 def test_killed_runs_resume_bit_exact(tmp_path: Path) -> None:
     kinds = ["any"] * 7 + ["save"] * 6 + ["write"] * 7
     assert kill_and_resume("eflat", kinds, tmp_path) >= 7
@@ -113,3 +118,69 @@ def test_killed_runs_resume_bit_exact(tmp_path: Path) -> None:
 
 def test_killed_runs_of_two_gradients_resume_bit_exact(tmp_path: Path) -> None:
     assert kill_and_resume("flat", ["any", "save", "write"], tmp_path) >= 1
+
+
+def test_which_checkpoint_is_complete(tmp_path: Path) -> None:
+    assert last_complete_checkpoint(tmp_path / "missing") is None
+    states = {"9": "{}", "10": '{"global_step": 10}\n', "11": "", "12": '{"global_', "13": None}
+    for step, state in {**states, "x": "{}", "14-old": "{}"}.items():
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.proves("Faults", "a killed eflat finetune leaves nothing that looks complete")
+def test_a_killed_comparison_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    """``eflat finetune``: adapters of finished runs, whole and clean; a table when all are."""
+    settings = {
+        "model": save_tiny_model(tmp_path / "model"),
+        "data": write_csv(tmp_path / "data.csv", make_rows(200)),
+        "method": ["eflat", "flat"],
+        "seeds": [0, 1],
+        "max_length": 32,
+        "steps": 6,
+        "rank": 4,
+        "device": "cpu",
+    }
+    begin = time.monotonic()
+    process = start(compare, {**settings, "output_dir": tmp_path / "whole"})
+    process.join()
+    assert process.exitcode == 0
+    seconds = time.monotonic() - begin
+    assert not list((tmp_path / "whole").rglob("unfinished-*"))
+    whole = {path.relative_to(tmp_path / "whole"): path for path in runs_of(tmp_path / "whole")}
+    assert len(whole) == 4
+
+    rng = random.Random(seed := random.SystemRandom().randrange(2**32))
+    print("seed", seed)
+    unfinished = 0
+    for number in range(4):
+        folder = tmp_path / str(number)
+        process = start(compare, {**settings, "output_dir": folder})
+        if number == 0:
+            time.sleep(rng.uniform(0, seconds))
+        else:  # while it saves
+            saves, seen = rng.randint(1, 4), set()
+            while len(seen) < saves and process.is_alive():
+                seen |= {str(path) for path in folder.glob("*/unfinished-*")}
+        process.kill()
+        process.join()
+        unfinished += bool(list(folder.glob("*/unfinished-*")))
+        for path in runs_of(folder):
+            expected = whole[path.relative_to(folder)]
+            files = [load_file(run / "adapter_model.safetensors") for run in (path, expected)]
+            assert_same_bits(*files)
+            assert json.loads((path / "metrics.json").read_text())["steps"] == 6
+            assert (path / "loss.csv").read_text() == (expected / "loss.csv").read_text()
+        if (folder / "results.json").exists():
+            assert len(json.loads((folder / "results.json").read_text())["runs"]) == 4
+        if (folder / "results.csv").exists():
+            with (folder / "results.csv").open() as file:
+                assert len(list(csv.DictReader(file))) == 4
+    assert unfinished >= 1
+
+
+def runs_of(folder: Path) -> list[Path]:
+    return list(folder.glob("*/seed-*"))
