@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -75,12 +76,9 @@ def accumulation(method: str) -> None:
 
     def gradients(of: Any, at: int, part: Any) -> None:
         for micro in (at, at + 1):
-            loss = loss_of(of, part(data[micro])) / 2
-            if of is net and micro == at:
-                with net.no_sync():
-                    loss_of(of, part(data[micro])).div(2).backward()
-            else:
-                loss.backward()
+            last = of is one or micro > at
+            with nullcontext() if last else net.no_sync():
+                loss_of(of, part(data[micro])).div(2).backward()
 
     for at in (0, 2, 4):
         for of, own, part in ((net, optimizer, own_part), (one, single, lambda batch: batch)):

@@ -133,7 +133,8 @@ def refused(kind: str) -> str:
     model = lora_mlp()
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     if kind == "FSDP":
-        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        model = FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True)
     elif kind == "columns of B":
         model = distribute(model, dim_A=1, dim_B=1)
     elif kind == "mixed":
@@ -165,7 +166,8 @@ def life_cycle(layers: bool) -> None:
     clean = named(model)
     perturbed = dict(clean)
     for name, average in whole(optimizer.averages).items():
-        perturbed[name.replace(".default", ".lora_B.default") + ".weight"] += average
+        key = name.replace(".default", ".lora_B.default") + ".weight"
+        perturbed[key] = clean[key] + average
 
     def outputs(weights: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
