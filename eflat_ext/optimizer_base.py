@@ -259,14 +259,14 @@ class PerturbingOptimizer(Optimizer):
         """
         trained = parameters_of(self.param_groups)
         targets = self._weights.targets()
-        for position, target in zip(self._positions, targets, strict=True):
-            if trained[position] is not target:
-                raise RuntimeError(
-                    f"base: expected the parameters of the model, got a {type(trained[position])} "
-                    f"of shape {tuple(trained[position].shape)} in place of a target of shape "
-                    f"{tuple(target.shape)}; an engine that replaces parameters by its own "
-                    "(DeepSpeed ZeRO, FullyShardedDataParallel) is not supported"
-                )
+        known = {id(parameter) for parameter in trained}
+        strange = [target.shape for target in targets if id(target) not in known]
+        if strange:
+            raise RuntimeError(
+                "base: expected an optimizer of the model's own parameters, got one without a "
+                f"factor of shape {tuple(strange[0])}; engines that replace parameters by some of "
+                "their own (DeepSpeed ZeRO, FullyShardedDataParallel) are not supported"
+            )
         sharding = Sharding.of(self.pairs)
         if sharding is None:
             return None
