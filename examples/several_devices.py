@@ -4,32 +4,36 @@ Started by itself it runs two processes on the CPU; on GPUs start it with torchr
 
     torchrun --nproc-per-node 8 examples/several_devices.py
 
-The model is small and random, the data are the handwritten digits that scikit-learn ships.
+The model is small and random; the data are 10,072 sentences of movie reviews, as counts of words.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
+import zlib
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, get_peft_model
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from eflat_ext import create_eflat_optimizer
+from eflat_ext.data import movie_reviews
+
+TEST = 2000  # sentences
 
 
 def make_model(device: torch.device) -> nn.Module:
-    """A perceptron for 8 x 8 images with LoRA on its layers; the same on every rank."""
+    """A perceptron with LoRA on two of its layers; the same on every rank."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
-    model.append(nn.Linear(64, 10))
+    model = nn.Sequential(nn.Linear(1024, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+    model.append(nn.Linear(64, 2))
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["0", "2"], modules_to_save=["4"])
     return get_peft_model(model, config).to(device)
 
@@ -42,29 +46,36 @@ def shard(model: nn.Module) -> nn.Module:
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
     """Each rank takes its own rows of every batch."""
-    images, labels = digits(next(model.parameters()).device)
+    counts, labels = sentences(next(model.parameters()).device)
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(steps):
-        rows = torch.randint(1000, (128,), generator=generator).chunk(dist.get_world_size())
-        mine = rows[dist.get_rank()].to(images.device)
+        rows = torch.randint(TEST, len(labels), (256,), generator=generator)
+        mine = rows.chunk(dist.get_world_size())[dist.get_rank()].to(labels.device)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images[mine]), labels[mine]).backward()
+        nn.functional.cross_entropy(model(counts[mine]), labels[mine]).backward()
         optimizer.step()
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """Of the last 797 images, at the clean weights."""
-    images, labels = digits(next(model.parameters()).device)
+    """Of the test sentences, at the clean weights."""
+    counts, labels = sentences(next(model.parameters()).device)
     model.eval()
-    return float((model(images[1000:]).argmax(1) == labels[1000:]).float().mean())
+    return float((model(counts[:TEST]).argmax(1) == labels[:TEST]).float().mean())
 
 
-def digits(device: torch.device) -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    images = torch.tensor(data.data / 16, dtype=torch.float32)
-    return images.to(device), torch.tensor(data.target).to(device)
+@functools.cache
+def sentences(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Counts of words in 1024 bins, and whether the sentence is positive; shuffled."""
+    table = movie_reviews()
+    counts = torch.zeros(len(table), 1024)
+    for row, text in zip(counts, table.texts, strict=True):
+        for word in text.lower().split():
+            row[zlib.crc32(word.encode()) % 1024] += 1
+    labels = torch.tensor([int(label == "positive") for label in table.labels])
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
+    return counts[order].to(device), labels[order].to(device)
 
 
 def with_ddp(device: torch.device) -> None:
@@ -110,6 +121,9 @@ def main(rank: int, world: int, store: str) -> None:
     backend = "nccl" if cuda else "gloo"
     address = f"file://{store}" if store else "env://"
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
+    if rank == 0:
+        movie_reviews()  # downloads them at the first time
+    dist.barrier()
     with_ddp(device)
     folder = [tempfile.mkdtemp() if rank == 0 else ""]
     dist.broadcast_object_list(folder)
