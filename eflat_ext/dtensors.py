@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 
+def distributed() -> bool:
+    """Whether there is a process group, without which nothing is sharded."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -18,14 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .additions import Addition
-from .dtensors import (
-    fsdp_modules,
-    is_dtensor,
-    laid_out_as,
-    local,
-    refuse_flat_parameters,
-    reshard,
-)
+from .dtensors import fsdp_modules, laid_out_as, local, refuse_flat_parameters, reshard
+from .engines import check_own_parameters
 from .pairs import find_pairs, merging_layers, stacklevel_of_user
 from .perturbed import PerturbedWeights, Slot
 from .sharded import Sharding
@@ -257,16 +251,7 @@ class PerturbingOptimizer(Optimizer):
         Raises:
             RuntimeError: the base optimizer has other parameters than the model.
         """
-        trained = parameters_of(self.param_groups)
-        targets = self._weights.targets()
-        for position, target in zip(self._positions, targets, strict=True):
-            if trained[position] is not target:
-                raise RuntimeError(
-                    f"base: expected the parameters of the model, got a {type(trained[position])} "
-                    f"of shape {tuple(trained[position].shape)} in place of a target of shape "
-                    f"{tuple(target.shape)}; an engine that replaces parameters by its own "
-                    "(DeepSpeed ZeRO, FullyShardedDataParallel) is not supported"
-                )
+        check_own_parameters(self.base, self._weights.targets())
         sharding = Sharding.of(self.pairs)
         if sharding is None:
             return None
@@ -280,25 +265,6 @@ class PerturbingOptimizer(Optimizer):
         """Remember the norms of those pairs that have a gradient."""
         having = [at for at, index in enumerate(indices) if self.pairs[index].has_gradient]
         self._norms = ([indices[at] for at in having], norms[having])
-
-    def _initialises_state(self) -> bool:
-        """Whether a step is none: torch.distributed.checkpoint makes one so that state exists.
-
-        It has zeros for gradients, a learning rate of zero, and a base optimizer without state.
-        """
-        if self.state or any(group.get("lr", 1.0) != 0 for group in self.param_groups):
-            return False
-        trained = [p for p in parameters_of(self.param_groups) if p.requires_grad]
-        if any(parameter.grad is None for parameter in trained):
-            return False
-        gradients = [parameter.grad for parameter in trained]
-        any_ = torch.stack([local(g).count_nonzero() for g in gradients]).any()
-        sharded = next((g for g in gradients if is_dtensor(g)), None)
-        if sharded is not None:
-            any_ = any_.to(torch.int32)
-            for group in sharded.device_mesh.get_all_groups():
-                torch.distributed.all_reduce(any_, torch.distributed.ReduceOp.MAX, group)
-        return not any_
 
     def _warn_clean_gradient(self) -> None:
         if not self._warned_clean:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .additions import Addition, BoundedAverages
 from .dtensors import local
+from .engines import initialises_state
 from .fused_step import adamw_lists, without_gradients
 from .optimizer_base import PerturbingOptimizer, Rho, check_transfer
 from .sharded import Sharding
@@ -116,7 +117,7 @@ class EFlatLoRA(PerturbingOptimizer):
         Returns:
             What the closure returned, None without one.
         """
-        if closure is None and self._initialises_state():
+        if closure is None and initialises_state(self.base):
             return self.base.step()
         loss = None
         stepped: list[Tensor] = []

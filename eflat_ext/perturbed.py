@@ -28,7 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from .dtensors import fsdp_modules, local, reshard, same_layout
+from .dtensors import (
+    distributed,
+    fsdp_modules,
+    local,
+    refuse_flat_parameters,
+    reshard,
+    same_layout,
+)
 
 Slot = tuple[nn.Module, str]
 
@@ -134,8 +141,9 @@ class PerturbedWeights:
         Returns:
             Whether one was: the forward pass that is beginning has gathered weights already.
         """
-        if self._settled or self._model is None:
+        if self._settled or self._model is None or not distributed():
             return False
+        refuse_flat_parameters(self._model)
         self._fsdp = fsdp_modules(self._model)
         late = False
         for module in self._holders if self._fsdp else ():
@@ -275,7 +283,7 @@ class PerturbedWeights:
                     "torch.nn.DataParallel copied the weights before they were perturbed: use "
                     "DistributedDataParallel, or call optimizer.train() before each forward pass"
                 )
-            if not self._settled and self._sharded_late():
+            if not self._settled and distributed() and self._sharded_late():
                 return
             self.perturb()
             self.visited = True

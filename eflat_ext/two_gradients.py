@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .additions import Addition
 from .dtensors import from_local
+from .engines import initialises_state
 from .optimizer_base import PairList, PerturbingOptimizer, Rho, check_transfer
 from .pairs import LoraPair
 from .sharded import Norms, Sharding
@@ -57,7 +58,7 @@ class TwoGradients(PerturbingOptimizer):
         """
         loss = None
         if closure is None:
-            if self._initialises_state():
+            if initialises_state(self.base):
                 return self.base.step()
             if not self._pending:
                 raise RuntimeError(

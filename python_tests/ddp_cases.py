@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import assert_same_bits, batches, lora_mlp, loss_of
+from models import assert_same_bits, batches, lora_gpt2, lora_mlp, loss_of
 from sharded_cases import (
     assert_same_on_all_ranks,
     errors_against,
@@ -75,12 +77,9 @@ def accumulation(method: str) -> None:
 
     def gradients(of: Any, at: int, part: Any) -> None:
         for micro in (at, at + 1):
-            loss = loss_of(of, part(data[micro])) / 2
-            if of is net and micro == at:
-                with net.no_sync():
-                    loss_of(of, part(data[micro])).div(2).backward()
-            else:
-                loss.backward()
+            last = of is one or micro > at
+            with nullcontext() if last else net.no_sync():
+                loss_of(of, part(data[micro])).div(2).backward()
 
     for at in (0, 2, 4):
         for of, own, part in ((net, optimizer, own_part), (one, single, lambda batch: batch)):
@@ -111,3 +110,17 @@ def bad_gradient_on_one_rank(value: float, **options: Any) -> None:
     assert_same_bits(dict(optimizer.averages), before)
     assert int(optimizer.skipped_perturbations) == len(optimizer.pairs)
     assert_same_on_all_ranks({**optimizer.averages, "skipped": optimizer.skipped_perturbations})
+
+
+def in_trainer(folder: str) -> None:
+    """Hugging Face Trainer, DDP through accelerate."""
+    from trainer_case import arguments, make, own
+
+    model = lora_gpt2()
+    run = make(model, arguments(Path(folder), max_steps=3))
+    run.train()
+    assert isinstance(run.model_wrapped, DistributedDataParallel)
+    optimizer = own(run)
+    assert all(average.any() for average in optimizer.averages.values())
+    assert int(optimizer.skipped_perturbations) == 0
+    assert_same_on_all_ranks({**named(model), **optimizer.averages})

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from eflat_ext import reference
-from eflat_ext.dtensors import from_local
+from eflat_ext.dtensors import from_local, laid_out_as
 from eflat_ext.pairs import find_pairs
 from eflat_ext.sharded import Sharding
 
@@ -133,7 +133,8 @@ def refused(kind: str) -> str:
     model = lora_mlp()
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     if kind == "FSDP":
-        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        model = FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True)
     elif kind == "columns of B":
         model = distribute(model, dim_A=1, dim_B=1)
     elif kind == "mixed":
@@ -165,7 +166,8 @@ def life_cycle(layers: bool) -> None:
     clean = named(model)
     perturbed = dict(clean)
     for name, average in whole(optimizer.averages).items():
-        perturbed[name.replace(".default", ".lora_B.default") + ".weight"] += average
+        key = name.replace(".default", ".lora_B.default") + ".weight"
+        perturbed[key] = clean[key] + average
 
     def outputs(weights: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
@@ -286,3 +288,51 @@ def replicated() -> None:
         optimizer.step()
     for given, average in zip(*(o.averages.values() for o in optimizers), strict=True):
         torch.testing.assert_close(given.full_tensor(), average)
+
+
+def sharded_after_construction(method: str, loaded: bool) -> None:
+    """As accelerate does: the optimizer comes first, and is given the shards in place."""
+    data = batches(8)
+    one, single = lora_mlp(), None
+    single = optimizer_of(one, method)
+    model = lora_mlp()
+    optimizer = optimizer_of(model, method)
+    if loaded:  # a perturbation is due at the first forward pass
+        train(one, single, data[:4], lambda batch: batch)
+        model.load_state_dict(one.state_dict())
+        optimizer.load_state_dict(single.state_dict())
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    states = {names[id(p)]: state for p, state in optimizer.state.items()}
+    shard_model(model)
+    shards = dict(model.named_parameters())
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [shards[name] for name in own]
+    optimizer.state.clear()
+    if loaded:
+        for name, state in states.items():
+            own = {key: laid_out_as(t, shards[name]) if t.dim() else t for key, t in state.items()}
+            optimizer.state[shards[name]] = own
+        try:
+            model(data[4][0])
+            raise AssertionError("the first forward pass had begun before the perturbation")
+        except RuntimeError as error:
+            assert "call optimizer.train() before the first forward pass" in str(error)
+        return
+    train(model, optimizer, data)
+    train(one, single, data, lambda batch: batch)
+    assert max(errors_against(model, optimizer, one, single).values()) < 1e-6
+
+
+def replaced_parameters() -> None:
+    """An engine that gives the base optimizer parameters of its own, as DeepSpeed ZeRO does."""
+    model = lora_mlp()
+    optimizer = optimizer_of(model)
+    loss_of(model, batches(1)[0]).backward()
+    flat = torch.cat([p.detach().flatten() for p in optimizer.param_groups[0]["params"]])
+    optimizer.param_groups[0]["params"] = [nn.Parameter(flat)]
+    try:
+        optimizer.step()
+        raise AssertionError("stepped")
+    except RuntimeError as error:
+        assert "DeepSpeed ZeRO" in str(error)

@@ -73,7 +73,9 @@ def _serve(connection: Connection) -> None:
             world, rank, folder, function, args, kwargs = connection.recv()
         except EOFError:
             return
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        count = str(world)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=count)
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", LOCAL_WORLD_SIZE=count)
         try:
             store = dist.FileStore(str(Path(folder, "store")), world)
             wait = timedelta(seconds=TIMEOUT / 2)

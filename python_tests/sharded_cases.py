@@ -69,6 +69,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def relative_errors(given: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    given = {name.removeprefix("module."): value for name, value in given.items()}  # of DDP
     assert given.keys() == expected.keys()
     errors = [
         (given[name] - value).detach().norm() / value.norm().clamp_min(1e-300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,3 +43,8 @@ def test_accumulation(method: str) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_bad_gradient_on_one_rank(value: float, fused: bool) -> None:
     together(2, "ddp_cases:bad_gradient_on_one_rank", value, fused_step=fused)
+
+
+@pytest.mark.proves("Several devices", "Trainer on two processes")
+def test_trainer(tmp_path: Path) -> None:
+    together(2, "ddp_cases:in_trainer", str(tmp_path))

@@ -111,3 +111,13 @@ def test_replicated_dtensors() -> None:
 def test_unsupported_layouts(kind: str, words: list[str]) -> None:
     for message in together(2, "fsdp_cases:refused", kind):
         assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("method", "loaded"), [("eflat", False), ("flat", False), ("eflat", True)])
+def test_sharded_after_construction(method: str, loaded: bool) -> None:
+    together(2, "fsdp_cases:sharded_after_construction", method, loaded)
+
+
+@pytest.mark.proves("Several devices", "engines with parameters of their own are refused")
+def test_replaced_parameters() -> None:
+    together(1, "fsdp_cases:replaced_parameters")
