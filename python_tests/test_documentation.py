@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -40,13 +43,19 @@ def test_pages_and_scripts_belong_together():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page_shows_lines_of_its_script(page):
-    """Blocks of a page that are no lines of its script would never be run."""
-    script = (ROOT / "examples" / f"{page.stem}.py").read_text(encoding="utf-8")
-    lines = {line.strip() for line in script.splitlines()}
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
-    shown = [line.strip() for block in blocks for line in block.splitlines()]
-    assert [line for line in shown if line and line != "..." and line not in lines] == []
+def test_code_of_pages_names_what_exists(page):
+    """Pages show the gist; their scripts are what is run."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        tree = ast.parse(textwrap.dedent(block))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("eflat_ext"):
+                module = importlib.import_module(node.module)
+                assert [x.name for x in node.names if not hasattr(module, x.name)] == []
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for test in re.findall(r"test_\w+\.py", text):
+        assert (ROOT / "python_tests" / test).exists(), test
 
 
 def test_table_of_settings_is_up_to_date():
