@@ -47,7 +47,8 @@ def smollm2() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         model.save_pretrained(Path(tmp, "model"))
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(Path(tmp, "model"))
-        os.rename(Path(tmp, "model"), folder)  # whole or not at all
+        if not folder.exists():  # another process may have been faster
+            os.rename(Path(tmp, "model"), folder)  # whole or not at all
     return folder
 
 
