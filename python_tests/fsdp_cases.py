@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ddp_cases import Collectives
 from lora_layers import batch_of, factors, gradient_matrices, lora_around
 from models import assert_same_bits, batches, lora_mlp, loss_of
 from sharded_cases import (
@@ -113,7 +114,9 @@ def operators(
     distribute(model, dim_A)
     sharding = Sharding.of(pairs)
     assert sharding is not None
-    given, found = sharding.perturb(pairs, target_of, 0.3, onto, norm_scope, None, lambda t: t)
+    with Collectives() as calls:
+        given, found = sharding.perturb(pairs, target_of, 0.3, onto, norm_scope, None, lambda t: t)
+    assert calls.count == 1
     assert_same_on_all_ranks({"norms": found.values})
     assert found.usable.all() and not found.skipped
     errors = {"norms": float((found.values / torch.stack(norms) - 1).abs().max())}
