@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .additions import Addition, BoundedAverages
-from .dtensors import local
+from .dtensors import is_dtensor, local
 from .engines import initialises_state
 from .fused_step import adamw_lists, without_gradients
 from .optimizer_base import PerturbingOptimizer, Rho, check_transfer
@@ -100,9 +100,19 @@ class EFlatLoRA(PerturbingOptimizer):
 
     @property
     def averages(self) -> dict[str, Tensor]:
-        """The moving average of each pair's perturbation, by pair name; live tensors."""
-        parts = self._parts(range(len(self.pairs)))
-        return {pair.name: part for pair, part in zip(self.pairs, parts, strict=True)}
+        """The moving average of each pair's perturbation, by pair name; live tensors.
+
+        Where factors are sharded these are DTensors laid out as their targets; of experts, gathered
+        copies, so that all ranks have to ask.
+        """
+        averages = self._averages()
+        found = {}
+        for pair, index in zip(self.pairs, self._target_of, strict=True):
+            average: Any = averages[index]
+            if pair.experts > 1 and is_dtensor(average):
+                average = average.full_tensor()
+            found[pair.name] = pair.part(self.onto, average)
+        return found
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ddp_cases import Collectives
 from lora_layers import batch_of, factors, gradient_matrices, lora_around
 from models import assert_same_bits, batches, lora_mlp, loss_of
 from sharded_cases import (
@@ -113,7 +114,9 @@ def operators(
     distribute(model, dim_A)
     sharding = Sharding.of(pairs)
     assert sharding is not None
-    given, found = sharding.perturb(pairs, target_of, 0.3, onto, norm_scope, None, lambda t: t)
+    with Collectives() as calls:
+        given, found = sharding.perturb(pairs, target_of, 0.3, onto, norm_scope, None, lambda t: t)
+    assert calls.count == 1
     assert_same_on_all_ranks({"norms": found.values})
     assert found.usable.all() and not found.skipped
     errors = {"norms": float((found.values / torch.stack(norms) - 1).abs().max())}
@@ -175,20 +178,23 @@ def life_cycle(layers: bool) -> None:
                 parameter.copy_(weights[name])
             return plain(data[0][0])
 
-    def check(training: bool) -> None:
+    def check(training: bool, save: bool) -> None:
         model.train(training)
         with torch.no_grad():
             given = model(data[0][0])
         torch.testing.assert_close(given, outputs(perturbed if training else clean))
+        assert optimizer._weights.applied == training
+        if not save:
+            return
         # What is saved is clean, at any moment, and sharded as the parameters are.
         state = model.state_dict()
         assert_same_bits(whole({n: state[n] for n in clean}), clean)
-        assert optimizer._weights.applied == training
 
     assert not torch.equal(outputs(perturbed), outputs(clean))
-    # An evaluation leaves gathered weights behind, in the root module of FSDP2.
-    for training in (True, False, True, True, False, False, True):
-        check(training)
+    # FSDP2 keeps what its root module has gathered, until a state_dict or a backward pass.
+    for save in (False, True):
+        for training in (True, False, True, True, False, False, True):
+            check(training, save)
     with optimizer.clean():
         assert_same_bits(named(model), clean)
     loss_of(model, own_part(data[3])).backward()
@@ -336,3 +342,17 @@ def replaced_parameters() -> None:
         raise AssertionError("stepped")
     except RuntimeError as error:
         assert "DeepSpeed ZeRO" in str(error)
+
+
+def experts(onto: str) -> None:
+    """A whole step where the experts of a layer share sharded parameters."""
+    models = [lora_experts(), lora_experts()]
+    shard_model(models[0], layers=False)
+    optimizers = [optimizer_of(model, onto=onto, norm_scope="global") for model in models]
+    x = torch.linspace(-1, 1, 21, dtype=torch.float64).view(3, 7)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).backward()
+            optimizer.step()
+    assert max(errors_against(models[0], optimizers[0], models[1], optimizers[1]).values()) < 1e-6

@@ -30,7 +30,11 @@ def together(world: int, function: str, *args: Any, **kwargs: Any) -> list[Any]:
             if not connection.poll(TIMEOUT):
                 stop()
                 raise AssertionError(f"{function}: a rank did not answer; others said {answers}")
-            answers.append(connection.recv())
+            try:
+                answers.append(connection.recv())
+            except EOFError:
+                stop()
+                raise AssertionError(f"{function}: a rank died; others said {answers}") from None
     failed = {rank: text for rank, (_, text) in enumerate(answers) if text}
     if failed:
         raise AssertionError("\n".join(f"rank {rank}: {text}" for rank, text in failed.items()))

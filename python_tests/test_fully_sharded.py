@@ -49,6 +49,11 @@ def test_operators_against_the_reference(kind: str, dim_A: int, onto: str, norm_
         assert max(errors.values()) < 1e-10, errors
 
 
+@pytest.mark.parametrize("onto", ["B", "A"])
+def test_steps_of_experts(onto: str) -> None:
+    together(2, "fsdp_cases:experts", onto)
+
+
 @pytest.mark.parametrize(("dim_A", "onto"), [(0, "B"), (1, "A")])
 def test_ill_conditioned_factors(dim_A: int, onto: str) -> None:
     """The condition number itself is lost at most, not its square."""
