@@ -48,6 +48,20 @@ def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = N
     run(settings or FinetuneConfig())
 
 
+@app.command
+def experiment(file: Path, *, jobs: int = 1, retry_failed: bool = False) -> None:
+    """Run a grid of tasks, methods, tuned values and seeds; a killed one goes on where it was.
+
+    Args:
+        file: YAML file of the experiment; bench/experiments/ has some.
+        jobs: processes, each with one thread.
+        retry_failed: run again what failed before.
+    """
+    from eflat_ext.experiment import run
+
+    run(file, jobs=jobs, retry_failed=retry_failed)
+
+
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
