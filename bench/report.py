@@ -184,7 +184,7 @@ def _cost_table(task: TaskResults) -> str:
         "relative time",
         "relative memory",
     ]
-    return _table([*head, "trained numbers"], rows)
+    return _table([*head, "relative time", "relative memory", "trained numbers"], rows)
 
 
 def _tuned_table(task: TaskResults) -> str:

@@ -59,13 +59,13 @@ def run(
     Raises:
         InputError: something in the file cannot be used, or the CSV file belongs to another one.
     """
-    table = {**finetune.METHODS, **(methods or {})}
+    extra = methods or {}
     if jobs < 1:
         raise InputError(f"--jobs is {jobs}, but must be at least 1")
-    experiment = load(path, table)
+    experiment = load(path, {**finetune.METHODS, **extra})
     results = Results(experiment.results, columns_of(experiment))
     retried: set[tuple[str, ...]] = set()
-    with _workers(jobs, experiment, table) as submit, experiment_progress(experiment) as show:
+    with _workers(jobs, experiment, extra) as submit, experiment_progress(experiment) as show:
         while todo := _pending(experiment, results, retried if retry_failed else None):
             show.start(left=_count_left(experiment, results))
             for job, future in _in_turn(todo, submit, 1 if jobs == 1 else 2 * jobs):
@@ -128,10 +128,15 @@ def _without_choice(experiment: Experiment, results: Results) -> list[str]:
 
 
 class Runner:
-    """Runs one at a time; keeps the last task's data, tokens and further tests."""
+    """Runs one at a time; keeps the last task's data, tokens and further tests.
+
+    Args:
+        methods: beside those of :data:`eflat_ext.finetune.METHODS`.
+    """
 
     def __init__(self, experiment: Experiment, methods: Mapping[str, finetune.Builder]) -> None:
-        self._experiment, self._methods = experiment, methods
+        self._experiment = experiment
+        self._methods = {**finetune.METHODS, **methods}
         self._prepared: dict[str, tuple[finetune.Task, dict[str, finetune.Tokens]]] = {}
 
     def __call__(self, run: Run) -> dict[str, Any]:

@@ -35,6 +35,7 @@ FIGURES = (
     "sharpness_worst",
     "sharpness_random",
     "run_seconds",
+    "device",
 )
 
 
