@@ -177,13 +177,7 @@ def _cost_table(task: TaskResults) -> str:
             + ["" if value is None else f"{value:.2f}" for value in (time, memory)]
             + ["" if parameters is None else f"{parameters.mean:,.0f}"]
         )
-    head = [
-        "",
-        "worst-case sharpness",
-        "random-noise sharpness",
-        "relative time",
-        "relative memory",
-    ]
+    head = ["", "worst-case sharpness", "random-noise sharpness"]
     return _table([*head, "relative time", "relative memory", "trained numbers"], rows)
 
 
@@ -217,13 +211,18 @@ def _compared_cells(comparison: Comparison | None, scale: float, digits: int) ->
 
 
 def _percent(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    return f"{100 * estimate.mean:.2f} ± {100 * estimate.error:.2f}"
+    return _with_error(estimate, 100, 2)
 
 
 def _plain(estimate: Estimate | None) -> str:
-    return "" if estimate is None else f"{estimate.mean:.4f} ± {estimate.error:.4f}"
+    return _with_error(estimate, 1, 4)
+
+
+def _with_error(estimate: Estimate | None, scale: float, digits: int) -> str:
+    if estimate is None:
+        return ""
+    text = f"{scale * estimate.mean:.{digits}f}"
+    return text + (f" ± {scale * estimate.error:.{digits}f}" if estimate.count > 1 else "")
 
 
 def _signed(comparison: Comparison, kind: str) -> str:

@@ -150,7 +150,7 @@ class TaskResults:
     def correlation(self, x: str, y: str) -> tuple[float, float, float, int] | None:
         """Pearson's r of two figures over all final runs, its 95 % interval, the number of runs."""
         points = self.points(x, y)
-        if len(points) < 4:
+        if len(points) < 4 or any(len({p[k] for p in points}) == 1 for k in (1, 2)):
             return None
         result = stats.pearsonr(*zip(*[point[1:] for point in points], strict=True))
         interval = result.confidence_interval(0.95)
