@@ -24,7 +24,7 @@ Stage = Literal["tuning", "final"]
 Settings = dict[str, Any]
 
 # What a file may not set, as the plan does.
-_OURS = {"method", "seeds", "evaluate_on", "output_dir", "test_data"}
+_OURS = {"method", "seeds", "evaluate_on", "output_dir"}
 _FIELDS = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
 
 
