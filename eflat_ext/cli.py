@@ -37,18 +37,6 @@ app.meta.suppress_keyboard_interrupt = False
 
 
 @app.command
-def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = None) -> None:
-    """Fine-tune a text classifier with several methods on equal terms and compare them.
-
-    Without options: plain LoRA and EFlat-LoRA on a small pretrained model and 10,000 sentences
-    of movie reviews, in three to four minutes on two CPU cores. Results go to a new run folder.
-    """
-    from eflat_ext.finetune import run
-
-    run(settings or FinetuneConfig())
-
-
-@app.command
 def experiment(file: Path, *, jobs: int = 1, retry_failed: bool = False) -> None:
     """Run a grid of tasks, methods, tuned values and seeds; a killed one goes on where it was.
 
@@ -60,6 +48,18 @@ def experiment(file: Path, *, jobs: int = 1, retry_failed: bool = False) -> None
     from eflat_ext.experiment import run
 
     run(file, jobs=jobs, retry_failed=retry_failed)
+
+
+@app.command
+def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = None) -> None:
+    """Fine-tune a text classifier with several methods on equal terms and compare them.
+
+    Without options: plain LoRA and EFlat-LoRA on a small pretrained model and 10,000 sentences
+    of movie reviews, in three to four minutes on two CPU cores. Results go to a new run folder.
+    """
+    from eflat_ext.finetune import run
+
+    run(settings or FinetuneConfig())
 
 
 @app.meta.default

@@ -99,11 +99,14 @@ class Run:
     seed: int
     tuned: Settings
 
+    def settings(self) -> Settings:
+        """All that is set for it, in the order of precedence."""
+        return {**self.task.settings, **self.method.settings, **self.tuned}
+
     def config(self) -> FinetuneConfig:
-        """Its settings."""
-        settings = {**self.task.settings, **self.method.settings, **self.tuned}
+        """Its settings, with the defaults."""
         part = "validation" if self.stage == "tuning" else "test"
-        return _config(settings, f"method {self.method.name!r}", part)
+        return _config(self.settings(), f"method {self.method.name!r}", part)
 
     def key(self) -> tuple[str, ...]:
         """What tells it from every other run of the experiment; as the CSV file holds it."""
@@ -111,9 +114,9 @@ class Run:
         return self.stage, self.task.name, self.method.name, str(self.seed), tuned
 
     def digest(self) -> str:
-        """A short hash of all that its figures depend on."""
+        """A short hash of all that the file says of it."""
         task = [self.task.label_noise, self.task.also_test, self.method.builder]
-        text = json.dumps([self.config().as_dict(), task], sort_keys=True)
+        text = json.dumps([self.settings(), task], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
