@@ -75,51 +75,63 @@ def figure_paths(task: TaskResults) -> dict[str, str]:
 # --- words -------------------------------------------------------------------------------
 
 
+KINDS = {
+    "accuracy": "Accuracy",
+    "loss": "Test loss",
+    "gap": "Gap",
+    "sharpness_worst": "Worst-case sharpness",
+}
+VERDICTS = ("wins", "ties", "loses")
+
+
 def _overview(tasks: Sequence[TaskResults]) -> list[str]:
     """Wins, ties and losses of each method over all tasks and test sets."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for task in tasks:
         for figure in _compared(task):
-            kind = figure.split("@")[0]
             for method, comparison in task.comparisons(figure).items():
-                by_kind = counts.setdefault(method, {"accuracy": Counter(), "loss": Counter()})
-                by_kind[kind][comparison.verdict] += 1
+                by_kind = counts.setdefault(method, {kind: Counter() for kind in KINDS})
+                by_kind[figure.split("@")[0]][comparison.verdict] += 1
     rows = [
-        [title(method)]
-        + [str(by_kind[kind][v]) for kind in by_kind for v in ("wins", "ties", "loses")]
+        [title(method), *(" / ".join(str(by_kind[kind][v]) for v in VERDICTS) for kind in KINDS)]
         for method, by_kind in counts.items()
     ]
     if not rows:
         return []
-    head = ["against " + title(BASELINE)]
-    head += [f"{kind}: {v}" for kind in ("accuracy", "loss") for v in ("wins", "ties", "loses")]
-    over = f"Over {_number(len(tasks), 'task')} and all their test sets:"
-    return ["## Overview", over, _table(head, rows)]
+    over = f"How often a method {' / '.join(VERDICTS)} against {title(BASELINE)} over "
+    over += f"{_number(len(tasks), 'task')} and all their test sets:"
+    return ["## Overview", over, _table(["", *KINDS.values()], rows)]
 
 
 def _compared(task: TaskResults) -> list[str]:
+    """The figures that methods are compared by."""
     also = [f"{figure}@{data}" for data in task.tests() for figure in ("accuracy", "loss")]
-    return ["accuracy", "loss", *also]
+    return ["accuracy", "loss", *also, "gap", "sharpness_worst"]
 
 
 def _sentences(task: TaskResults) -> str:
     """Who wins, ties and loses, in words."""
-    counts = sorted({len(task.runs(method)) for method in task.methods if task.runs(method)})
-    seeds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))) if counts else "no"
-    lines = [f"{seeds} finished final runs of each method."]
+    counts = [len(task.runs(method)) for method in task.methods]
+    low, high = min(counts), max(counts)
+    finished = str(low) if low == high else f"{low} to {high}"
+    lines = [f"Finished final runs of each method: {finished}.", ""]
     for figure in _compared(task):
         kind, _, data = figure.partition("@")
-        comparisons = task.comparisons(figure)
-        groups = []
-        for verdict in ("wins", "ties", "loses"):
-            methods = [m for m, comparison in comparisons.items() if comparison.verdict == verdict]
-            names = [f"{title(m)} ({_signed(comparisons[m], kind)})" for m in methods]
-            groups.append(f"{verdict}: {', '.join(names) or 'none'}")
-        where = f" on {data}" if data else ""
-        name = "Accuracy" if kind == "accuracy" else "Test loss"
-        if comparisons:
-            lines.append(f"* {name}{where} against {title(BASELINE)} — {'; '.join(groups)}.")
-    return lines[0] + "\n\n" + "\n".join(lines[1:])
+        if comparisons := task.comparisons(figure):
+            groups = [_group(comparisons, verdict, kind) for verdict in VERDICTS]
+            where = f" on {data}" if data else ""
+            against = f"{KINDS[kind]}{where} against {title(BASELINE)}"
+            lines.append(f"* {against} — {'; '.join(groups)}.")
+    return "\n".join(lines)
+
+
+def _group(comparisons: dict[str, Comparison], verdict: str, kind: str) -> str:
+    names = [
+        f"{title(method)} ({_signed(comparison, kind)})"
+        for method, comparison in comparisons.items()
+        if comparison.verdict == verdict
+    ]
+    return f"{verdict}: {', '.join(names) or 'none'}"
 
 
 def _correlation(task: TaskResults) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from summary import TaskResults
+from summary import BASELINE, TaskResults
 
 Title = Callable[[str], str]
 
@@ -38,6 +38,8 @@ def _accuracy(axes: Axes, task: TaskResults, title: Title) -> None:
         axes.errorbar(
             100 * estimate.mean, row, xerr=100 * half, fmt="o", color=f"C{row}", capsize=3
         )
+    if (baseline := task.estimate(BASELINE, "accuracy")) is not None:
+        axes.axvline(100 * baseline.mean, color="C0", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(shown)), [title(method) for method in shown])
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy, %: mean with its 95 % interval, and each seed")
