@@ -7,7 +7,9 @@ experiment goes on where it was. A run that fails leaves a row with its error.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import itertools
 import multiprocessing
 import os
@@ -245,7 +247,9 @@ def _peak_memory() -> Iterator[dict[str, Any]]:
     """Peak resident memory of this process within the block, in MiB; nothing if not on Linux."""
     found: dict[str, Any] = {}
     status = Path("/proc/self/status")
-    with contextlib.suppress(OSError):
+    gc.collect()  # hooks may tie the last run's model and optimizer in a cycle
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what the last run freed is no part of this one
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     yield found
     with contextlib.suppress(OSError, StopIteration):
