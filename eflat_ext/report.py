@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
     from eflat_ext.finetune import Result, Task
     from eflat_ext.loading import Model
+    from eflat_ext.plan import Experiment, Run
+    from eflat_ext.results import Row
 
 TITLES: dict[Method, str] = {
     "lora": "LoRA",
@@ -153,6 +157,62 @@ def make_table(rows: Sequence[dict[str, Any]], part: str) -> Table:
             cells.append(f"{row['peak_memory_mib']:.0f}" if "peak_memory_mib" in row else "")
         table.add_row(*cells)
     return table
+
+
+class ExperimentProgress:
+    """A line for each run that has ended, and a bar with the time left under them."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._total, self._progress = total, progress
+        self._begin = time.monotonic()
+        self._left = self._done = 0
+        self._bar = progress.add_task("", total=total)
+
+    def start(self, left: int) -> None:
+        """So many of the experiment's runs are left."""
+        self._left = left
+        self._progress.update(self._bar, completed=self._total - left)
+
+    def done(self, run: Run, row: Row) -> None:
+        """A run has ended."""
+        self._left, self._done = self._left - 1, self._done + 1
+        seconds = self._left * (time.monotonic() - self._begin) / self._done
+        outcome = row["error"] or f"{100 * float(row['accuracy']):.2f} %"
+        tuned = ", ".join(f"{name} {value}" for name, value in run.tuned.items())
+        self._progress.console.print(
+            f"{self._total - self._left}/{self._total} {run.stage} {run.task.name} "
+            f"{run.method.name} ({tuned}) seed {run.seed}: {outcome}; "
+            f"{float(row['run_seconds']):.0f} s, {timedelta(seconds=round(seconds))} left",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        self._progress.update(self._bar, completed=self._total - self._left)
+
+
+@contextlib.contextmanager
+def experiment_progress(experiment: Experiment) -> Iterator[ExperimentProgress]:
+    """Progress of an experiment on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (BarColumn(bar_width=40), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield ExperimentProgress(experiment.count(), progress)
+
+
+def print_failures(experiment: Experiment, rows: Sequence[Row], untuned: Sequence[str]) -> None:
+    """The runs that failed, the methods that could not be tuned, and where the rows are."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for row in rows:
+        if row["status"] != "ok":
+            run = f"{row['stage']} {row['task']} {row['method']} {row['tuned']} seed {row['seed']}"
+            console.print(f"failed: {run}: {row['error']}")
+    for sentence in untuned:
+        console.print(f"not run: {sentence}")
+    console.print(f"{len(rows)} of {experiment.count()} runs: {experiment.results}")
 
 
 # --- the run folder ----------------------------------------------------------------------

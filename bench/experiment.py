@@ -1,0 +1,36 @@
+"""`eflat experiment` with the rivals of bench/rivals.py among the methods.
+
+    python bench/experiment.py bench/experiments/movies_256.yaml --jobs 2
+
+It can be stopped at any time; the same command goes on where it was. bench/report.py makes the
+report of all results.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cyclopts
+from rivals import RIVALS
+
+from eflat_ext import experiment
+from eflat_ext.data import InputError
+
+
+def main(file: Path, *, jobs: int = 1, retry_failed: bool = False) -> None:
+    """Run an experiment; see `eflat experiment --help`.
+
+    Args:
+        file: YAML file of the experiment.
+        jobs: processes, each with one thread.
+        retry_failed: run again what failed before.
+    """
+    try:
+        experiment.run(file, jobs=jobs, retry_failed=retry_failed, methods=RIVALS)
+    except InputError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)

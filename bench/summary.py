@@ -1,0 +1,206 @@
+"""The numbers of bench/report.py: from the CSV files of experiments to means, tests and verdicts.
+
+A method is compared with the baseline seed by seed, since both train on the same sentences in the
+same order from the same weights: a paired t-test of the differences. The tests of all methods on
+one task and figure are one family, corrected by Holm's method.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy import stats
+
+BASELINE = "lora"
+LEVEL = 0.05
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and its standard error (NaN for one seed)."""
+
+    mean: float
+    error: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against the baseline: the mean paired difference and what it means.
+
+    Attributes:
+        difference: the method's figure less the baseline's.
+        low, high: its 95 % confidence interval.
+        p: two-sided, of the paired t-test, corrected by Holm's method.
+        verdict: "wins", "ties" or "loses" at the level :data:`LEVEL`.
+    """
+
+    difference: Estimate
+    low: float
+    high: float
+    p: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What tuning chose: values, how many there were, and which lie at the edge of the grid."""
+
+    tuned: dict[str, float]
+    values: int
+    at_edge: list[str]
+
+
+class TaskResults:
+    """All rows of one task of one experiment."""
+
+    def __init__(self, experiment: str, task: str, rows: Sequence[Row]) -> None:
+        self.experiment, self.name = experiment, task
+        self._rows = rows
+        self.methods = list(dict.fromkeys(row["method"] for row in rows))
+
+    def runs(self, method: str, stage: str = "final", status: str = "ok") -> list[Row]:
+        """The rows of a method's runs."""
+        wanted = (method, stage, status)
+        return [row for row in self._rows if (row["method"], row["stage"], row["status"]) == wanted]
+
+    def failures(self) -> list[Row]:
+        """The rows of the runs that failed."""
+        return [row for row in self._rows if row["status"] != "ok"]
+
+    def tests(self) -> list[str]:
+        """The names of the further test sets."""
+        final = [row for row in self._rows if row["stage"] == "final"]
+        names = {
+            name: None for row in final for name, value in row.items() if value and "@" in name
+        }
+        return [n.removeprefix("accuracy@") for n in names if n.startswith("accuracy@")]
+
+    def values(self, method: str, figure: str) -> dict[str, float]:
+        """A figure of a method's final runs by seed; "gap" is test less training loss."""
+        found = {}
+        for row in self.runs(method):
+            if figure == "gap":
+                found[row["seed"]] = float(row["loss"]) - float(row["train_loss"])
+            elif row.get(figure):
+                found[row["seed"]] = float(row[figure])
+        return found
+
+    def estimate(self, method: str, figure: str) -> Estimate | None:
+        """Mean and standard error of a figure over the seeds; None without a value."""
+        values = list(self.values(method, figure).values())
+        return _estimate(values) if values else None
+
+    def ratio(self, method: str, figure: str) -> float | None:
+        """Median over the seeds of a figure divided by the baseline's at the same seed."""
+        pairs = self._paired(method, figure)
+        return statistics.median(a / b for a, b in pairs) if pairs else None
+
+    def comparisons(self, figure: str) -> dict[str, Comparison]:
+        """Every other method against the baseline; those with two common seeds at least."""
+        larger_is_better = figure.startswith("accuracy")
+        found = {}
+        for method in self.methods:
+            differences = [a - b for a, b in self._paired(method, figure)]
+            if method != BASELINE and len(differences) > 1:
+                found[method] = differences
+        p_values = holm([_p(differences) for differences in found.values()])
+        comparisons = {}
+        for (method, differences), p in zip(found.items(), p_values, strict=True):
+            estimate = _estimate(differences)
+            half = stats.t.ppf(0.975, estimate.count - 1) * estimate.error
+            better = (estimate.mean > 0) == larger_is_better
+            verdict = "ties" if p >= LEVEL else "wins" if better else "loses"
+            low, high = estimate.mean - half, estimate.mean + half
+            comparisons[method] = Comparison(estimate, low, high, p, verdict)
+        return comparisons
+
+    def choice(self, method: str) -> Choice | None:
+        """What was chosen for a method; None before its first final run."""
+        final = [row for row in self._rows if (row["method"], row["stage"]) == (method, "final")]
+        if not final:
+            return None
+        tuned = json.loads(final[-1]["tuned"])
+        tried = {r["tuned"] for r in self._rows if (r["method"], r["stage"]) == (method, "tuning")}
+        grid = [json.loads(text) for text in tried]
+        at_edge = []
+        for name, value in tuned.items():
+            values = {row[name] for row in grid}
+            if len(values) > 1 and value in (min(values), max(values)):
+                at_edge.append(name)
+        return Choice(tuned, len(grid), at_edge)
+
+    def tuning_curve(self, method: str, setting: str) -> list[tuple[float, Estimate]]:
+        """Validation accuracy over a setting's values, of the values that never failed."""
+        by_value: dict[float, list[float]] = {}
+        for row in self.runs(method, "tuning"):
+            tuned = json.loads(row["tuned"])
+            if setting in tuned:
+                by_value.setdefault(tuned[setting], []).append(float(row["accuracy"]))
+        return [(value, _estimate(by_value[value])) for value in sorted(by_value)]
+
+    def correlation(self, x: str, y: str) -> tuple[float, float, float, int] | None:
+        """Pearson's r of two figures over all final runs, its 95 % interval, the number of runs."""
+        points = self.points(x, y)
+        if len(points) < 4 or any(len({p[k] for p in points}) == 1 for k in (1, 2)):
+            return None
+        result = stats.pearsonr(*zip(*[point[1:] for point in points], strict=True))
+        interval = result.confidence_interval(0.95)
+        return float(result.statistic), float(interval.low), float(interval.high), len(points)
+
+    def points(self, x: str, y: str) -> list[tuple[str, float, float]]:
+        """Method, x and y of every final run that has both."""
+        points = []
+        for method in self.methods:
+            xs, ys = self.values(method, x), self.values(method, y)
+            points += [(method, xs[seed], ys[seed]) for seed in xs if seed in ys]
+        return points
+
+    def _paired(self, method: str, figure: str) -> list[tuple[float, float]]:
+        own, baseline = self.values(method, figure), self.values(BASELINE, figure)
+        return [(own[seed], baseline[seed]) for seed in own if seed in baseline]
+
+
+def load(folder: Path) -> list[TaskResults]:
+    """The tasks of all CSV files of a folder; of a run that was tried again, the last row."""
+    tasks = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = {
+                tuple(row[k] for k in ("stage", "task", "method", "seed", "tuned")): row
+                for row in csv.DictReader(file)
+            }
+        for task in dict.fromkeys(row["task"] for row in rows.values()):
+            own = [row for row in rows.values() if row["task"] == task]
+            tasks.append(TaskResults(path.stem, task, own))
+    return tasks
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _estimate(values: Iterable[float]) -> Estimate:
+    values = list(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(statistics.fmean(values), error, len(values))
+
+
+def _p(differences: Sequence[float]) -> float:
+    if len(set(differences)) == 1:  # no variance, and no t
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)

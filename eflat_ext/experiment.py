@@ -1,0 +1,325 @@
+"""Run an experiment: ``eflat experiment FILE``, resumable, in several processes.
+
+What is left to run follows from the file and the rows that the CSV file holds already, so a killed
+experiment goes on where it was. A run that fails leaves a row with its error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from eflat_ext import finetune
+from eflat_ext.data import InputError, Part, flip_labels, mixed_order, read, without
+from eflat_ext.loading import first_line
+from eflat_ext.plan import Experiment, Run, Sharpness, load
+from eflat_ext.report import experiment_progress, print_failures
+from eflat_ext.results import AllFailed, Results, columns_of
+
+if TYPE_CHECKING:
+    from eflat_ext.loading import Model
+
+# Sentences of a batch when sharpness is measured.
+_SHARPNESS_BATCH = 32
+
+
+def run(
+    path: Path,
+    *,
+    jobs: int = 1,
+    retry_failed: bool = False,
+    methods: Mapping[str, finetune.Builder] | None = None,
+) -> Path:
+    """Run what an experiment's file asks for and its CSV file lacks.
+
+    Args:
+        path: a YAML file, see :mod:`eflat_ext.plan`.
+        jobs: processes, each with one thread; with 1, everything runs in this one.
+        retry_failed: run again what failed before.
+        methods: by name, beside those of :data:`eflat_ext.finetune.METHODS`. Other processes
+            must be able to import the functions.
+
+    Returns:
+        The CSV file.
+
+    Raises:
+        InputError: something in the file cannot be used, or the CSV file belongs to another one.
+    """
+    extra = methods or {}
+    if jobs < 1:
+        raise InputError(f"--jobs is {jobs}, but must be at least 1")
+    experiment = load(path, {**finetune.METHODS, **extra})
+    results = Results(experiment.results, columns_of(experiment))
+    retried: set[tuple[str, ...]] = set()
+    with _workers(jobs, experiment, extra) as submit, experiment_progress(experiment) as show:
+        while todo := _pending(experiment, results, retried if retry_failed else None):
+            show.start(left=_count_left(experiment, results))
+            for job, future in _in_turn(todo, submit, 1 if jobs == 1 else 2 * jobs):
+                try:
+                    figures = future.result()
+                except BrokenProcessPool:
+                    raise InputError(
+                        "a process was killed, perhaps for want of memory; run again to go on"
+                    ) from None
+                retried.add(job.key())
+                show.done(job, results.append(job, figures))
+    print_failures(experiment, results.rows(), _without_choice(experiment, results))
+    return experiment.results
+
+
+def _pending(
+    experiment: Experiment, results: Results, retried: set[tuple[str, ...]] | None
+) -> list[Run]:
+    """Runs that can start now: tuning first, then final runs seed by seed."""
+
+    def missing(run: Run) -> bool:
+        row = results.of(run)
+        if row is None:
+            return True
+        return retried is not None and row["status"] != "ok" and run.key() not in retried
+
+    tuning: list[Run] = []
+    final: list[Run] = []
+    for task, method in itertools.product(experiment.tasks, experiment.methods):
+        with contextlib.suppress(AllFailed):
+            inherited = results.inherited(experiment, task, method)
+            if inherited is None:
+                continue
+            own = [run for run in experiment.tuning(task, method, inherited) if missing(run)]
+            tuning += own
+            chosen = results.chosen(experiment, task, method)
+            if chosen is not None and not own:
+                runs = [Run("final", task, method, seed, chosen) for seed in experiment.seeds]
+                results.check_final(runs[0])
+                final += [run for run in runs if missing(run)]
+    return tuning + sorted(final, key=lambda run: run.seed)
+
+
+def _count_left(experiment: Experiment, results: Results) -> int:
+    return max(1, experiment.count() - len(results))
+
+
+def _without_choice(experiment: Experiment, results: Results) -> list[str]:
+    """One sentence for each method that could not be tuned."""
+    sentences = []
+    for task, method in itertools.product(experiment.tasks, experiment.methods):
+        try:
+            results.chosen(experiment, task, method)
+        except AllFailed as error:
+            sentences.append(str(error))
+    return sentences
+
+
+# --- one run -----------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs one at a time; keeps the last task's data, tokens and further tests.
+
+    Args:
+        methods: beside those of :data:`eflat_ext.finetune.METHODS`.
+    """
+
+    def __init__(self, experiment: Experiment, methods: Mapping[str, finetune.Builder]) -> None:
+        self._experiment = experiment
+        self._methods = {**finetune.METHODS, **methods}
+        self._prepared: dict[str, tuple[finetune.Task, dict[str, finetune.Tokens]]] = {}
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """The columns of its row; whatever goes wrong is a failed run."""
+        start = time.perf_counter()
+        try:
+            figures = {"status": "ok", **self._train(run)}
+        except Exception as error:
+            figures = {"status": "failed", "error": f"{type(error).__name__}: {first_line(error)}"}
+        return {**figures, "run_seconds": round(time.perf_counter() - start, 3)}
+
+    def _train(self, run: Run) -> dict[str, Any]:
+        config = run.config()
+        pool, also = self._prepare(run)
+        task = draw(pool, config.train_size, run.task.label_noise, run.seed)
+        task = dataclasses.replace(task, steps=finetune.count_steps(config, len(task.train)))
+        builder = run.method.builder
+        model, optimizer = finetune.build(config, task, builder, run.seed, self._methods)
+        with _peak_memory() as memory:
+            result = finetune.train(config, task, builder, run.seed, model, optimizer)
+        metrics = {**memory, **result.metrics}
+        if not torch.tensor([metrics["loss"], metrics["train_loss"]]).isfinite().all():
+            raise FloatingPointError("the loss after training is not finite")
+        if run.stage == "final":
+            for name, tokens in also.items():
+                loss, accuracy = finetune.evaluate(config, task, model, tokens)
+                metrics |= {f"loss@{name}": loss, f"accuracy@{name}": accuracy}
+            if self._experiment.sharpness is not None:
+                metrics |= measure_sharpness(self._experiment.sharpness, run, task, model)
+        return metrics
+
+    def _prepare(self, run: Run) -> tuple[finetune.Task, dict[str, finetune.Tokens]]:
+        """The task with all sentences to draw from, and the further tests."""
+        name = f"{run.stage} {run.task.name}"
+        if name not in self._prepared:
+            config = dataclasses.replace(run.config(), train_size=None)
+            task = finetune.prepare(config)
+            also = {}
+            for data in run.task.also_test if run.stage == "final" else ():
+                rows = without(read(data, config.text_column, config.label_column), task.texts())
+                numbers = {label: k for k, label in enumerate(task.splits.classes)}
+                if unknown := set(rows.labels) - set(numbers):
+                    raise InputError(f"{data} has the label {min(unknown)!r}, which the task lacks")
+                part = Part(rows.texts, [numbers[label] for label in rows.labels])
+                also[data] = finetune.encode(config, task.tokenizer, part)
+            self._prepared = {name: (task, also)}  # the next runs are of the same task, mostly
+        return self._prepared[name]
+
+
+def draw(pool: finetune.Task, size: int | None, label_noise: float, seed: int) -> finetune.Task:
+    """A task with training sentences of its own for this seed, some labels of them wrong.
+
+    Args:
+        pool: the task with all sentences to draw from.
+        size: sentences to draw, classes in about their overall shares; None for all.
+        label_noise: share of the labels that are changed to another class.
+        seed: the same for all methods, so that they train on the same.
+    """
+    available = len(pool.train)
+    if size is not None and size > available:
+        raise InputError(f"train_size is {size}, but {available} sentences are left for training")
+    rows = mixed_order(pool.train.labels, seed)[:size]
+    labels = [pool.train.labels[i] for i in rows]
+    labels = flip_labels(labels, label_noise, len(pool.splits.classes), seed)
+    train = finetune.Tokens([pool.train.inputs[i] for i in rows], labels)
+    return dataclasses.replace(pool, train=train)
+
+
+def measure_sharpness(
+    settings: Sharpness, run: Run, task: finetune.Task, model: Model
+) -> dict[str, float]:
+    """The rise of the training loss in the worst direction and under random noise."""
+    from eflat_ext import sharpness
+
+    config = run.config()
+    order = range(min(settings.sentences, len(task.train)))
+    by_length = sorted(order, key=lambda i: len(task.train.inputs[i]["input_ids"]))
+    starts = range(0, len(by_length), _SHARPNESS_BATCH)
+    rows = [by_length[start : start + _SHARPNESS_BATCH] for start in starts]
+    batches = [finetune.collate(task, task.train, part) for part in rows]
+
+    def loss(model: Any, batch: tuple[dict[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        inputs, labels = batch
+        return cross_entropy(finetune.logits_of(config, model, inputs), labels)
+
+    options: dict[str, Any] = {
+        "norm_scope": settings.norm_scope,
+        "radius": settings.radius,
+        "layers": settings.layers,
+    }
+    worst = sharpness.worst_case(model, loss, batches, settings.worst_rho, **options)
+    random = sharpness.average_case(
+        model,
+        loss,
+        batches,
+        settings.random_rho,
+        samples=settings.samples,
+        seed=run.seed,
+        **options,
+    )
+    return {"sharpness_worst": worst, "sharpness_random": random.mean}
+
+
+@contextlib.contextmanager
+def _peak_memory() -> Iterator[dict[str, Any]]:
+    """Peak resident memory of this process within the block, in MiB; nothing if not on Linux."""
+    found: dict[str, Any] = {}
+    status = Path("/proc/self/status")
+    gc.collect()  # hooks may tie the last run's model and optimizer in a cycle
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what the last run freed is no part of this one
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    yield found
+    with contextlib.suppress(OSError, StopIteration):
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        found["peak_memory_mib"] = int(line.split()[1]) / 1024
+
+
+# --- processes ---------------------------------------------------------------------------
+
+_runner: Runner
+
+
+def _start_worker(experiment: Experiment, methods: Mapping[str, finetune.Builder]) -> None:
+    global _runner
+    torch.set_num_threads(1)
+    _runner = Runner(experiment, methods)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _run_here(run: Run) -> dict[str, Any]:
+    return _runner(run)
+
+
+@contextlib.contextmanager
+def _workers(
+    jobs: int, experiment: Experiment, methods: Mapping[str, finetune.Builder]
+) -> Iterator[Any]:
+    """A function that starts a run and returns its future."""
+    if jobs == 1:
+        runner = Runner(experiment, methods)
+
+        def at_once(run: Run) -> Future[dict[str, Any]]:
+            future: Future[dict[str, Any]] = Future()
+            future.set_result(runner(run))
+            return future
+
+        yield at_once
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when a worker loads torch
+    pool = ProcessPoolExecutor(
+        jobs,
+        multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(experiment, methods),
+    )
+    try:
+        yield lambda run: pool.submit(_run_here, run)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_turn(todo: list[Run], submit: Any, at_a_time: int) -> Iterator[tuple[Run, Future[Any]]]:
+    """Runs and their futures as they end, a few of them under way at any time."""
+    waiting = iter(todo)
+    under_way: dict[Future[Any], Run] = {}
+    while True:
+        for job in waiting:
+            under_way[submit(job)] = job
+            if len(under_way) >= at_a_time:
+                break
+        if not under_way:
+            return
+        ended, _ = wait(under_way, return_when=FIRST_COMPLETED)
+        for future in ended:
+            yield under_way.pop(future), future

@@ -1,0 +1,315 @@
+"""An experiment's file: what ``eflat experiment`` reads, checked, and the runs that follow from it.
+
+A file names tasks, methods, the values to tune and the seeds. Each task gives every method the
+same sentences, batches and first weights for one seed. Stage "tuning" runs every value of a
+method's grid and is judged on the validation part; stage "final" runs what was chosen with other
+seeds, on the test part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from eflat_ext.config import FinetuneConfig
+from eflat_ext.data import InputError
+
+Stage = Literal["tuning", "final"]
+Settings = dict[str, Any]
+
+# What a file may not set, as the plan does.
+_OURS = {"method", "seeds", "evaluate_on", "output_dir"}
+_FIELDS = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data and the settings all methods share.
+
+    Attributes:
+        settings: of :class:`FinetuneConfig`; ``train_size`` sentences are drawn for each seed.
+        label_noise: share of the training labels that are wrong.
+        also_test: further data to test on, as ``--data`` takes them.
+    """
+
+    name: str
+    settings: Settings
+    label_noise: float = 0.0
+    also_test: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: who makes its optimizer, its fixed settings, and the values to choose from.
+
+    Attributes:
+        builder: a name in the table of methods, such as :data:`eflat_ext.finetune.METHODS`.
+        tune: a grid, as lists of values by setting.
+        like: the method whose chosen values this one starts from.
+    """
+
+    name: str
+    builder: str
+    settings: Settings = field(default_factory=dict)
+    tune: dict[str, list[Any]] = field(default_factory=dict)
+    like: str | None = None
+
+    def grid(self) -> list[Settings]:
+        """Every combination of the values to tune; one empty one if there are none."""
+        values = itertools.product(*self.tune.values())
+        return [dict(zip(self.tune, row, strict=True)) for row in values]
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """What is measured of a final run: the rise of the training loss around its weights.
+
+    Both rises are taken in the full space of ``layers``, with one radius for all layers together
+    unless ``norm_scope`` says otherwise.
+
+    Attributes:
+        worst_rho, random_rho: radii of the worst case and of random noise.
+        samples: of random noise.
+        sentences: of the training part, from its start.
+        layers: ends of the names of the layers, the same for all methods.
+    """
+
+    worst_rho: float
+    random_rho: float
+    layers: tuple[str, ...]
+    norm_scope: Literal["layer", "global"] = "global"
+    radius: Literal["absolute", "layer", "filter"] = "absolute"
+    samples: int = 2
+    sentences: int = 256
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    stage: Stage
+    task: Task
+    method: Method
+    seed: int
+    tuned: Settings
+
+    def settings(self) -> Settings:
+        """All that is set for it, in the order of precedence."""
+        return {**self.task.settings, **self.method.settings, **self.tuned}
+
+    def config(self) -> FinetuneConfig:
+        """Its settings, with the defaults."""
+        part = "validation" if self.stage == "tuning" else "test"
+        return _config(self.settings(), f"method {self.method.name!r}", part)
+
+    def key(self) -> tuple[str, ...]:
+        """What tells it from every other run of the experiment; as the CSV file holds it."""
+        tuned = json.dumps(self.tuned, sort_keys=True)
+        return self.stage, self.task.name, self.method.name, str(self.seed), tuned
+
+    def digest(self) -> str:
+        """A short hash of all that the file says of it."""
+        task = [self.task.label_noise, self.task.also_test, self.method.builder]
+        text = json.dumps([self.settings(), task], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole file."""
+
+    name: str
+    results: Path
+    tasks: list[Task]
+    methods: list[Method]
+    tuning_seeds: list[int]
+    seeds: list[int]
+    choose_by: Literal["accuracy", "loss"] = "accuracy"
+    sharpness: Sharpness | None = None
+
+    def method(self, name: str) -> Method:
+        """The method of this name."""
+        return next(method for method in self.methods if method.name == name)
+
+    def tuning(self, task: Task, method: Method, inherited: Settings) -> list[Run]:
+        """The tuning runs of a method; none if it has no values to choose from."""
+        if not method.tune:
+            return []
+        pairs = itertools.product(method.grid(), self.tuning_seeds)
+        return [Run("tuning", task, method, seed, {**inherited, **row}) for row, seed in pairs]
+
+    def count(self) -> int:
+        """How many runs there are in all."""
+        each = [len(m.grid()) * len(self.tuning_seeds) if m.tune else 0 for m in self.methods]
+        return len(self.tasks) * (sum(each) + len(self.seeds) * len(self.methods))
+
+
+def load(path: Path, methods: Collection[str]) -> Experiment:
+    """Read and check an experiment's file.
+
+    Args:
+        methods: names that a method's ``method:`` may have.
+
+    Raises:
+        InputError: the file cannot be read or something in it cannot be used; the message names it.
+    """
+    content = _Section(str(path), _read_yaml(path))
+    shared = content.take("settings", {})
+    tuning = _Section("tuning", content.take("tuning", {}))
+    sharpness = content.take("sharpness", None)
+    experiment = Experiment(
+        name=path.stem,
+        results=(path.parent / content.take("results", f"{path.stem}.csv")).resolve(),
+        tasks=[
+            task
+            for name, entry in content.take("tasks", {}).items()
+            for task in _tasks(name, entry, shared)
+        ],
+        methods=[_method(name, entry) for name, entry in content.take("methods", {}).items()],
+        tuning_seeds=list(tuning.take("seeds", [])),
+        seeds=list(content.take("seeds", [])),
+        choose_by=tuning.take("choose_by", "accuracy"),
+        sharpness=_section(Sharpness, "sharpness", sharpness) if sharpness else None,
+    )
+    content.end()
+    tuning.end()
+    _check(experiment, methods)
+    return experiment
+
+
+def _check(experiment: Experiment, methods: Collection[str]) -> None:
+    for kind in ("tasks", "methods", "seeds"):
+        if not getattr(experiment, kind):
+            raise InputError(f"the experiment has no {kind}")
+    if experiment.choose_by not in ("accuracy", "loss"):
+        raise InputError(f"choose_by is {experiment.choose_by!r}, but must be accuracy or loss")
+    if common := set(experiment.seeds) & set(experiment.tuning_seeds):
+        raise InputError(
+            f"seed {min(common)} is in seeds and in tuning: final runs need fresh ones"
+        )
+    names = [method.name for method in experiment.methods]
+    for method in experiment.methods:
+        if method.builder not in methods:
+            raise InputError(
+                f"method {method.name!r}: there is no {method.builder!r}, "
+                f"but {', '.join(sorted(methods))}"
+            )
+        if method.tune and not experiment.tuning_seeds:
+            raise InputError(f"method {method.name!r} has values to tune, but tuning has no seeds")
+        if method.like is not None:
+            if method.like not in names:
+                raise InputError(f"method {method.name!r} is like {method.like!r}, which is none")
+            if experiment.method(method.like).like is not None:
+                raise InputError(f"method {method.like!r} is itself like another one")
+    for task, method in itertools.product(experiment.tasks, experiment.methods):
+        for tuned in method.grid():
+            Run("final", task, method, experiment.seeds[0], tuned).config().check()
+
+
+def _tasks(name: str, entry: Any, shared: Mapping[str, Any]) -> Iterator[Task]:
+    """One task for each training size and share of label noise that the entry lists."""
+    section = _Section(f"task {name!r}", entry)
+    noises, also = section.take("label_noise", 0.0), tuple(section.take("also_test", []))
+    settings = {**shared, **section.rest()}
+    sizes = settings.get("train_size")
+    for size in sizes if isinstance(sizes, list) else [sizes]:
+        for noise in noises if isinstance(noises, list) else [noises]:
+            if not 0 <= noise < 1:
+                raise InputError(f"task {name!r}: label_noise is {noise}, but must lie in 0 to 1")
+            full = name
+            full += f"-{size}" if isinstance(sizes, list) else ""
+            full += f"-noise{100 * noise:g}" if isinstance(noises, list) else ""
+            own = {**settings, "train_size": size}
+            _config(own, f"task {name!r}", "test")
+            yield Task(full, own, float(noise), also)
+
+
+def _method(name: str, entry: Any) -> Method:
+    section = _Section(f"method {name!r}", entry or {})
+    builder, like = section.take("method", name), section.take("like", None)
+    tune = section.take("tune", {})
+    for setting, values in tune.items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"method {name!r}: tune: {setting} needs a list of values")
+    where = f"method {name!r}"
+    return Method(name, builder, _typed(section.rest(), where), _typed(tune, where), like)
+
+
+def _config(settings: Settings, where: str, part: str) -> FinetuneConfig:
+    return FinetuneConfig(**_typed(settings, where), evaluate_on=part)  # type: ignore[arg-type]
+
+
+def _typed(settings: Mapping[str, Any], where: str) -> Settings:
+    """The settings, checked by name; YAML takes 1e-3 for a word, and 1 for no float."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, list):
+            return [number(item) for item in value]
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"{where}: {name} is {value!r}, which is no number") from None
+
+    typed = {}
+    for name, value in settings.items():
+        if name not in _FIELDS or name in _OURS:
+            raise InputError(f"{where}: there is no setting {name!r}")
+        is_float = str(_FIELDS[name].type).startswith("float") and value is not None
+        typed[name] = number(value) if is_float else value
+    return typed
+
+
+class _Section:
+    """A mapping of the file, whose every name has to be known."""
+
+    def __init__(self, where: str, content: Any) -> None:
+        if not isinstance(content, dict):
+            raise InputError(f"{where}: expected names and values, not {content!r}")
+        self._where, self._content = where, dict(content)
+
+    def take(self, name: str, default: Any) -> Any:
+        """The value of ``name``, of the default's kind."""
+        value = self._content.pop(name, default)
+        if isinstance(default, (dict, list)) and not isinstance(value, type(default)):
+            kind = "a list" if isinstance(default, list) else "names and values"
+            raise InputError(f"{self._where}: {name} is {value!r}, but must be {kind}")
+        return value
+
+    def rest(self) -> dict[str, Any]:
+        """All that has not been taken."""
+        return self._content
+
+    def end(self) -> None:
+        """Complain of names that nobody asked for."""
+        for name in self._content:
+            raise InputError(f"{self._where}: there is no {name!r}")
+
+
+def _section(kind: Any, where: str, content: Any) -> Any:
+    section = _Section(where, content)
+    given = {}
+    for f in dataclasses.fields(kind):
+        value = section.take(f.name, dataclasses.MISSING)
+        if value is not dataclasses.MISSING:
+            given[f.name] = tuple(value) if isinstance(value, list) else value
+        elif f.default is dataclasses.MISSING:
+            raise InputError(f"{where} lacks {f.name}")
+    section.end()
+    return kind(**given)
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None

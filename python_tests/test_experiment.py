@@ -1,0 +1,328 @@
+"""What eflat_ext.experiment promises: a grid on equal terms, tuned on validation, resumable."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_model import make_rows, save_tiny_model, write_csv
+
+from eflat_ext import cli, experiment, finetune, plan
+from eflat_ext.data import InputError, flip_labels
+from eflat_ext.results import Results, columns_of
+
+SHARPNESS = {"worst_rho": 0.1, "random_rho": 0.5, "layers": ["query", "value"], "sentences": 32}
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    """An experiment whose every run takes a fraction of a second."""
+    folder = tmp_path_factory.mktemp("experiment")
+    return {
+        "settings": {
+            "model": save_tiny_model(folder / "model"),
+            "data": write_csv(folder / "data.csv", make_rows(400)),
+            "max_length": 32,
+            "validation_size": 60,
+            "test_size": 80,
+            "steps": 12,
+            "rank": 4,
+            "device": "cpu",
+        },
+        "tasks": {"words": {"train_size": 48}},
+        "methods": {
+            "lora": {"tune": {"lr": [1e-3, 1e-2]}},
+            "eflat-global": {
+                "method": "eflat",
+                "norm_scope": "global",
+                "like": "lora",
+                "tune": {"rho": [0.05, 0.5]},
+            },
+        },
+        "tuning": {"seeds": [100, 101]},
+        "seeds": [0, 1, 2],
+    }
+
+
+def write(folder, content, **changes):
+    """The experiment's file, with some of its sections replaced."""
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+    return path
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def figures(path):
+    """All rows without what the clock says, in an order of their own."""
+    timed = ("seconds_per_step", "run_seconds", "peak_memory_mib")
+    rows = [tuple(v for k, v in row.items() if k not in timed) for row in rows_of(path)]
+    return sorted(rows)
+
+
+@pytest.fixture(scope="module")
+def finished(content, tmp_path_factory):
+    """The CSV file of the whole experiment."""
+    folder = tmp_path_factory.mktemp("finished")
+    return experiment.run(write(folder, content, sharpness=SHARPNESS))
+
+
+def test_every_run_has_a_row_and_its_figures(finished):
+    rows = rows_of(finished)
+    stages = [(row["stage"], row["method"]) for row in rows]
+    for method in ("lora", "eflat-global"):
+        assert stages.count(("tuning", method)) == 4
+        assert stages.count(("final", method)) == 3
+    for row in rows:
+        assert (row["status"], row["error"]) == ("ok", "")
+        assert row["evaluated_on"] == {"tuning": "validation", "final": "test"}[row["stage"]]
+        assert 0 <= float(row["accuracy"]) <= 1 and float(row["loss"]) > 0
+        assert bool(row["sharpness_worst"]) == (row["stage"] == "final")
+    final = [row for row in rows if row["stage"] == "final"]
+    assert all(float(row["sharpness_worst"]) > 0 for row in final)
+    assert {row["seed"] for row in final} == {"0", "1", "2"}
+
+
+def test_the_choice_is_the_best_on_validation_and_takes_nothing_else(finished):
+    rows = rows_of(finished)
+    for method in ("lora", "eflat-global"):
+        mean = {}
+        for row in rows:
+            if row["stage"] == "tuning" and row["method"] == method:
+                accuracy, loss = mean.get(row["tuned"], (0, 0))
+                mean[row["tuned"]] = accuracy + float(row["accuracy"]), loss - float(row["loss"])
+        best = max(mean, key=mean.get)
+        final = {
+            row["tuned"] for row in rows if row["stage"] == "final" and row["method"] == method
+        }
+        assert final == {best}
+    inherited = {yaml.safe_load(r["tuned"])["lr"] for r in rows if r["method"] == "eflat-global"}
+    chosen = {
+        yaml.safe_load(row["tuned"])["lr"]
+        for row in rows
+        if row["method"] == "lora" and row["stage"] == "final"
+    }
+    assert inherited == chosen
+
+
+def test_a_choice_from_the_test_part_is_refused(finished, content, tmp_path):
+    path = write(tmp_path, content, sharpness=SHARPNESS)
+    tampered = tmp_path / "grid.csv"
+    tampered.write_text(finished.read_text().replace(",validation,", ",test,"))
+    grid = plan.load(path, finetune.METHODS)
+    results = Results(tampered, columns_of(grid))
+    with pytest.raises(AssertionError, match="validation part alone"):
+        results.chosen(grid, grid.tasks[0], grid.methods[0])
+
+
+def test_a_finished_experiment_runs_nothing(finished, monkeypatch):
+    before = finished.read_bytes()
+    monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("trained again"))
+    experiment.run(finished.with_name("grid.yaml"))
+    assert finished.read_bytes() == before
+
+
+def test_a_row_cut_off_is_run_again(finished, content, tmp_path):
+    path = write(tmp_path, content, sharpness=SHARPNESS)
+    whole = finished.read_bytes()
+    (tmp_path / "grid.csv").write_bytes(whole[: int(0.7 * len(whole))])
+    assert figures(experiment.run(path)) == figures(finished)
+
+
+def test_killed_processes_go_on_where_they_were(finished, content, tmp_path):
+    path = write(tmp_path, content, sharpness=SHARPNESS)
+    script = Path(__file__).parent.parent / "bench" / "experiment.py"  # which adds methods
+    command = [sys.executable, str(script), str(path), "--jobs", "2"]
+    csv_file = tmp_path / "grid.csv"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not csv_file.exists() or csv_file.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = csv_file.read_bytes()
+    assert experiment.run(path) == csv_file
+    assert csv_file.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    assert figures(csv_file) == figures(finished)
+
+
+def failing(config, model, steps):
+    if config.rho > 0.1:
+        raise RuntimeError("out of\nluck")
+    return finetune.METHODS["eflat"](config, model, steps)
+
+
+def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_path, capsys):
+    methods = {
+        "lora": {},
+        "bad": {"method": "failing", "tune": {"rho": [0.05, 0.5]}},
+        "hopeless": {"method": "failing", "tune": {"rho": [0.5]}},
+    }
+    path = write(tmp_path, content, methods=methods)
+    file = experiment.run(path, methods={"failing": failing})
+    rows = rows_of(file)
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert {row["error"] for row in failed} == {"RuntimeError: out of"}
+    assert [row["method"] for row in failed] == ["bad"] * 2 + ["hopeless"] * 2
+    assert {r["tuned"] for r in rows if (r["stage"], r["method"]) == ("final", "bad")} == {
+        '{"rho": 0.05}'
+    }
+    out = capsys.readouterr().out
+    assert out.count("failed: tuning words") == 4 and "not run: hopeless on words" in out
+    before = len(rows)
+    experiment.run(path, methods={"failing": failing})
+    assert len(rows_of(file)) == before
+    experiment.run(path, methods={"failing": finetune.METHODS["eflat"]}, retry_failed=True)
+    assert "hopeless" in {row["method"] for row in rows_of(file) if row["stage"] == "final"}
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_run(content, tmp_path):
+    path = write(tmp_path, content, methods={"lora": {"lr": 1e30}}, seeds=[0])
+    (row,) = rows_of(experiment.run(path))
+    assert row["status"] == "failed" and "not finite" in row["error"]
+
+
+def test_other_settings_than_the_rows_have_are_refused(finished, content, tmp_path):
+    (tmp_path / "grid.csv").write_bytes(finished.read_bytes())
+    settings = {**content["settings"], "steps": 5}
+    path = write(tmp_path, content, sharpness=SHARPNESS, settings=settings)
+    with pytest.raises(InputError, match="with other settings"):
+        experiment.run(path)
+    path = write(tmp_path, content, tasks={"words": {"train_size": 48, "also_test": ["a.csv"]}})
+    with pytest.raises(InputError, match="other columns"):
+        experiment.run(path)
+
+
+# --- equal terms -------------------------------------------------------------------------
+
+
+def test_methods_of_one_seed_train_on_the_same(content, tmp_path, monkeypatch):
+    seen = {}
+
+    def train(config, task, method, seed, *_, **__):
+        seen.setdefault((seed, config.evaluate_on), []).append(
+            (task.train, task.steps, task.held_out)
+        )
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(finetune, "train", train)
+    methods = {name: {} for name in finetune.METHODS}
+    experiment.run(write(tmp_path, content, methods=methods))
+    assert len(seen) == 3
+    for tasks in seen.values():
+        assert len(tasks) == len(methods)
+        assert all(task == tasks[0] for task in tasks)
+    drawn = [tasks[0][0].inputs for tasks in seen.values()]
+    assert drawn[0] != drawn[1] != drawn[2]
+
+
+def test_training_sentences_are_none_of_the_held_out_ones(content, tmp_path):
+    grid = plan.load(write(tmp_path, content), finetune.METHODS)
+    run = plan.Run("final", grid.tasks[0], grid.methods[0], 0, {})
+    pool = finetune.prepare(replace(run.config(), train_size=None))
+    for seed in range(5):
+        task = experiment.draw(pool, 48, 0.0, seed)
+        drawn = {tuple(row["input_ids"]) for row in task.train.inputs}
+        assert len(task.train) == 48
+        assert not drawn & {tuple(row["input_ids"]) for row in task.held_out.inputs}
+        share = sum(pool.train.labels) / len(pool.train)
+        assert sum(task.train.labels) / 48 == pytest.approx(share, abs=1 / 48)
+
+
+def test_label_noise_changes_as_many_labels_as_it_says(content, tmp_path):
+    grid = plan.load(write(tmp_path, content), finetune.METHODS)
+    run = plan.Run("final", grid.tasks[0], grid.methods[0], 0, {})
+    pool = finetune.prepare(replace(run.config(), train_size=None))
+    clean, noisy = (experiment.draw(pool, 50, share, 3) for share in (0.0, 0.2))
+    assert clean.train.inputs == noisy.train.inputs
+    pairs = zip(clean.train.labels, noisy.train.labels, strict=True)
+    assert sum(a != b for a, b in pairs) == 10
+    assert noisy.held_out == clean.held_out
+    flipped = flip_labels([0, 1, 2] * 20, 1.0, 3, seed=1)
+    assert all(a != b for a, b in zip(flipped, [0, 1, 2] * 20, strict=True))
+    assert set(flipped) == {0, 1, 2}
+
+
+def test_further_tests_hold_no_sentence_of_the_task(content, tmp_path):
+    rows = make_rows(400)[:50] + make_rows(60, seed=7)
+    other = write_csv(tmp_path / "other.csv", rows)
+    task = {"words": {"train_size": 48, "also_test": [other]}}
+    path = write(tmp_path, content, tasks=task, methods={"lora": {}}, seeds=[0])
+    (row,) = rows_of(experiment.run(path))
+    wrong = (1 - float(row[f"accuracy@{other}"])) * 60
+    assert wrong == pytest.approx(round(wrong), abs=1e-6)  # of the 60 new ones alone
+
+
+def test_lists_of_sizes_and_noise_are_tasks_of_their_own(content, tmp_path):
+    tasks = {"w": {"train_size": [16, 32], "label_noise": [0, 0.25]}}
+    grid = plan.load(write(tmp_path, content, tasks=tasks), finetune.METHODS)
+    assert [(t.name, t.settings["train_size"], t.label_noise) for t in grid.tasks] == [
+        ("w-16-noise0", 16, 0.0),
+        ("w-16-noise25", 16, 0.25),
+        ("w-32-noise0", 32, 0.0),
+        ("w-32-noise25", 32, 0.25),
+    ]
+    assert grid.count() == 4 * 2 * (2 * 2 + 3)
+
+
+# --- what goes wrong ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": {"lora": {"tune": {"rhoo": [1]}}}}, ["lora", "rhoo"]),
+        ({"methods": {"lora": {"tune": {"rho": 1}}}}, ["lora", "rho", "list"]),
+        ({"methods": {"lora": {"rho": "wide"}}}, ["rho", "wide"]),
+        ({"methods": {"lora": {"lr": -1}}}, ["--lr"]),
+        ({"methods": {"sam": {}}}, ["sam", "lora-sam"]),
+        ({"methods": {"lora": {"like": "flat"}}}, ["flat"]),
+        ({"methods": {}}, ["no methods"]),
+        ({"tasks": {"t": {"train_sizes": 3}}}, ["train_sizes"]),
+        ({"tasks": {"t": {"label_noise": 2}}}, ["label_noise", "2"]),
+        ({"seeds": [100]}, ["100", "fresh"]),
+        ({"seeds": 3}, ["seeds", "list"]),
+        ({"tuning": {}}, ["lora", "tuning"]),
+        ({"tuning": {"seeds": [9], "choose_by": "test"}}, ["choose_by", "test"]),
+        ({"sharpness": {"worst_rho": 1}}, ["sharpness", "random_rho"]),
+        ({"surplus": 1}, ["surplus"]),
+    ],
+)
+def test_wrong_files_are_one_sentence_that_names_it(content, tmp_path, capsys, changes, words):
+    path = write(tmp_path, content, **changes)
+    assert cli.main(["experiment", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "grid.csv").exists()
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(content, tmp_path):
+    path = write(tmp_path, content)
+    path.write_text(path.read_text().replace("0.001", "1e-3"))
+    grid = plan.load(path, finetune.METHODS)
+    assert grid.methods[0].tune["lr"] == [1e-3, 1e-2]
+
+
+def test_peak_memory_is_of_the_block_alone():
+    with experiment._peak_memory() as before:
+        pass
+    with experiment._peak_memory() as during:
+        block = torch.ones(64 * 2**20 // 4)
+        del block
+    with experiment._peak_memory() as after:
+        pass
+    if before:
+        assert during["peak_memory_mib"] - before["peak_memory_mib"] > 32
+        assert during["peak_memory_mib"] - after["peak_memory_mib"] > 32

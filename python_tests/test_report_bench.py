@@ -1,0 +1,205 @@
+"""What bench/report.py promises: the numbers of the CSV files, tested and put into words."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+import report  # noqa: E402
+import summary  # noqa: E402
+
+ACCURACY = {
+    "lora": [0.70, 0.72, 0.71, 0.69, 0.73],
+    "eflat": [0.74, 0.77, 0.75, 0.73, 0.78],
+    "flat": [0.70, 0.73, 0.70, 0.69, 0.73],
+    "full": [0.60, 0.63, 0.60, 0.60, 0.62],
+}
+
+
+def row(stage, method, seed, tuned, **figures):
+    base = {"stage": stage, "task": "words", "method": method, "seed": str(seed)}
+    base |= {"tuned": json.dumps(tuned), "status": "ok", "error": ""}
+    return base | {name: str(value) for name, value in figures.items()}
+
+
+def make_rows():
+    rows = []
+    for method, values in ACCURACY.items():
+        slow = 1.0 if method == "lora" else 2.0
+        for rho, score in ((0.1, 0.5), (0.2, 0.6), (0.5, 0.4)):
+            rows += [row("tuning", method, s, {"rho": rho}, accuracy=score) for s in (100, 101)]
+        for seed, accuracy in enumerate(values):
+            rows.append(
+                row(
+                    "final",
+                    method,
+                    seed,
+                    {"rho": 0.2 if method == "eflat" else 0.5},
+                    accuracy=accuracy,
+                    loss=1.5 - accuracy,
+                    train_loss=0.25,
+                    seconds_per_step=slow * (1 + seed),
+                    peak_memory_mib=100.0,
+                    trainable_parameters=1234,
+                    sharpness_worst=1.5 - accuracy + 0.01 * seed,
+                    sharpness_random=0.02,
+                    **{"accuracy@other": accuracy / 2, "loss@other": 0.9},
+                )
+            )
+    lost = row("final", "flat", 5, {"rho": 0.5})
+    rows.append(lost | {"status": "failed", "error": "RuntimeError: no luck"})
+    return rows
+
+
+def write(path, rows):
+    names = list(dict.fromkeys(name for r in rows for name in r))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    write(folder / "grid.csv", make_rows())
+    return folder
+
+
+@pytest.fixture
+def task(results):
+    (task,) = summary.load(results)
+    return task
+
+
+def test_means_and_standard_errors(task):
+    estimate = task.estimate("lora", "accuracy")
+    assert estimate.mean == pytest.approx(0.71)
+    assert estimate.error == pytest.approx(math.sqrt(0.001 / 4 / 5))
+    assert estimate.count == 5
+    assert task.estimate("eflat", "gap").mean == pytest.approx(1.5 - 0.754 - 0.25)
+    assert task.estimate("lora", "nothing") is None
+
+
+def test_differences_are_paired_and_tested(task):
+    comparisons = task.comparisons("accuracy")
+    assert list(comparisons) == ["eflat", "flat", "full"]
+    raw = [
+        stats.ttest_rel(ACCURACY[method], ACCURACY["lora"]).pvalue
+        for method in ("eflat", "flat", "full")
+    ]
+    # Holm: the smallest times 3, the next times 2, the largest as it is.
+    ordered = sorted(raw)
+    expected = [ordered[0] * 3, max(ordered[0] * 3, ordered[1] * 2), ordered[2]]
+    for p, comparison in zip(raw, comparisons.values(), strict=True):
+        assert comparison.p == pytest.approx(expected[ordered.index(p)])
+    assert [c.verdict for c in comparisons.values()] == ["wins", "ties", "loses"]
+    eflat = comparisons["eflat"]
+    assert eflat.difference.mean == pytest.approx(0.044)
+    interval = stats.ttest_rel(ACCURACY["eflat"], ACCURACY["lora"]).confidence_interval(0.95)
+    assert (eflat.low, eflat.high) == pytest.approx((interval.low, interval.high))
+    assert task.comparisons("loss")["eflat"].verdict == "wins"  # a lower loss is better
+    assert task.comparisons("loss")["full"].verdict == "loses"
+
+
+def test_pairing_is_by_seed_not_by_order(results):
+    rows = make_rows()
+    write(results / "grid.csv", rows)
+    expected = summary.load(results)[0].comparisons("accuracy")
+    write(results / "grid.csv", [*rows[::-1]])
+    again = summary.load(results)[0].comparisons("accuracy")
+    for method, comparison in expected.items():
+        assert again[method].difference.mean == pytest.approx(comparison.difference.mean)
+        assert again[method].p == pytest.approx(comparison.p)
+
+
+def test_holm_on_a_textbook_case():
+    assert summary.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert summary.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert summary.holm([]) == []
+
+
+def test_equal_figures_tie_and_one_seed_is_not_tested(results):
+    rows = [r for r in make_rows() if r["method"] == "lora"]
+    same = [r | {"method": "eflat"} for r in rows]
+    write(results / "grid.csv", [*rows, *same])
+    comparison = summary.load(results)[0].comparisons("accuracy")["eflat"]
+    assert (comparison.p, comparison.verdict) == (1.0, "ties")
+    alone = [r for r in [*rows, *same] if r["stage"] == "tuning" or r["seed"] == "0"]
+    write(results / "grid.csv", alone)
+    assert summary.load(results)[0].comparisons("accuracy") == {}
+    assert "70.00" in report.report(summary.load(results))
+
+
+def test_cost_correlation_and_choice(task):
+    assert task.ratio("eflat", "seconds_per_step") == 2.0
+    assert task.ratio("eflat", "peak_memory_mib") == 1.0
+    r, low, high, count = task.correlation("sharpness_worst", "gap")
+    assert low < r < high and count == 20 and r > 0.9
+    assert task.choice("eflat") == summary.Choice({"rho": 0.2}, 3, [])
+    assert task.choice("lora").at_edge == ["rho"]
+    curve = task.tuning_curve("eflat", "rho")
+    assert [(rho, e.mean, e.count) for rho, e in curve] == [
+        (0.1, 0.5, 2),
+        (0.2, 0.6, 2),
+        (0.5, 0.4, 2),
+    ]
+
+
+def test_a_run_that_was_tried_again_counts_once(results):
+    rows = make_rows()
+    failed = [r for r in rows if r["status"] == "failed"]
+    good = row("final", "flat", 5, {"rho": 0.5}, accuracy=0.7, loss=0.8, train_loss=0.25)
+    write(results / "grid.csv", [*rows, good])
+    (task,) = summary.load(results)
+    assert len(failed) == 1 and task.failures() == []
+    assert len(task.runs("flat")) == 6
+
+
+def test_the_report_says_who_wins_and_shows_what_failed(results, task):
+    text = report.report([task])
+    lines = text.splitlines()
+    (line,) = [x for x in lines if x.startswith("* Accuracy against LoRA")]
+    assert line == (
+        "* Accuracy against LoRA — wins: EFlat-LoRA (+4.40 points); "
+        "ties: Flat-LoRA (+0.00 points); loses: full fine-tuning (-10.00 points)."
+    )
+    assert "* Accuracy on other against LoRA" in text
+    assert "| EFlat-LoRA | 75.40 ± 0.93 | +4.40 ± 0.24 |" in text
+    assert "1 run failed:" in text and "Flat-LoRA, rho 0.5, seed 5: RuntimeError: no luck" in text
+    assert "over all 20 final runs" in text
+    assert "| EFlat-LoRA | rho 0.2 | 3 |  | 6 | 5 | 0 |" in lines
+    assert "| LoRA | rho 0.5 | 3 | rho | 6 | 5 | 0 |" in lines
+
+
+def test_the_command_writes_the_same_every_time_and_checks_it(results):
+    def run(*options):
+        command = [sys.executable, str(ROOT / "bench" / "report.py"), str(results), *options]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run("--check").returncode == 1
+    assert run().returncode == 0
+    written = results.parent / "REPORT.md"
+    figures = sorted((results.parent / "figures").iterdir())
+    assert len(figures) == 3
+    for figure in figures:
+        assert f"figures/{figure.name}" in written.read_text()
+    before = [path.read_bytes() for path in (written, *figures)]
+    assert run("--check").returncode == 0
+    assert run().returncode == 0
+    assert [path.read_bytes() for path in (written, *figures)] == before
+    written.write_text(written.read_text() + "edited")
+    assert run("--check").returncode == 1
+
+
+@pytest.mark.skipif(not list((ROOT / "bench/results").glob("*.csv")), reason="no results yet")
+def test_the_report_is_up_to_date():
+    report.main(ROOT / "bench/results", check=True)
