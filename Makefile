@@ -68,7 +68,7 @@ bench: $(VENV)/built
 
 # Registers, shared memory, spills and occupancy of the CUDA kernels; needs nvcc, no GPU.
 kernels: $(VENV)/built
-	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/kernel_table.py
 
 $(VENV)/requirements: requirements/run.txt requirements/models.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""bench/kernels.py: what it reads out of nvcc's words, and the occupancy that it computes."""
+"""bench/kernel_table.py: what it reads out of nvcc's words, and the occupancy that it computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
-import kernels  # noqa: E402
+import kernel_table as kernels  # noqa: E402
 
 NVCC = kernels.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: nothing can be compiled for a GPU")
@@ -231,7 +231,7 @@ def test_occupancy_is_that_of_the_toolkits_own_header(tmp_path):
 
 @needs_nvcc
 def test_table_of_the_kernels(tmp_path):
-    command = [sys.executable, str(BENCH / "kernels.py"), "--arch", "90", "--allow-spills"]
+    command = [sys.executable, str(BENCH / "kernel_table.py"), "--arch", "90", "--allow-spills"]
     nvdisasm = kernels.find_nvdisasm(NVCC)
     command += ["--sass"] if nvdisasm else []
     command += ["--json", str(tmp_path / "kernels.json")]

@@ -81,7 +81,7 @@ constexpr int64_t shared_bytes(int rank, int width) {
   }
   return kBlockBytes + doubles * int64_t(sizeof(double));
 }
-// What bench/kernels.py reckons with: at the largest ranks that the kernels are made for.
+// What bench/kernel_table.py reckons with: at the largest ranks that the kernels are made for.
 constexpr int kSharedBytesSmall = 42048;
 constexpr int kSharedBytesWide = 101056;
 static_assert(shared_bytes(16, 32) == kSharedBytesSmall &&

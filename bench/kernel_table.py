@@ -1,6 +1,6 @@
 """Registers, shared memory, spills and theoretical occupancy of every CUDA kernel, by architecture.
 
-    python bench/kernels.py [--arch 80 90a] [--sass] [--shared BYTES] [--json FILE]
+    python bench/kernel_table.py [--arch 80 90a] [--sass] [--shared BYTES] [--json FILE]
 
 Needs nvcc, no GPU. The exit code is 1 where a kernel spills or keeps a stack in local memory, more
 than a few words, so that it shows up in review. Occupancy is warps per multiprocessor that
