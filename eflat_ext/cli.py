@@ -15,6 +15,7 @@ except ModuleNotFoundError as missing:
 
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
+from eflat_ext.measure import SharpnessConfig
 
 
 def _version() -> str:
@@ -46,6 +47,28 @@ def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = N
     from eflat_ext.finetune import run
 
     run(settings or FinetuneConfig())
+
+
+@app.command
+def sharpness(
+    where: list[Path],
+    /,
+    *,
+    settings: Annotated[SharpnessConfig, Parameter(name="*")] | None = None,
+) -> None:
+    """Measure how sharp the minima are that a fine-tune has found.
+
+    The rise of the loss in the full space of the adapted layers: at the worst point of a radius
+    (to first order, along the true gradient of the whole weights), at the point that EFlat-LoRA's
+    transfer onto B finds, and at random points.
+
+    Args:
+        where: run folders of eflat finetune, single METHOD/seed-N folders of them, or folders with
+            a PEFT adapter (these need --data).
+    """
+    from eflat_ext.measure import run
+
+    run(where, settings or SharpnessConfig())
 
 
 @app.meta.default

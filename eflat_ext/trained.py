@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,14 +18,13 @@ from eflat_ext.data import InputError, Part, read, split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Portion = Literal["train", "validation", "test"]
 
 
 @dataclass(kw_only=True)
 class MeasureConfig:
     """On what a loss is measured."""
 
-    part: Portion = "train"
+    part: Literal["train", "validation", "test"] = "train"
     """Part of a run's data. An adapter of its own has none: --data is taken from its start."""
     examples: int = 256
     """Number of texts, or all if there are fewer."""
@@ -118,6 +117,8 @@ def find(places: Iterable[Path]) -> list[Trained]:
     found = [trained for place in places for trained in _find(Path(place))]
     if not found:
         raise InputError("nothing to measure: give a run folder or an adapter's folder")
+    if len({trained.name for trained in found}) < len(found):
+        found = [replace(trained, name=str(trained.folder)) for trained in found]
     return found
 
 
