@@ -15,6 +15,7 @@ except ModuleNotFoundError as missing:
 
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
+from eflat_ext.landscape_figure import LandscapeConfig
 from eflat_ext.measure import SharpnessConfig
 
 
@@ -69,6 +70,27 @@ def sharpness(
     from eflat_ext.measure import run
 
     run(where, settings or SharpnessConfig())
+
+
+@app.command
+def landscape(
+    where: list[Path],
+    /,
+    *,
+    settings: Annotated[LandscapeConfig, Parameter(name="*")] | None = None,
+) -> None:
+    """Draw slices of the loss around what a fine-tune has found, several methods on one scale.
+
+    In the full space of the adapted layers, along random directions, eigenvectors of the Hessian,
+    or the line between adapters. Writes a figure and its numbers as CSV.
+
+    Args:
+        where: run folders of eflat finetune, single METHOD/seed-N folders of them, or folders with
+            a PEFT adapter (these need --data).
+    """
+    from eflat_ext.landscape_figure import run
+
+    run(where, settings or LandscapeConfig())
 
 
 @app.meta.default

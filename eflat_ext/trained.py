@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-
 @dataclass(kw_only=True)
 class MeasureConfig:
     """On what a loss is measured."""

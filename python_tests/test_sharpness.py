@@ -1,0 +1,483 @@
+"""Sharpness against brute force: models small enough to hold the Hessian and to search the ball."""
+
+import copy
+import importlib.util
+import math
+
+import lora_layers
+import pytest
+import torch
+from models import assert_same_bits, batches, lora_bert, lora_gpt2, lora_mlp, loss_of, weights
+from torch import nn
+from torch.func import functional_call
+
+from eflat_ext import reference
+from eflat_ext.estimate import ESTIMATES, estimate_quality, mean_over_layers
+from eflat_ext.full_space import (
+    adapted_layers,
+    factor_gradients,
+    full_space_gradient,
+    mean_loss,
+    shifted,
+)
+from eflat_ext.hessian import hessian
+from eflat_ext.sharpness import average_case, transferred_direction, worst_case
+
+DATA = batches(2)
+needs_library = pytest.mark.skipif(
+    importlib.util.find_spec("hessian_eigenthings") is None, reason="hessian-eigenthings is absent"
+)
+
+
+def trained_mlp(seed=0, dtype=torch.float64):
+    """A small model some way down its loss, so that the Hessian has positive and negative parts."""
+    model = lora_mlp(seed=seed, dtype=dtype)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    for _ in range(15):
+        optimizer.zero_grad()
+        sum(loss_of(model, (x.to(dtype), y)) for x, y in DATA).backward()
+        optimizer.step()
+    model.zero_grad()
+    return model
+
+
+def merged(model):
+    """The same function without LoRA, and the loss as a function of all adapted weights in a row.
+
+    Written with PEFT's merge, so that it shares nothing with the code under test.
+    """
+    plain = copy.deepcopy(model).merge_and_unload().eval()
+    names = ["up.weight", "down.weight"]
+    start = {name: p.detach() for name, p in plain.named_parameters()}
+    W = torch.cat([start[name].flatten() for name in names])
+
+    def loss(flat):
+        pieces = flat.split([start[name].numel() for name in names])
+        own = {n: w.view_as(start[n]) for n, w in zip(names, pieces, strict=True)}
+        return torch.stack(
+            [
+                nn.functional.cross_entropy(functional_call(plain, start | own, (x,)), y)
+                for x, y in DATA
+            ]
+        ).mean()
+
+    return W, loss
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def gradient_of(model):
+    layers = adapted_layers(model)
+    return layers, full_space_gradient(model, loss_of, DATA, layers)
+
+
+# --- gradients and shifts ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [1, 2**30], ids=["one layer a pass", "all in one pass"])
+def test_the_gradient_is_that_of_the_merged_weights(memory):
+    model = trained_mlp()
+    layers = adapted_layers(model)
+    passes = []
+    found = full_space_gradient(
+        model, loss_of, DATA, layers, memory=memory, on_pass=lambda *n: passes.append(n)
+    )
+    W, loss = merged(model)
+    expected = torch.autograd.functional.jacobian(loss, W)
+    torch.testing.assert_close(flat(found.values()), expected, rtol=1e-9, atol=1e-13)
+    assert passes == ([(1, 2), (2, 2)] if memory == 1 else [(1, 1)])
+
+
+@pytest.mark.parametrize("kind", lora_layers.KINDS)
+def test_every_kind_of_layer(kind):
+    model = lora_layers.lora_around(kind, seed=3)
+    batch = lora_layers.batch_of(model)
+
+    def loss_fn(model, batch):
+        return model(batch)
+
+    (layer,) = adapted_layers(model)
+    gradient = full_space_gradient(model, loss_fn, [batch], [layer])[layer.name]
+    lora = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    base = lora.get_base_layer()
+    base.weight.requires_grad_(True)
+    (expected,) = torch.autograd.grad(model.eval()(batch), base.weight)
+    close = {"rtol": 1e-9, "atol": 1e-13}
+    torch.testing.assert_close(gradient, lora_layers.weight_matrix(lora, expected), **close)
+    delta = lora.get_delta_weight("default")
+    W = lora_layers.weight_matrix(lora, base.weight + delta)
+    torch.testing.assert_close(layer.weight(), W, **close)
+    # A shift of the weight is a shift of the output, as if it had been written into the weight.
+    D = torch.randn(layer.shape, dtype=torch.float64)
+    if getattr(base, "padding_idx", None) is not None:
+        D[:, base.padding_idx] = 0
+    shifted_loss = mean_loss(model, loss_fn, [batch], [layer], {layer.name: lambda: D})
+    shape = base.weight.shape
+    with torch.no_grad():
+        base.weight += D.T if isinstance(base, nn.Embedding) else D.view(shape)
+    assert shifted_loss == pytest.approx(mean_loss(model, loss_fn, [batch]), rel=1e-9)
+
+
+def test_factor_gradients_are_projections_of_the_gradient():
+    """G_A = s B^T G_W and G_B = s G_W A^T, in models with attention and transposed weights too."""
+    tokens = torch.randint(1, 40, (6, 9))
+    cases = [
+        (lora_bert(), lambda model, x: model(x).logits.square().mean()),
+        (lora_gpt2(), lambda model, x: model(x, labels=x).loss),
+    ]
+    for model, loss_fn in cases:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.3)
+        layers = adapted_layers(model.double())
+        gradients = full_space_gradient(model, loss_fn, [tokens], layers)
+        pairs = [layer.pairs[0] for layer in layers]
+        for layer, pair, (grad_A, grad_B) in zip(
+            layers, pairs, factor_gradients(model, loss_fn, [tokens], pairs), strict=True
+        ):
+            G, s = gradients[layer.name], pair.scaling
+            assert G.any()
+            torch.testing.assert_close(grad_A, s * pair.B.T @ G, rtol=1e-7, atol=1e-12)
+            torch.testing.assert_close(grad_B, s * G @ pair.A.T, rtol=1e-7, atol=1e-12)
+
+
+def test_bfloat16_weights_feel_shifts_below_their_rounding():
+    model = lora_mlp().to(torch.bfloat16)
+    layers = adapted_layers(model)
+    layer = layers[0]
+    W = layer.weight()
+    D = 1e-4 * W
+    assert torch.equal((W.bfloat16() + D.bfloat16()).float(), W.bfloat16().float())
+    x = torch.ones(1, 12, dtype=torch.float32)
+    assert torch.allclose(layer.term(x, D), 1e-4 * x @ W.T)
+
+
+# --- worst and average case --------------------------------------------------------------
+
+
+def ascent(loss, W, rho, steps=400):
+    """The largest loss that projected gradient ascent finds in the ball, from several starts."""
+    best = -math.inf
+    gradient = torch.autograd.functional.jacobian(loss, W)
+    for start in (gradient, -gradient, *torch.randn(3, *W.shape, dtype=W.dtype)):
+        E = rho * start / start.norm()
+        for _ in range(steps):
+            g = torch.autograd.functional.jacobian(loss, W + E)
+            # The fixed point of this step is where the gradient is normal to the sphere.
+            step = E + rho * g / g.norm()
+            E = rho * step / step.norm()
+        best = max(best, float(loss(W + E) - loss(W)))
+    return best
+
+
+@pytest.mark.parametrize("rho", [0.01, 0.1])
+def test_worst_case_against_a_search_of_the_ball(rho):
+    model = trained_mlp()
+    W, loss = merged(model)
+    found = worst_case(model, loss_of, DATA, rho, norm_scope="global")
+    best = ascent(loss, W, rho, steps=60)
+    H = torch.autograd.functional.hessian(loss, W)
+    values = torch.linalg.eigvalsh(H)
+    stated = rho**2 * float(values[-1] - values[0]) / 2
+    assert 0 < found <= best * (1 + 1e-6)
+    assert best - found <= stated * 1.1
+    # It is the rise at that very point.
+    g = torch.autograd.functional.jacobian(loss, W)
+    assert found == pytest.approx(float(loss(W + rho * g / g.norm()) - loss(W)), rel=1e-8)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("radius", ["absolute", "layer", "filter"])
+def test_radii_are_what_they_are_said_to_be(scope, radius):
+    """No point of the same ball, however it is scaled, is worse to first order."""
+    model = trained_mlp()
+    layers, gradient = gradient_of(model)
+    rho = 1e-4
+    found = worst_case(model, loss_of, DATA, rho, norm_scope=scope, radius=radius)
+    rows = [
+        (g, w) if radius == "filter" else (g.flatten(), w.flatten())
+        for g, w in zip(gradient.values(), [x.weight() for x in layers], strict=True)
+    ]
+    # The largest inner product of G with a point of the ball: norms of G times the radii.
+    parts = flat(
+        [
+            (g.norm(dim=-1) * (w.norm(dim=-1) if radius != "absolute" else 1.0)).view(-1)
+            for g, w in rows
+        ]
+    )
+    first_order = rho * float(parts.norm() if scope == "global" else parts.sum())
+    assert found == pytest.approx(first_order, rel=1e-2)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("onto", ["A", "B"])
+def test_the_transfer_is_the_papers(scope, onto):
+    model = trained_mlp()
+    layers, gradient = gradient_of(model)
+    pairs = [layer.pairs[0] for layer in layers]
+    A, B, s = [p.A for p in pairs], [p.B for p in pairs], [p.scaling for p in pairs]
+    grad_A = [p.scaling * p.B.T @ g for p, g in zip(pairs, gradient.values(), strict=True)]
+    grad_B = [p.scaling * g @ p.A.T for p, g in zip(pairs, gradient.values(), strict=True)]
+    E, _ = reference.foreach_perturb(A, B, grad_A, grad_B, s, 0.3, onto, scope)
+    clean = mean_loss(model, loss_of, DATA)
+    before = weights(model)
+    found = worst_case(model, loss_of, DATA, 0.3, norm_scope=scope, transfer=onto)
+    assert_same_bits(weights(model), before)
+    with torch.no_grad():
+        for pair, e in zip(pairs, E, strict=True):
+            (pair.parameter_B if onto == "B" else pair.parameter_A).add_(e)
+    assert found == pytest.approx(mean_loss(model, loss_of, DATA) - clean, rel=1e-6)
+
+
+def test_the_transfer_in_layer_radii():
+    model = trained_mlp()
+    layers = adapted_layers(model)
+    plain = transferred_direction(model, loss_of, DATA, layers)
+    scaled = transferred_direction(model, loss_of, DATA, layers, radius="layer")
+    for layer in layers:
+        expected = plain[layer.name]() * layer.weight().norm()
+        torch.testing.assert_close(scaled[layer.name](), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_random_noise_rises_by_the_trace():
+    model = trained_mlp()
+    W, loss = merged(model)
+    trace = float(torch.autograd.functional.hessian(loss, W).trace())
+    rho = 0.3
+    found = average_case(model, loss_of, DATA, rho, samples=100, norm_scope="global", seed=5)
+    expected = rho**2 * trace / (2 * W.numel())
+    assert abs(found.mean - expected) < 4 * found.standard_error + 0.02 * abs(expected)
+    assert 0 < found.standard_error < 0.3 * abs(expected)
+    again = average_case(model, loss_of, DATA, rho, samples=100, norm_scope="global", seed=5)
+    assert again == found
+    assert average_case(model, loss_of, DATA, rho, samples=2, seed=6) != average_case(
+        model, loss_of, DATA, rho, samples=2, seed=7
+    )
+
+
+def test_nothing_is_left_behind():
+    model = trained_mlp()
+    model.train()
+    model.base_model.model.head.eval()
+    next(model.parameters()).requires_grad_(False)
+    before, modes = weights(model), [m.training for m in model.modules()]
+    needs = [p.requires_grad for p in model.parameters()]
+    worst_case(model, loss_of, DATA, 0.1)
+    worst_case(model, loss_of, DATA, 0.1, transfer="B")
+    average_case(model, loss_of, DATA, 0.1, samples=2, radius="filter")
+    estimate_quality(model, loss_of, DATA)
+
+    def fails(model, batch):
+        raise RuntimeError("in the loss")
+
+    with pytest.raises(RuntimeError, match="in the loss"):
+        worst_case(model, fails, DATA, 0.1)
+    assert_same_bits(weights(model), before)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == needs
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_zero_and_broken_gradients():
+    model = trained_mlp()
+
+    def constant(model, batch):
+        return 0 * loss_of(model, batch)
+
+    def broken(model, batch):
+        return math.nan * loss_of(model, batch)
+
+    for radius in ("absolute", "layer", "filter"):
+        assert worst_case(model, constant, DATA, 0.1, radius=radius) == 0
+    assert worst_case(model, constant, DATA, 0.1, transfer="B") == 0
+    assert math.isnan(worst_case(model, broken, DATA, 0.1))
+    assert all(math.isnan(row.cosine) for row in estimate_quality(model, constant, DATA))
+
+
+def test_a_model_without_lora_by_names():
+    model = trained_mlp()
+    plain = copy.deepcopy(model).merge_and_unload()
+    whole = worst_case(plain, loss_of, DATA, 0.1, layers=["up", "down"])
+    assert whole == pytest.approx(worst_case(model, loss_of, DATA, 0.1), rel=1e-8)
+    assert worst_case(model, loss_of, DATA, 0.1, layers=["up"]) < whole
+
+
+# --- the Hessian -------------------------------------------------------------------------
+
+
+@needs_library
+@pytest.mark.parametrize("product", ["exact", "finite-difference"])
+@pytest.mark.parametrize("space", ["full", "lora"])
+def test_eigenvalues_and_trace_against_the_dense_hessian(space, product):
+    model = trained_mlp()
+    if space == "full":
+        W, loss = merged(model)
+    else:
+        pairs = [layer.pairs[0] for layer in adapted_layers(model)]
+        names = {id(p): name for name, p in model.named_parameters()}
+        factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
+        W = flat(factors).detach()
+
+        def loss(W):
+            pieces = W.split([p.numel() for p in factors])
+            own = {names[id(p)]: w.view_as(p) for p, w in zip(factors, pieces, strict=True)}
+            return sum(
+                nn.functional.cross_entropy(functional_call(model, own, (x,)), y) for x, y in DATA
+            ) / len(DATA)
+
+    H = torch.autograd.functional.hessian(loss, W)
+    values = torch.linalg.eigvalsh(H)
+    before = weights(model)
+    found = hessian(
+        model,
+        loss_of,
+        DATA,
+        space=space,
+        eigenvalues=2,
+        iterations=60,
+        trace_products=90,
+        product=product,
+        seed=1,
+    )
+    assert_same_bits(weights(model), before)
+    assert found.size == W.numel()
+    assert found.eigenvalues == pytest.approx(values.flip(0)[:2].tolist(), rel=1e-5)
+    assert abs(found.trace - float(H.trace())) < 5 * found.trace_standard_error
+    assert found.trace_standard_error < 0.2 * float(values.abs().sum())
+    for value, vector in zip(found.eigenvalues, found.vectors, strict=True):
+        torch.testing.assert_close(H @ vector, value * vector, rtol=1e-3, atol=1e-4)
+
+
+@needs_library
+def test_eigenvalues_of_a_model_with_fused_attention():
+    """In float32, where the finite difference has to live with rounding."""
+    model = lora_bert()
+    tokens = torch.randint(1, 40, (8, 9))
+
+    def loss_fn(model, tokens):
+        return nn.functional.cross_entropy(model(tokens).logits, tokens[:, 0] % 3)
+
+    options = {"eigenvalues": 1, "trace_products": 0, "iterations": 20}
+    exact = hessian(model, loss_fn, [tokens], **options)
+    difference = hessian(model, loss_fn, [tokens], product="finite-difference", **options)
+    assert exact.eigenvalues[0] > 0
+    assert difference.eigenvalues == pytest.approx(exact.eigenvalues, rel=0.02)
+    assert math.isnan(exact.trace)
+
+
+@needs_library
+def test_the_hessian_against_curvlinops():
+    curvlinops = pytest.importorskip("curvlinops")
+    from scipy.sparse.linalg import eigsh
+
+    model = trained_mlp()
+    plain = copy.deepcopy(model).merge_and_unload().eval()
+    parameters = [plain.up.weight, plain.down.weight]
+    for p in plain.parameters():
+        p.requires_grad_(any(p is q for q in parameters))
+    operator = curvlinops.HessianLinearOperator(
+        plain, nn.CrossEntropyLoss(), parameters, DATA, check_deterministic=False
+    )
+    expected = eigsh(operator.to_scipy(), k=2, which="LA")[0][::-1]
+    options = {"eigenvalues": 2, "iterations": 60, "trace_products": 150}
+    found = hessian(model, loss_of, DATA, **options)
+    assert found.eigenvalues == pytest.approx(expected.tolist(), rel=1e-5)
+    trace = float(curvlinops.hutchpp_trace(operator, num_matvecs=150))
+    assert found.trace == pytest.approx(trace, abs=8 * found.trace_standard_error)
+
+
+# --- the estimate ------------------------------------------------------------------------
+
+
+def test_estimates_are_the_papers():
+    model = trained_mlp()
+    layers, gradient = gradient_of(model)
+    rows = estimate_quality(model, loss_of, DATA, rtols=[None, 0.3])
+    assert [row.estimate for row in rows[:6]] == list(ESTIMATES)
+    assert len(rows) == 2 * 2 * 6 and len(mean_over_layers(rows)) == 12
+    for layer in layers:
+        pair, G = layer.pairs[0], gradient[layer.name]
+        A, B, s = pair.A.detach(), pair.B.detach(), pair.scaling
+        for rtol in (reference.default_rtol(A, B), 0.3):
+            pinv_A, pinv_B = (torch.linalg.pinv(x, rtol=rtol) for x in (A, B))
+            P_A, P_B = pinv_A @ A, B @ pinv_B
+            mean = reference.full_space_gradient(A, B, s * B.T @ G, s * G @ A.T, s, rtol)
+            unit = mean / mean.norm()
+            expected = {
+                "term A": G @ P_A,
+                "term B": P_B @ G,
+                "mean": mean,
+                "tangent": G @ P_A + P_B @ G - P_B @ G @ P_A,
+                "onto B": unit @ P_A,
+                "onto A": P_B @ unit,
+            }
+            own = {r.estimate: r for r in rows if r.layer == layer.name and r.rtol == rtol}
+            for name, X in expected.items():
+                norm = float(X.norm()) / (1 if name.startswith("onto") else float(G.norm()))
+                cosine = float((X * G).sum() / X.norm() / G.norm())
+                assert own[name].norm_ratio == pytest.approx(norm, rel=1e-6), name
+                assert own[name].cosine == pytest.approx(cosine, rel=1e-6), name
+            share = torch.linalg.svdvals(G)[0] ** 2 / G.norm() ** 2
+            assert own["mean"].top_share == pytest.approx(float(share), rel=1e-9)
+
+
+def test_at_its_start_lora_knows_the_row_space_alone():
+    rows = estimate_quality(lora_mlp(), loss_of, DATA)
+    own = {row.estimate: row for row in rows if row.layer == "up"}
+    assert own["term B"].cosine == 0 and own["term B"].norm_ratio == 0
+    assert own["onto A"].norm_ratio == 0
+    assert own["onto B"].norm_ratio == pytest.approx(1)
+    assert own["mean"].norm_ratio == pytest.approx(own["term A"].norm_ratio / 2)
+
+
+# --- what goes wrong ---------------------------------------------------------------------
+
+WRONG = [
+    ({"rho": -0.1}, ValueError, "rho"),
+    ({"rho": math.nan}, ValueError, "rho"),
+    ({"rho": "much"}, TypeError, "rho"),
+    ({"norm_scope": "all"}, ValueError, "norm_scope"),
+    ({"radius": "relative"}, ValueError, "radius"),
+    ({"layers": ["sideways"]}, ValueError, "sideways"),
+    ({"layers": "up"}, TypeError, "names"),
+    ({"batches": []}, ValueError, "batches"),
+    ({"batches": iter(DATA)}, TypeError, "batches"),
+    ({"transfer": "C"}, ValueError, "onto"),
+    ({"transfer": "B", "radius": "filter"}, ValueError, "filter"),
+    ({"transfer": "B", "rtol": 2.0}, ValueError, "rtol"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "word"), WRONG)
+def test_wrong_arguments_are_named(given, error, word):
+    arguments = {"model": lora_mlp(), "loss_fn": loss_of, "batches": DATA, "rho": 0.1} | given
+    with pytest.raises(error, match=word):
+        worst_case(**arguments)
+
+
+def test_other_wrong_arguments_are_named():
+    model = lora_mlp()
+    with pytest.raises(ValueError, match="samples"):
+        average_case(model, loss_of, DATA, 0.1, samples=1)
+    with pytest.raises(ValueError, match="space"):
+        hessian(model, loss_of, DATA, space="half")
+    with pytest.raises(ValueError, match="product"):
+        hessian(model, loss_of, DATA, product="rough")
+    with pytest.raises(ValueError, match="eigenvalues"):
+        hessian(model, loss_of, DATA, eigenvalues=0)
+    with pytest.raises(ValueError, match="LoRA layers"):
+        worst_case(nn.Linear(3, 2), loss_of, DATA, 0.1)
+    with pytest.raises(ValueError, match=r"expected shape \(16, 12\)"):
+        layers = adapted_layers(model)
+        with shifted(layers, {"up": lambda: torch.zeros(3, 3)}):
+            loss_of(model, DATA[0])
+    attention = lora_layers.get_peft_model(
+        nn.Sequential(nn.MultiheadAttention(8, 2)),
+        lora_layers.LoraConfig(r=2, target_modules=["0"]),
+    )
+    with pytest.raises(NotImplementedError, match="MultiheadAttention"):
+        adapted_layers(attention)
