@@ -16,6 +16,7 @@ import argparse
 import csv
 import itertools
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from timing import machine, print_table
 STEPS = (0, 1, 20, 60, 120)
 CUTOFFS = ("default", "0.001", "0.01", "0.1")
 LAYERS = ("query value", "query key value dense")
+RUNS = ((LAYERS[0], "lora"), (LAYERS[0], "eflat"), (LAYERS[1], "lora"))
 RESULTS = Path(__file__).parent / "results" / "estimate_quality.csv"
 COLUMNS = [
     "cos term A",
@@ -39,8 +41,10 @@ COLUMNS = [
 ]
 
 
-def rows_of(layers: str, method: str, seed: int) -> list[dict[str, Any]]:
-    """A run with adapters on ``layers``: a row for each step, cutoff and layer."""
+def rows_of(
+    layers: str, method: str, seed: int, on_rows: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """A run with adapters on ``layers``: rows for every cutoff and layer after each step."""
     from eflat_ext import finetune
     from eflat_ext.config import FinetuneConfig
     from eflat_ext.estimate import ESTIMATES, estimate_quality
@@ -54,10 +58,10 @@ def rows_of(layers: str, method: str, seed: int) -> list[dict[str, Any]]:
     tokens = task.train
     batches = make_batches(task.tokenizer, tokens.inputs, tokens.labels, 32, task.device)
     rtols = [None if cutoff == "default" else float(cutoff) for cutoff in CUTOFFS]
-    rows: list[dict[str, Any]] = []
     count = itertools.count(1)
 
     def measure(step: int) -> None:
+        rows: list[dict[str, Any]] = []
         found = estimate_quality(model, loss, batches, rtols=rtols)
         for k in range(0, len(found), len(ESTIMATES)):
             group = {one.estimate: one for one in found[k : k + len(ESTIMATES)]}
@@ -70,6 +74,7 @@ def rows_of(layers: str, method: str, seed: int) -> list[dict[str, Any]]:
                 row[name] = one.cosine if name.startswith("cos") else one.norm_ratio
             row |= {"top share": first.top_share, "gradient norm": first.gradient_norm}
             rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+        on_rows(rows)
 
     def on_step(_: float) -> None:
         if (step := next(count)) in STEPS:
@@ -77,7 +82,6 @@ def rows_of(layers: str, method: str, seed: int) -> list[dict[str, Any]]:
 
     measure(0)
     finetune.train(config, task, method, seed, model, optimizer, on_step)
-    return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -123,14 +127,22 @@ def main() -> None:
     if options.csv.exists() and not options.again:
         with options.csv.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    done = {(row["adapted"], row["method"], int(row["seed"])) for row in rows}
-    for run in itertools.product(LAYERS, ("lora", "eflat"), options.seeds):
-        if run not in done:
-            rows += rows_of(*run)
+    done = {(r["adapted"], r["method"], int(r["seed"]), int(r["step"])) for r in rows}
+    for (layers, method), seed in itertools.product(RUNS, options.seeds):
+        if (layers, method, seed, STEPS[-1]) in done:
+            continue
+        rows = [
+            r for r in rows if (r["adapted"], r["method"], int(r["seed"])) != (layers, method, seed)
+        ]
+
+        def on_rows(new: list[dict[str, Any]], rows: list[dict[str, Any]] = rows) -> None:
+            rows += new
             with options.csv.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
+
+        rows_of(layers, method, seed, on_rows)
     show(rows)
 
 

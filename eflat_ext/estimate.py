@@ -27,8 +27,7 @@ from .full_space import (
     MEMORY,
     LossFn,
     adapted_layers,
-    factor_gradients,
-    full_space_gradient,
+    gradients,
 )
 from .ops import perturb
 from .pairs import LoraPair
@@ -75,7 +74,7 @@ def estimate_quality(
         model: a PEFT model; one adapter for each layer.
         loss_fn, batches, layers, memory: as for :func:`eflat_ext.sharpness.worst_case`.
         rtols: cutoffs of the pseudo-inverses, None for the default of the layer's type and shape.
-        on_pass: as for :func:`eflat_ext.full_space.full_space_gradient`.
+        on_pass: as for :func:`eflat_ext.full_space.gradients`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: an argument is not as said here.
@@ -87,11 +86,12 @@ def estimate_quality(
         if len(layer.pairs) != 1:
             raise ValueError(f"model: expected one adapter on {layer.name}, got {len(layer.pairs)}")
     pairs = [layer.pairs[0] for layer in found]
-    gradients = full_space_gradient(model, loss_fn, batches, found, memory=memory, on_pass=on_pass)
-    factors = factor_gradients(model, loss_fn, batches, pairs)
+    whole, factors = gradients(
+        model, loss_fn, batches, found, pairs, memory=memory, on_pass=on_pass
+    )
     rows = []
     for layer, pair, (grad_A, grad_B) in zip(found, pairs, factors, strict=True):
-        G = gradients.pop(layer.name).to(layer.device).double()
+        G = whole.pop(layer.name).to(layer.device).double()
         norm = float(G.norm())
         share = _top_share(G)
         for rtol in rtols:

@@ -247,13 +247,19 @@ def _curves(
     axes.set_ylabel(f"{_part(config)} loss (nats)")
     axes.margins(x=0)
     axes.grid(linewidth=0.4, alpha=0.4)
+    title = None
     if config.directions == "line":
-        for x, text in ((0.0, TITLES.get(origin.method, origin.name)), (1.0, "other")):  # type: ignore[call-overload]
+        title = f"from {TITLES.get(origin.method, origin.name)} to"  # type: ignore[call-overload]
+        for x in (0.0, 1.0):
             axes.axvline(x, color="0.4", linewidth=0.6)
-            axes.annotate(
-                text, (x, 1.0), (2, -2), "data", textcoords="offset points", va="top", fontsize=8
-            )
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    # Beside the axes, so that it covers no curve.
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside right upper",
+        frameon=False,
+        title=title,
+        alignment="left",
+    )
 
 
 def _method(row: dict[str, Any]) -> str:
@@ -266,7 +272,7 @@ def _maps(kind: Any, rows: Sequence[dict[str, Any]], config: LandscapeConfig) ->
     from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(row["run"] for row in rows))
-    columns = min(len(names), 3)
+    columns = 2 if len(names) in (2, 4) else min(len(names), 3)
     lines = math.ceil(len(names) / columns)
     figure: Figure = kind(
         figsize=(_WIDTH, 0.55 + lines * (_WIDTH - 0.9) / max(columns, 2)), layout="constrained"
@@ -285,14 +291,12 @@ def _maps(kind: Any, rows: Sequence[dict[str, Any]], config: LandscapeConfig) ->
         axes.plot(0, 0, "+", color="white", markersize=7, markeredgewidth=1.2)
         axes.set_title(_title(own[0], rows))
         axes.set_aspect("equal")
-        if k // columns == lines - 1 or k + columns >= len(names):
-            axes.set_xlabel(_axis(config, 0))
-            axes.tick_params(labelbottom=True)
-        if k % columns == 0:
-            axes.set_ylabel(_axis(config, 1))
+        axes.tick_params(labelbottom=k + columns >= len(names))
     for axes in list(grid.flat)[len(names) :]:
         axes.set_axis_off()
-    bar = figure.colorbar(image, ax=grid, shrink=0.9, aspect=25)
+    figure.supxlabel(_axis(config, 0), fontsize=9)
+    figure.supylabel(_axis(config, 1), fontsize=9)
+    bar = figure.colorbar(image, ax=grid, aspect=25)
     bar.set_label(f"{_part(config)} loss (nats)")
     return figure
 
@@ -303,8 +307,9 @@ def _part(config: LandscapeConfig) -> str:
 
 def _axis(config: LandscapeConfig, k: int) -> str:
     if config.directions == "line":
-        return "position on the line between the adapters"
+        return "position between the two (0: the first, 1: the other)"
+    one = "a" if config.dimensions == 1 else ("the first", "the second")[k]
     if config.directions == "hessian":
-        ordinal = ("first", "second")[k]
-        return f"step along the {ordinal} Hessian eigenvector (Frobenius norm)"
-    return "step along a random direction (in norms of the rows of W)"
+        one = "the first" if config.dimensions == 1 else one
+        return f"step along {one} eigenvector, ‖E‖"
+    return f"step along {one} random direction, ‖e‖ / ‖w‖ of each row"

@@ -16,7 +16,7 @@ import torch
 
 from eflat_ext import trained as training
 from eflat_ext.data import InputError
-from eflat_ext.full_space import adapted_layers, full_space_gradient, mean_loss
+from eflat_ext.full_space import adapted_layers, gradients, mean_loss
 from eflat_ext.loading import first_line
 from eflat_ext.report import versions
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
@@ -136,7 +136,7 @@ def measure(
     tick()
     kind: dict[str, Any] = {"norm_scope": config.norm_scope, "radius": config.radius}
     directions = {}
-    gradient = full_space_gradient(model, loss, batches, layers)
+    gradient, _ = gradients(model, loss, batches, layers)
     directions["worst"] = worst_direction(layers, gradient, **kind)
     tick()
     if one.method != "full" and config.radius != "filter":

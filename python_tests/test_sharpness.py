@@ -15,8 +15,7 @@ from eflat_ext import reference
 from eflat_ext.estimate import ESTIMATES, estimate_quality, mean_over_layers
 from eflat_ext.full_space import (
     adapted_layers,
-    factor_gradients,
-    full_space_gradient,
+    gradients,
     mean_loss,
     shifted,
 )
@@ -70,7 +69,7 @@ def flat(tensors):
 
 def gradient_of(model):
     layers = adapted_layers(model)
-    return layers, full_space_gradient(model, loss_of, DATA, layers)
+    return layers, gradients(model, loss_of, DATA, layers)[0]
 
 
 # --- gradients and shifts ----------------------------------------------------------------
@@ -81,7 +80,7 @@ def test_the_gradient_is_that_of_the_merged_weights(memory):
     model = trained_mlp()
     layers = adapted_layers(model)
     passes = []
-    found = full_space_gradient(
+    found, _ = gradients(
         model, loss_of, DATA, layers, memory=memory, on_pass=lambda *n: passes.append(n)
     )
     W, loss = merged(model)
@@ -99,7 +98,7 @@ def test_every_kind_of_layer(kind):
         return model(batch)
 
     (layer,) = adapted_layers(model)
-    gradient = full_space_gradient(model, loss_fn, [batch], [layer])[layer.name]
+    gradient = gradients(model, loss_fn, [batch], [layer])[0][layer.name]
     lora = next(m for m in model.modules() if hasattr(m, "lora_A"))
     base = lora.get_base_layer()
     base.weight.requires_grad_(True)
@@ -133,12 +132,10 @@ def test_factor_gradients_are_projections_of_the_gradient():
                 if "lora_B" in name:
                     p.normal_(std=0.3)
         layers = adapted_layers(model.double())
-        gradients = full_space_gradient(model, loss_fn, [tokens], layers)
         pairs = [layer.pairs[0] for layer in layers]
-        for layer, pair, (grad_A, grad_B) in zip(
-            layers, pairs, factor_gradients(model, loss_fn, [tokens], pairs), strict=True
-        ):
-            G, s = gradients[layer.name], pair.scaling
+        whole, factors = gradients(model, loss_fn, [tokens], layers, pairs)
+        for layer, pair, (grad_A, grad_B) in zip(layers, pairs, factors, strict=True):
+            G, s = whole[layer.name], pair.scaling
             assert G.any()
             torch.testing.assert_close(grad_A, s * pair.B.T @ G, rtol=1e-7, atol=1e-12)
             torch.testing.assert_close(grad_B, s * G @ pair.A.T, rtol=1e-7, atol=1e-12)
