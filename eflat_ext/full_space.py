@@ -246,13 +246,18 @@ def shifted(layers: Sequence[Layer], shifts: Mapping[str, Shift]) -> Iterator[No
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within, the model is in eval mode; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
+    training = {module: module.training for module in model.modules()}
     model.eval()
+    for module in training:
+        # In eval mode on a CPU bitsandbytes lays the weights out anew, for good, and rounds their
+        # scales; nothing else of these layers depends on their mode.
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in training.items():
+            module.training = mode
 
 
 @contextmanager
@@ -296,12 +301,17 @@ def _layer_of(name: str, pairs: list[LoraPair]) -> Layer:
 
 def _base_weight(layer: Layer) -> Tensor:
     module = layer.module
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return weight
+    if type(weight).__name__ == "Int8Params":  # PEFT's way leaves the layer without its scales
+        scale = weight.SCB if module.state.SCB is None else module.state.SCB
+        return weight.data.float() * (scale.view(-1, 1) / 127)
     from peft.utils.integrations import dequantize_module_weight
 
     try:
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise RuntimeError("bitsandbytes has packed it for the CPU in eval mode")
         return dequantize_module_weight(module)
     except Exception as error:  # each library has its own
         raise NotImplementedError(

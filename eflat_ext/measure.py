@@ -103,7 +103,7 @@ def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]
             rows += [about | number for number in numbers]
             if config.estimate and one.method != "full":
                 qualities += [about | row for row in _estimates(loaded, config)]
-            bars.advance(bar)
+            bars.update(bar, completed=_work(config))  # some have less to measure
             del loaded
             gc.collect()
     console = Console()
@@ -265,17 +265,19 @@ def _qualities(rows: Sequence[dict[str, Any]]) -> Table:
 
     from eflat_ext.estimate import ESTIMATES
 
-    table = Table(title="estimates of the gradient of W: cosine and ratio of norms to the true one")
-    table.add_column("run, layer", no_wrap=True)
-    table.add_column("cutoff", justify="right")
+    table = Table(
+        title="estimates of the gradient of W: cosine to the true one, and below ratio of norms"
+    )
+    table.add_column("run, layer", overflow="fold", min_width=16)
+    table.add_column("cutoff", justify="right", no_wrap=True)
     for estimate in ESTIMATES:
-        table.add_column(estimate, justify="right")
+        table.add_column(estimate, justify="right", min_width=5)
     cells: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {}
     for row in rows:
         key = (row["run"], row["layer"], row["rtol"])
         cells.setdefault(key, {})[row["estimate"]] = row
     for (run, layer, rtol), own in cells.items():
-        figures = [f"{own[e]['cosine']:.2f} {own[e]['norm_ratio']:.2f}" for e in ESTIMATES]
+        figures = [f"{own[e]['cosine']:.2f}\n{own[e]['norm_ratio']:.2f}" for e in ESTIMATES]
         table.add_row(f"{run}, {layer}", f"{rtol:.1g}", *figures)
     table.add_section()
     for rtol in dict.fromkeys(row["rtol"] for row in rows):
@@ -283,7 +285,7 @@ def _qualities(rows: Sequence[dict[str, Any]]) -> Table:
         for estimate in ESTIMATES:
             chosen = [r for r in rows if r["rtol"] == rtol and r["estimate"] == estimate]
             pairs = [(r["cosine"], r["norm_ratio"]) for r in chosen]
-            means.append(" ".join(f"{sum(x) / len(x):.2f}" for x in zip(*pairs, strict=True)))
+            means.append("\n".join(f"{sum(x) / len(x):.2f}" for x in zip(*pairs, strict=True)))
         table.add_row("mean", f"{rtol:.1g}", *means)
     return table
 

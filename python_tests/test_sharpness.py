@@ -478,3 +478,44 @@ def test_other_wrong_arguments_are_named():
     )
     with pytest.raises(NotImplementedError, match="MultiheadAttention"):
         adapted_layers(attention)
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_quantised_bases(kind):
+    """A shift of a quantised weight is that of its dequantised copy."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    options = {"Linear4bit": {"quant_type": "nf4"}, "Linear8bitLt": {"has_fp16_weights": False}}
+    plain = nn.Linear(64, 32)
+    layer = getattr(bnb.nn, kind)(64, 32, **options[kind])
+    layer.load_state_dict(plain.state_dict())
+    layer = layer.to("cpu")
+    if kind == "Linear4bit":
+        W = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    else:
+        W = bnb.functional.int8_vectorwise_dequant(
+            *bnb.functional.int8_vectorwise_quant(plain.weight.detach().half())[:2]
+        ).float()
+    assert W.shape == (32, 64) and not torch.equal(W, plain.weight)
+    x = torch.randn(8, 64)
+    config = lora_layers.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = lora_layers.get_peft_model(nn.Sequential(layer, nn.Tanh(), nn.Linear(32, 3)), config)
+    data = [(x, torch.randint(0, 3, (8,)))]
+    model.eval()
+    before = weights(model)
+    found = worst_case(model, loss_of, data, 0.5, radius="filter")
+    assert_same_bits(weights(model), before)
+    (one,) = adapted_layers(model)
+    delta = model.base_model.model[0].get_delta_weight("default")
+    torch.testing.assert_close(one.weight(), (W + delta).detach(), rtol=1e-3, atol=1e-3)
+
+    # The same weights, unquantised.
+    twin = lora_layers.get_peft_model(nn.Sequential(plain, nn.Tanh(), nn.Linear(32, 3)), config)
+    state = {name: p for name, p in model.state_dict().items() if "base_layer.weight" not in name}
+    twin.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        twin.base_model.model[0].base_layer.weight.copy_(W)
+    # bitsandbytes rounds activations too, to 8 bits for Linear8bitLt.
+    expected = worst_case(twin, loss_of, data, 0.5, radius="filter")
+    assert found == pytest.approx(expected, rel=0.05)
+    assert expected > 0.01
