@@ -6,8 +6,9 @@ import csv
 import gc
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,8 +111,8 @@ def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]
     console.print(_rises(rows, config))
     if config.hessian:
         console.print(_spectra(rows))
-    if qualities:
-        console.print(_qualities(qualities))
+    for name in dict.fromkeys(row["run"] for row in qualities):
+        console.print(_qualities([row for row in qualities if row["run"] == name]))
     if config.output is not None:
         _write(config, rows, qualities)
         console.print(f"numbers: {config.output}", highlight=False, soft_wrap=True)
@@ -261,32 +262,31 @@ def _spectra(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _qualities(rows: Sequence[dict[str, Any]]) -> Table:
+    """One run's estimates: in every cell the cosine, below it the ratio of norms."""
     from rich.table import Table
 
-    from eflat_ext.estimate import ESTIMATES
+    from eflat_ext.estimate import ESTIMATES, Quality, mean_over_layers
 
-    table = Table(
-        title="estimates of the gradient of W: cosine to the true one, and below ratio of norms"
-    )
-    table.add_column("run, layer", overflow="fold", min_width=16)
-    table.add_column("cutoff", justify="right", no_wrap=True)
+    table = Table(title=f"{rows[0]['run']}: cosine and norm over those of the true gradient")
+    table.add_column("layer", overflow="fold", min_width=12)
+    table.add_column("cutoff", justify="right")
     for estimate in ESTIMATES:
-        table.add_column(estimate, justify="right", min_width=5)
-    cells: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {}
+        table.add_column(estimate, justify="right")
+    paths = [row["layer"].replace(".", "/") for row in rows]
+    prefix = os.path.commonpath(paths).replace("/", ".")
+    lines: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        key = (row["run"], row["layer"], row["rtol"])
-        cells.setdefault(key, {})[row["estimate"]] = row
-    for (run, layer, rtol), own in cells.items():
-        figures = [f"{own[e]['cosine']:.2f}\n{own[e]['norm_ratio']:.2f}" for e in ESTIMATES]
-        table.add_row(f"{run}, {layer}", f"{rtol:.1g}", *figures)
+        lines.setdefault((row["layer"], row["rtol"]), {})[row["estimate"]] = row
+    for (layer, rtol), own in lines.items():
+        cells = [f"{own[e]['cosine']:.2f}\n{own[e]['norm_ratio']:.2f}" for e in ESTIMATES]
+        table.add_row(layer.removeprefix(f"{prefix}."), f"{rtol:.0e}", *cells)
     table.add_section()
-    for rtol in dict.fromkeys(row["rtol"] for row in rows):
-        means = []
-        for estimate in ESTIMATES:
-            chosen = [r for r in rows if r["rtol"] == rtol and r["estimate"] == estimate]
-            pairs = [(r["cosine"], r["norm_ratio"]) for r in chosen]
-            means.append("\n".join(f"{sum(x) / len(x):.2f}" for x in zip(*pairs, strict=True)))
-        table.add_row("mean", f"{rtol:.1g}", *means)
+    names = [one.name for one in fields(Quality)]
+    means = mean_over_layers([Quality(**{name: row[name] for name in names}) for row in rows])
+    for k in range(0, len(means), len(ESTIMATES)):
+        group = means[k : k + len(ESTIMATES)]
+        cells = [f"{mean['cosine']:.2f}\n{mean['norm_ratio']:.2f}" for mean in group]
+        table.add_row("mean", f"{group[0]['rtol']:.0e}", *cells)
     return table
 
 

@@ -32,8 +32,8 @@ def main(steps: int = 20, rho: float = 0.2) -> None:
         random = sharpness.average_case(*given, rho, samples=3, clean_loss=clean)
         print(
             f"{method:5}  loss {clean:.4f}, rise within {rho}: worst {worst:.4f}, "
-            f"by the transfer {transferred:.4f}, random {random.mean:.5f} "
-            f"± {random.standard_error:.5f}"
+            f"by the transfer {transferred:.4f}, random {random.mean:.1e} "
+            f"± {random.standard_error:.0e}"
         )
 
 
