@@ -58,6 +58,8 @@ class LandscapeConfig(MeasureConfig):
     """Points along each axis."""
     samples: int = 1
     """Random directions that a curve is the mean of."""
+    rise: bool = False
+    """Draw the rise over the loss in the middle, to compare shapes; --points must be odd."""
     product: Literal["exact", "finite-difference"] = "exact"
     """How the Hessian is multiplied with."""
     output: Path = Path("landscape.png")
@@ -74,6 +76,8 @@ class LandscapeConfig(MeasureConfig):
             raise InputError(f"--extent is {self.extent}, but must be greater than 0")
         if self.directions == "line" and self.dimensions == 2:
             raise InputError("--directions line has one dimension, but --dimensions is 2")
+        if self.rise and (self.points % 2 == 0 or self.directions == "line"):
+            raise InputError("--rise needs an odd number of --points around a middle")
         if self.output.suffix.lower() not in FORMATS:
             raise InputError(f"--output {self.output} must end in {', '.join(FORMATS)}")
 
@@ -204,6 +208,9 @@ def draw(rows: Sequence[dict[str, Any]], config: LandscapeConfig, origin: Traine
     import matplotlib
     from matplotlib.figure import Figure
 
+    if config.rise:
+        middle = {(r["run"], r["sample"]): r["loss"] for r in rows if r["x"] == r["y"] == 0}
+        rows = [r | {"loss": r["loss"] - middle[r["run"], r["sample"]]} for r in rows]
     with matplotlib.rc_context(_STYLE):
         if config.dimensions == 2:
             figure = _maps(Figure, rows, config)
@@ -244,7 +251,7 @@ def _curves(
             low, high = [min(column) for column in values], [max(column) for column in values]
             axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel(_axis(config, 0))
-    axes.set_ylabel(f"{_part(config)} loss (nats)")
+    axes.set_ylabel(_loss(config))
     axes.margins(x=0)
     axes.grid(linewidth=0.4, alpha=0.4)
     title = None
@@ -297,12 +304,13 @@ def _maps(kind: Any, rows: Sequence[dict[str, Any]], config: LandscapeConfig) ->
     figure.supxlabel(_axis(config, 0), fontsize=9)
     figure.supylabel(_axis(config, 1), fontsize=9)
     bar = figure.colorbar(image, ax=grid, aspect=25)
-    bar.set_label(f"{_part(config)} loss (nats)")
+    bar.set_label(_loss(config))
     return figure
 
 
-def _part(config: LandscapeConfig) -> str:
-    return {"train": "training", "validation": "validation", "test": "test"}[config.part]
+def _loss(config: LandscapeConfig) -> str:
+    part = {"train": "training", "validation": "validation", "test": "test"}[config.part]
+    return f"rise of the {part} loss (nats)" if config.rise else f"{part} loss (nats)"
 
 
 def _axis(config: LandscapeConfig, k: int) -> str:

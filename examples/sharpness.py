@@ -17,7 +17,13 @@ def main(steps: int = 20, rho: float = 0.2) -> None:
         steps: of training, 8 sentences each. rho: radius of the perturbations.
     """
     config = FinetuneConfig(
-        train_size=64, validation_size=0, test_size=16, steps=steps, batch_size=8, rho=rho
+        train_size=64,
+        validation_size=0,
+        test_size=16,
+        steps=steps,
+        batch_size=8,
+        lr=5e-3,
+        rho=rho,
     )
     task = finetune.prepare(config)
     tokens = task.train

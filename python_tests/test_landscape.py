@@ -132,3 +132,20 @@ def test_figures(tmp_path, directions, dimensions, suffix):
         first = path.read_bytes()
         draw(rows, config, origin)
         assert path.read_bytes() == first
+
+
+def test_a_rise_starts_at_zero(tmp_path):
+    path = tmp_path / "figure.svg"
+    rows = [
+        {"run": run, "method": "adapter", "seed": None, "sample": 0, "y": 0.0, "x": x}
+        | {"loss": base + 0.5 * x**2}
+        for run, base in (("one", 3.0), ("two", 5.0))
+        for x in (-1.0, 0.0, 1.0)
+    ]
+    origin = Trained(tmp_path, "one", "adapter")
+    ticks = {}
+    for rise in (False, True):
+        draw(rows, LandscapeConfig(output=path, points=3, rise=rise), origin)
+        ticks[rise] = path.read_text()
+    assert ">rise of the training loss (nats)<" in ticks[True]
+    assert ">5.0<" in ticks[False] and ">5.0<" not in ticks[True]

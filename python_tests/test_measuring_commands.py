@@ -165,6 +165,7 @@ WRONG = {
     "figure": (["landscape", "{folder}/run", "--output", "a.gif"], ["a.gif", ".png"]),
     "points": (["landscape", "{folder}/run", "--points", "2"], ["--points"]),
     "extent": (["landscape", "{folder}/run", "--extent", "0"], ["--extent"]),
+    "rise": (["landscape", "{folder}/run", "--rise", "--points", "4"], ["--rise"]),
     "line": (["landscape", "{folder}/run/lora", "--directions", "line"], ["two"]),
     "plane": (
         ["landscape", "{folder}/run", "--directions", "line", "--dimensions", "2"],

@@ -243,7 +243,7 @@ def test_random_noise_rises_by_the_trace():
     model = trained_mlp()
     W, loss = merged(model)
     trace = float(torch.autograd.functional.hessian(loss, W).trace())
-    rho = 0.3
+    rho = 0.01  # small enough for the slope to drown the curvature, but for opposite pairs
     found = average_case(model, loss_of, DATA, rho, samples=100, norm_scope="global", seed=5)
     expected = rho**2 * trace / (2 * W.numel())
     assert abs(found.mean - expected) < 4 * found.standard_error + 0.02 * abs(expected)
