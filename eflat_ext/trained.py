@@ -172,25 +172,27 @@ def make_batches(
 def _find(place: Path) -> list[Trained]:
     if not place.is_dir():
         raise InputError(f"{place} is no folder")
-    for folder, pattern in ((place, "*/seed-*"), (place.parent, None), (place.parent.parent, None)):
-        if not (folder / "config.yaml").is_file():
-            continue
-        inside = "seed-*" if folder == place.parent else ""
-        runs = sorted(place.glob(pattern or inside)) if (pattern or inside) else [place]
-        config = _read_config(folder / "config.yaml")
-        order = {method: k for k, method in enumerate(config.method)}
-        trained = [
-            Trained(
-                run,
-                f"{run.parent.name}, {run.name.replace('-', ' ')}",
-                run.parent.name,
-                int(run.name.removeprefix("seed-")),
-                config,
-            )
-            for run in runs
-            if (run / "metrics.json").is_file()
-        ]
-        if trained:
+    place = place.resolve()  # "." has parents, too
+    for folder, pattern in (
+        (place, "*/seed-*"),
+        (place.parent, "seed-*"),
+        (place.parent.parent, ""),
+    ):
+        runs = place.glob(pattern) if pattern else [place]
+        runs = [run for run in runs if (run / "metrics.json").is_file()]
+        if runs and (folder / "config.yaml").is_file():
+            config = _read_config(folder / "config.yaml")
+            trained = [
+                Trained(
+                    run,
+                    f"{run.parent.name}, {run.name.replace('-', ' ')}",
+                    run.parent.name,
+                    int(run.name.removeprefix("seed-")),
+                    config,
+                )
+                for run in runs
+            ]
+            order = {method: k for k, method in enumerate(config.method)}
             return sorted(trained, key=lambda t: (order.get(cast(Method, t.method), 99), t.seed))
     if (place / "adapter_config.json").is_file():
         return [Trained(place, place.name, "adapter")]
