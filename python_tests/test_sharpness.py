@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import math
+import sys
 
 import lora_layers
 import pytest
@@ -519,3 +520,9 @@ def test_quantised_bases(kind):
     expected = worst_case(twin, loss_of, data, 0.5, radius="filter")
     assert found == pytest.approx(expected, rel=0.05)
     assert expected > 0.01
+
+
+def test_the_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hessian_eigenthings", None)
+    with pytest.raises(ImportError, match=r"eflat_ext\[sharpness\]"):
+        hessian(lora_mlp(), loss_of, DATA)
