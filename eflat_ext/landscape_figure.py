@@ -254,7 +254,8 @@ def _curves(
     axes.set_ylabel(_loss(config))
     axes.margins(x=0)
     axes.grid(linewidth=0.4, alpha=0.4)
-    title = None
+    several = len({(row["run"], row["sample"]) for row in rows}) > len(methods)
+    title = "mean and range" if several else None
     if config.directions == "line":
         title = f"from {TITLES.get(origin.method, origin.name)} to"  # type: ignore[call-overload]
         for x in (0.0, 1.0):
