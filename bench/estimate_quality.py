@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             print_table([", ".join(keys), *COLUMNS], lines)
 
     for row in rows:
-        row["kind"] = ".".join(row["layer"].split(".")[3:])
+        row["kind"] = re.sub(r"^encoder\.layer\.\d+\.", "", row["layer"])
     for layers in LAYERS:
         part(f"adapters on {layers}", ("method", "step"), adapted=layers, cutoff="default")
     last = {"adapted": LAYERS[-1], "method": "lora"}
