@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +129,9 @@ def load(trained: Trained, config: MeasureConfig) -> Loaded:
         InputError: something in ``config`` or the folder cannot be used; the message names it.
     """
     config.check()
-    loaded = _load_run(trained, config) if trained.config else _load_adapter(trained, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded = _load_run(trained, config) if trained.config else _load_adapter(trained, config)
     loaded.model.eval()
     return loaded
 
