@@ -1,19 +1,17 @@
 """Sharpness against brute force: models small enough to hold the Hessian and to search the ball."""
 
 import copy
-import importlib.util
 import math
-import sys
 
 import lora_layers
 import pytest
 import torch
-from models import assert_same_bits, batches, lora_bert, lora_gpt2, lora_mlp, loss_of, weights
+from models import assert_same_bits, lora_bert, lora_gpt2, lora_mlp, loss_of, weights
+from sharpness_case import DATA, flat, gradient_of, merged, trained_mlp
 from torch import nn
-from torch.func import functional_call
 
 from eflat_ext import reference
-from eflat_ext.estimate import ESTIMATES, estimate_quality, mean_over_layers
+from eflat_ext.estimate import estimate_quality
 from eflat_ext.full_space import (
     adapted_layers,
     gradients,
@@ -22,56 +20,6 @@ from eflat_ext.full_space import (
 )
 from eflat_ext.hessian import hessian
 from eflat_ext.sharpness import average_case, transferred_direction, worst_case
-
-DATA = batches(2)
-needs_library = pytest.mark.skipif(
-    importlib.util.find_spec("hessian_eigenthings") is None, reason="hessian-eigenthings is absent"
-)
-
-
-def trained_mlp(seed=0, dtype=torch.float64):
-    """A small model some way down its loss, so that the Hessian has positive and negative parts."""
-    model = lora_mlp(seed=seed, dtype=dtype)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    for _ in range(15):
-        optimizer.zero_grad()
-        sum(loss_of(model, (x.to(dtype), y)) for x, y in DATA).backward()
-        optimizer.step()
-    model.zero_grad()
-    return model
-
-
-def merged(model):
-    """The same function without LoRA, and the loss as a function of all adapted weights in a row.
-
-    Written with PEFT's merge, so that it shares nothing with the code under test.
-    """
-    plain = copy.deepcopy(model).merge_and_unload().eval()
-    names = ["up.weight", "down.weight"]
-    start = {name: p.detach() for name, p in plain.named_parameters()}
-    W = torch.cat([start[name].flatten() for name in names])
-
-    def loss(flat):
-        pieces = flat.split([start[name].numel() for name in names])
-        own = {n: w.view_as(start[n]) for n, w in zip(names, pieces, strict=True)}
-        return torch.stack(
-            [
-                nn.functional.cross_entropy(functional_call(plain, start | own, (x,)), y)
-                for x, y in DATA
-            ]
-        ).mean()
-
-    return W, loss
-
-
-def flat(tensors):
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def gradient_of(model):
-    layers = adapted_layers(model)
-    return layers, gradients(model, loss_of, DATA, layers)[0]
-
 
 # --- gradients and shifts ----------------------------------------------------------------
 
@@ -304,134 +252,6 @@ def test_a_model_without_lora_by_names():
     assert worst_case(model, loss_of, DATA, 0.1, layers=["up"]) < whole
 
 
-# --- the Hessian -------------------------------------------------------------------------
-
-
-@needs_library
-@pytest.mark.parametrize("product", ["exact", "finite-difference"])
-@pytest.mark.parametrize("space", ["full", "lora"])
-def test_eigenvalues_and_trace_against_the_dense_hessian(space, product):
-    model = trained_mlp()
-    if space == "full":
-        W, loss = merged(model)
-    else:
-        pairs = [layer.pairs[0] for layer in adapted_layers(model)]
-        names = {id(p): name for name, p in model.named_parameters()}
-        factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
-        W = flat(factors).detach()
-
-        def loss(W):
-            pieces = W.split([p.numel() for p in factors])
-            own = {names[id(p)]: w.view_as(p) for p, w in zip(factors, pieces, strict=True)}
-            return sum(
-                nn.functional.cross_entropy(functional_call(model, own, (x,)), y) for x, y in DATA
-            ) / len(DATA)
-
-    H = torch.autograd.functional.hessian(loss, W)
-    values = torch.linalg.eigvalsh(H)
-    before = weights(model)
-    found = hessian(
-        model,
-        loss_of,
-        DATA,
-        space=space,
-        eigenvalues=2,
-        iterations=60,
-        trace_products=90,
-        product=product,
-        seed=1,
-    )
-    assert_same_bits(weights(model), before)
-    assert found.size == W.numel()
-    assert found.eigenvalues == pytest.approx(values.flip(0)[:2].tolist(), rel=1e-5)
-    assert abs(found.trace - float(H.trace())) < 5 * found.trace_standard_error
-    assert found.trace_standard_error < 0.2 * float(values.abs().sum())
-    for value, vector in zip(found.eigenvalues, found.vectors, strict=True):
-        torch.testing.assert_close(H @ vector, value * vector, rtol=1e-3, atol=1e-4)
-
-
-@needs_library
-def test_eigenvalues_of_a_model_with_fused_attention():
-    """In float32, where the finite difference has to live with rounding."""
-    model = lora_bert()
-    tokens = torch.randint(1, 40, (8, 9))
-
-    def loss_fn(model, tokens):
-        return nn.functional.cross_entropy(model(tokens).logits, tokens[:, 0] % 3)
-
-    options = {"eigenvalues": 1, "trace_products": 0, "iterations": 20}
-    exact = hessian(model, loss_fn, [tokens], **options)
-    difference = hessian(model, loss_fn, [tokens], product="finite-difference", **options)
-    assert exact.eigenvalues[0] > 0
-    assert difference.eigenvalues == pytest.approx(exact.eigenvalues, rel=0.02)
-    assert math.isnan(exact.trace)
-
-
-@needs_library
-def test_the_hessian_against_curvlinops():
-    curvlinops = pytest.importorskip("curvlinops")
-    from scipy.sparse.linalg import eigsh
-
-    model = trained_mlp()
-    plain = copy.deepcopy(model).merge_and_unload().eval()
-    parameters = [plain.up.weight, plain.down.weight]
-    for p in plain.parameters():
-        p.requires_grad_(any(p is q for q in parameters))
-    operator = curvlinops.HessianLinearOperator(
-        plain, nn.CrossEntropyLoss(), parameters, DATA, check_deterministic=False
-    )
-    expected = eigsh(operator.to_scipy(), k=2, which="LA")[0][::-1]
-    options = {"eigenvalues": 2, "iterations": 60, "trace_products": 150}
-    found = hessian(model, loss_of, DATA, **options)
-    assert found.eigenvalues == pytest.approx(expected.tolist(), rel=1e-5)
-    trace = float(curvlinops.hutchpp_trace(operator, num_matvecs=150))
-    assert found.trace == pytest.approx(trace, abs=8 * found.trace_standard_error)
-
-
-# --- the estimate ------------------------------------------------------------------------
-
-
-def test_estimates_are_the_papers():
-    model = trained_mlp()
-    layers, gradient = gradient_of(model)
-    rows = estimate_quality(model, loss_of, DATA, rtols=[None, 0.3])
-    assert [row.estimate for row in rows[:6]] == list(ESTIMATES)
-    assert len(rows) == 2 * 2 * 6 and len(mean_over_layers(rows)) == 12
-    for layer in layers:
-        pair, G = layer.pairs[0], gradient[layer.name]
-        A, B, s = pair.A.detach(), pair.B.detach(), pair.scaling
-        for rtol in (reference.default_rtol(A, B), 0.3):
-            pinv_A, pinv_B = (torch.linalg.pinv(x, rtol=rtol) for x in (A, B))
-            P_A, P_B = pinv_A @ A, B @ pinv_B
-            mean = reference.full_space_gradient(A, B, s * B.T @ G, s * G @ A.T, s, rtol)
-            unit = mean / mean.norm()
-            expected = {
-                "term A": G @ P_A,
-                "term B": P_B @ G,
-                "mean": mean,
-                "tangent": G @ P_A + P_B @ G - P_B @ G @ P_A,
-                "onto B": unit @ P_A,
-                "onto A": P_B @ unit,
-            }
-            own = {r.estimate: r for r in rows if r.layer == layer.name and r.rtol == rtol}
-            for name, X in expected.items():
-                norm = float(X.norm()) / (1 if name.startswith("onto") else float(G.norm()))
-                cosine = float((X * G).sum() / X.norm() / G.norm())
-                assert own[name].norm_ratio == pytest.approx(norm, rel=1e-6), name
-                assert own[name].cosine == pytest.approx(cosine, rel=1e-6), name
-            share = torch.linalg.svdvals(G)[0] ** 2 / G.norm() ** 2
-            assert own["mean"].top_share == pytest.approx(float(share), rel=1e-9)
-
-
-def test_at_its_start_lora_knows_the_row_space_alone():
-    rows = estimate_quality(lora_mlp(), loss_of, DATA)
-    own = {row.estimate: row for row in rows if row.layer == "up"}
-    assert own["term B"].cosine == 0 and own["term B"].norm_ratio == 0
-    assert own["onto A"].norm_ratio == 0
-    assert own["onto B"].norm_ratio == pytest.approx(1)
-    assert own["mean"].norm_ratio == pytest.approx(own["term A"].norm_ratio / 2)
-
-
 # --- what goes wrong ---------------------------------------------------------------------
 
 WRONG = [
@@ -520,9 +340,3 @@ def test_quantised_bases(kind):
     expected = worst_case(twin, loss_of, data, 0.5, radius="filter")
     assert found == pytest.approx(expected, rel=0.05)
     assert expected > 0.01
-
-
-def test_the_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "hessian_eigenthings", None)
-    with pytest.raises(ImportError, match=r"eflat_ext\[sharpness\]"):
-        hessian(lora_mlp(), loss_of, DATA)
