@@ -15,6 +15,8 @@ except ModuleNotFoundError as missing:
 
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
+from eflat_ext.landscape_figure import LandscapeConfig
+from eflat_ext.measure import SharpnessConfig
 
 
 def _version() -> str:
@@ -60,6 +62,49 @@ def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = N
     from eflat_ext.finetune import run
 
     run(settings or FinetuneConfig())
+
+
+@app.command
+def sharpness(
+    where: list[Path],
+    /,
+    *,
+    settings: Annotated[SharpnessConfig, Parameter(name="*")] | None = None,
+) -> None:
+    """Measure how sharp the minima are that a fine-tune has found.
+
+    The rise of the loss in the full space of the adapted layers: at the worst point of a radius
+    (to first order, along the true gradient of the whole weights), at the point that EFlat-LoRA's
+    transfer onto B finds, and at random points.
+
+    Args:
+        where: run folders of eflat finetune, single METHOD/seed-N folders of them, or folders with
+            a PEFT adapter (these need --data).
+    """
+    from eflat_ext.measure import run
+
+    run(where, settings or SharpnessConfig())
+
+
+@app.command
+def landscape(
+    where: list[Path],
+    /,
+    *,
+    settings: Annotated[LandscapeConfig, Parameter(name="*")] | None = None,
+) -> None:
+    """Draw slices of the loss around what a fine-tune has found, several methods on one scale.
+
+    In the full space of the adapted layers, along random directions, eigenvectors of the Hessian,
+    or the line between adapters. Writes a figure and its numbers as CSV.
+
+    Args:
+        where: run folders of eflat finetune, single METHOD/seed-N folders of them, or folders with
+            a PEFT adapter (these need --data).
+    """
+    from eflat_ext.landscape_figure import run
+
+    run(where, settings or LandscapeConfig())
 
 
 @app.meta.default

@@ -146,31 +146,39 @@ def mean_loss(
     return float(torch.stack(losses).mean())
 
 
-def full_space_gradient(
+def gradients(
     model: nn.Module,
     loss_fn: LossFn,
     batches: Sequence[Any],
-    layers: Sequence[Layer],
+    layers: Sequence[Layer] = (),
+    pairs: Sequence[LoraPair] = (),
     *,
     memory: int = MEMORY,
     store: torch.device | str = "cpu",
     on_pass: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Tensor]:
-    """The gradient of the mean loss by every layer's whole weight, by name, each (n, m).
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Gradients of the mean loss by whole weights and by factors; ``.grad`` is left alone.
 
     As many layers at a time as ``memory`` allows, at least one; each group of them costs a pass
-    over the batches. The result, 4 bytes for each weight of the layers, lies in ``store``.
+    over the batches.
 
     Args:
         model, loss_fn, batches: as for :func:`mean_loss`.
         layers: from :func:`adapted_layers`.
+        pairs: whose factors' gradients are wanted, frozen ones too; they come with the first pass.
         memory: bytes on the model's device for shifts and gradients.
-        store: the device that keeps the result.
+        store: the device that keeps the whole weights' gradients, 4 bytes for each weight.
         on_pass: called after every pass with the number of passes done and their total.
+
+    Returns:
+        The (n, m) gradient of every layer's weight by its name, and ``(G_A, G_B)`` of shape (r, m)
+        and (n, r) for every pair.
     """
     check_batches(batches)
-    groups = _groups(layers, memory)
-    total: dict[str, Tensor] = {}
+    factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
+    groups = _groups(layers, memory) or [[]]
+    whole: dict[str, Tensor] = {}
+    of_factors: list[Tensor] = []
     for index, group in enumerate(groups):
         zeros = {
             layer.name: torch.zeros(
@@ -178,39 +186,28 @@ def full_space_gradient(
             )
             for layer in group
         }
+        wanted = [*zeros.values(), *(factors if index == 0 else [])]
         sums = [
             torch.zeros_like(zero, device=store, requires_grad=False) for zero in zeros.values()
         ]
-        with torch.enable_grad(), evaluating(model), shifted(group, _constant(zeros)):
+        sums += [torch.zeros_like(p, requires_grad=False) for p in wanted[len(zeros) :]]
+        shifts = {name: partial(_identity, zero) for name, zero in zeros.items()}
+        with (
+            torch.enable_grad(),
+            evaluating(model),
+            requiring_gradients(wanted),
+            shifted(group, shifts),
+        ):
             for batch in batches:
-                loss = loss_fn(model, batch)
-                parts = torch.autograd.grad(loss, list(zeros.values()), allow_unused=True)
-                for one, part in zip(sums, parts, strict=True):
+                parts = torch.autograd.grad(loss_fn(model, batch), wanted, allow_unused=True)
+                for total, part in zip(sums, parts, strict=True):
                     if part is not None:
-                        one.add_(part.to(store), alpha=1 / len(batches))
-        total |= dict(zip(zeros, sums, strict=True))
+                        total.add_(part.to(total.device), alpha=1 / len(batches))
+        whole |= dict(zip(zeros, sums, strict=False))
+        of_factors += sums[len(zeros) :]
         on_pass(index + 1, len(groups))
-    return total
-
-
-def factor_gradients(
-    model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], pairs: Sequence[LoraPair]
-) -> list[tuple[Tensor, Tensor]]:
-    """``(G_A, G_B)`` of the mean loss for each pair, (r, m) and (n, r), frozen factors included.
-
-    ``.grad`` of the parameters is left alone.
-    """
-    check_batches(batches)
-    parameters = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
-    sums = [torch.zeros_like(p, requires_grad=False) for p in parameters]
-    with torch.enable_grad(), evaluating(model), requiring_gradients(parameters):
-        for batch in batches:
-            parts = torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
-            for one, part in zip(sums, parts, strict=True):
-                if part is not None:
-                    one.add_(part, alpha=1 / len(batches))
-    both = zip(pairs, sums[::2], sums[1::2], strict=True)
-    return [
+    both = zip(pairs, of_factors[::2], of_factors[1::2], strict=True)
+    return whole, [
         (pair.part("A", grad_A).flatten(1), pair.part("B", grad_B).flatten(1))
         for pair, grad_A, grad_B in both
     ]
@@ -249,13 +246,18 @@ def shifted(layers: Sequence[Layer], shifts: Mapping[str, Shift]) -> Iterator[No
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within, the model is in eval mode; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
+    training = {module: module.training for module in model.modules()}
     model.eval()
+    for module in training:
+        # In eval mode on a CPU bitsandbytes lays the weights out anew, for good, and rounds their
+        # scales; nothing else of these layers depends on their mode.
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in training.items():
+            module.training = mode
 
 
 @contextmanager
@@ -299,12 +301,17 @@ def _layer_of(name: str, pairs: list[LoraPair]) -> Layer:
 
 def _base_weight(layer: Layer) -> Tensor:
     module = layer.module
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return weight
+    if type(weight).__name__ == "Int8Params":  # PEFT's way leaves the layer without its scales
+        scale = weight.SCB if module.state.SCB is None else module.state.SCB
+        return weight.data.float() * (scale.view(-1, 1) / 127)
     from peft.utils.integrations import dequantize_module_weight
 
     try:
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise RuntimeError("bitsandbytes has packed it for the CPU in eval mode")
         return dequantize_module_weight(module)
     except Exception as error:  # each library has its own
         raise NotImplementedError(
@@ -315,10 +322,6 @@ def _base_weight(layer: Layer) -> Tensor:
 
 def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"  # of transformers: (in, out)
-
-
-def _constant(tensors: Mapping[str, Tensor]) -> dict[str, Shift]:
-    return {name: partial(_identity, tensor) for name, tensor in tensors.items()}
 
 
 def _identity(tensor: Tensor) -> Tensor:

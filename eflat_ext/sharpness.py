@@ -33,8 +33,7 @@ from .full_space import (
     LossFn,
     Shift,
     adapted_layers,
-    factor_gradients,
-    full_space_gradient,
+    gradients,
     mean_loss,
 )
 from .ops import foreach_perturb
@@ -86,7 +85,7 @@ def worst_case(
     check_options(rho, transfer or "B", norm_scope, rtol)
     found = adapted_layers(model, layers)
     if transfer is None:
-        gradient = full_space_gradient(model, loss_fn, batches, found, memory=memory)
+        gradient, _ = gradients(model, loss_fn, batches, found, memory=memory)
         unit = worst_direction(found, gradient, norm_scope=norm_scope, radius=radius)
     else:
         unit = transferred_direction(
@@ -159,7 +158,7 @@ def worst_direction(
     """The shifts of radius 1 that raise the loss most, given the gradient of every layer's weight.
 
     Args:
-        layers: from :func:`adapted_layers`. gradient: from :func:`full_space_gradient`.
+        layers: from :func:`adapted_layers`. gradient: from :func:`gradients`.
         norm_scope, radius: see the module.
     """
     return _of_unit_radius(layers, gradient, _scales(layers, radius), norm_scope, radius, power=2)
@@ -185,10 +184,10 @@ def transferred_direction(
     if not all(layer.pairs for layer in layers):
         raise ValueError("model: expected LoRA layers, a transfer needs their factors")
     pairs = [pair for layer in layers for pair in layer.pairs]
-    gradients = factor_gradients(model, loss_fn, batches, pairs)
+    _, of_factors = gradients(model, loss_fn, batches, pairs=pairs)
     A, B = [pair.A.detach() for pair in pairs], [pair.B.detach() for pair in pairs]
-    grad_A = [a.to(pair.A) for (a, _), pair in zip(gradients, pairs, strict=True)]
-    grad_B = [b.to(pair.B) for (_, b), pair in zip(gradients, pairs, strict=True)]
+    grad_A = [a.to(pair.A) for (a, _), pair in zip(of_factors, pairs, strict=True)]
+    grad_B = [b.to(pair.B) for (_, b), pair in zip(of_factors, pairs, strict=True)]
     scaling = [pair.scaling for pair in pairs]
     E, norms = foreach_perturb(A, B, grad_A, grad_B, scaling, 1.0, onto, "layer", rtol)
     scales = _scales(layers, radius)

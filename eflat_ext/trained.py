@@ -1,0 +1,320 @@
+"""What a fine-tune left behind: finding it, loading it, and batches to measure its loss on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from eflat_ext import loading
+from eflat_ext.config import FinetuneConfig, Method
+from eflat_ext.data import InputError, Part, read, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(kw_only=True)
+class MeasureConfig:
+    """On what a loss is measured."""
+
+    part: Literal["train", "validation", "test"] = "train"
+    """Part of a run's data. An adapter of its own has none: --data is taken from its start."""
+    examples: int = 256
+    """Number of texts, or all if there are fewer."""
+    batch_size: int = 32
+    """Texts of a batch."""
+    data: str | None = None
+    """Data for an adapter that is not in a run folder, as for eflat finetune."""
+    text_column: str = "text"
+    """Column of the texts."""
+    label_column: str = "label"
+    """Column of the labels; a causal language model needs none."""
+    max_length: int = 128
+    """Tokens of a text; a run folder has its own."""
+    layers: list[str] | None = None
+    """Measure these layers only (the ends of their names); by default all with an adapter."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """Device as torch names it (cpu, cuda, cuda:1); auto takes the GPU if there is one."""
+
+    def check(self) -> None:
+        """Raise :class:`InputError` naming the first setting that is out of range."""
+        for name in ("examples", "batch_size", "max_length"):
+            if (value := getattr(self, name)) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
+        if self.layers == []:
+            raise InputError("--layers needs at least one name")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"the seed {self.seed} does not lie in 0 to 2^32 - 1")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One run of a comparison, or an adapter of its own.
+
+    Attributes:
+        folder: with the adapter, or the model of the method "full".
+        name: what a table calls it.
+        method, seed: of the run; "adapter" and None outside of a run folder.
+        config: the comparison's settings; None outside of a run folder.
+    """
+
+    folder: Path
+    name: str
+    method: str
+    seed: int | None = None
+    config: FinetuneConfig | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs and labels, and the batch's size over the mean size of all batches."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, the layers to look at (None: those with an adapter), and what its loss needs."""
+
+    model: nn.Module
+    layers: list[str] | None
+    batches: list[Batch]
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy (nats), weighted so that the mean over batches is that over all texts.
+
+    Of classes, or of the next token where the labels are tokens (-100: left out).
+    """
+    logits = model(**batch.inputs).logits.float()
+    labels = batch.labels
+    if labels.dim() == 2:
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return cross_entropy(logits, labels) * batch.weight
+
+
+def find(places: Iterable[Path]) -> list[Trained]:
+    """Everything trained that these folders hold.
+
+    Args:
+        places: run folders of ``eflat finetune`` (all methods and seeds in them), their
+            METHOD or METHOD/seed-N folders, or folders with a PEFT adapter.
+
+    Raises:
+        InputError: a folder is none of these.
+    """
+    found = [trained for place in places for trained in _find(Path(place))]
+    if not found:
+        raise InputError("nothing to measure: give a run folder or an adapter's folder")
+    if len({trained.name for trained in found}) < len(found):
+        found = [replace(trained, name=str(trained.folder)) for trained in found]
+    return found
+
+
+def load(trained: Trained, config: MeasureConfig) -> Loaded:
+    """The trained model in eval mode on its device, with batches of its data.
+
+    Raises:
+        InputError: something in ``config`` or the folder cannot be used; the message names it.
+    """
+    config.check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded = _load_run(trained, config) if trained.config else _load_adapter(trained, config)
+    loaded.model.eval()
+    return loaded
+
+
+def make_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[dict[str, list[int]]],
+    labels: Sequence[int] | None,
+    size: int,
+    device: torch.device,
+) -> list[Batch]:
+    """Batches of texts of similar length, for :func:`loss`.
+
+    Args:
+        tokenizer: to pad with.
+        inputs: the model's inputs for each text.
+        labels: their classes; None to predict the next token.
+        size: texts of a batch.
+        device: for the batches.
+    """
+    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]["input_ids"]))
+    chosen = [order[start : start + size] for start in range(0, len(order), size)]
+    batches, counts = [], []
+    for rows in chosen:
+        padded = tokenizer.pad([inputs[i] for i in rows], return_tensors="pt")
+        tensors = {name: cast(Tensor, tensor).to(device) for name, tensor in padded.items()}
+        if labels is None:
+            target = tensors["input_ids"].masked_fill(tensors["attention_mask"] == 0, -100)
+            counts.append(int((target[:, 1:] != -100).sum()))
+        else:
+            target = torch.tensor([labels[i] for i in rows], device=device)
+            counts.append(len(rows))
+        batches.append((tensors, target))
+    mean = sum(counts) / len(counts)
+    return [Batch(*batch, n / mean) for batch, n in zip(batches, counts, strict=True) if n]
+
+
+# --- inner parts -------------------------------------------------------------------------
+
+
+def _find(place: Path) -> list[Trained]:
+    if not place.is_dir():
+        raise InputError(f"{place} is no folder")
+    place = place.resolve()  # "." has parents, too
+    for folder, pattern in (
+        (place, "*/seed-*"),
+        (place.parent, "seed-*"),
+        (place.parent.parent, ""),
+    ):
+        runs = place.glob(pattern) if pattern else [place]
+        runs = [run for run in runs if (run / "metrics.json").is_file()]
+        if runs and (folder / "config.yaml").is_file():
+            config = _read_config(folder / "config.yaml")
+            trained = [
+                Trained(
+                    run,
+                    f"{run.parent.name}, {run.name.replace('-', ' ')}",
+                    run.parent.name,
+                    int(run.name.removeprefix("seed-")),
+                    config,
+                )
+                for run in runs
+            ]
+            order = {method: k for k, method in enumerate(config.method)}
+            return sorted(trained, key=lambda t: (order.get(cast(Method, t.method), 99), t.seed))
+    if (place / "adapter_config.json").is_file():
+        return [Trained(place, place.name, "adapter")]
+    raise InputError(f"{place} holds neither a run of eflat finetune nor a PEFT adapter")
+
+
+def _read_config(path: Path) -> FinetuneConfig:
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        config = FinetuneConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        config.check()
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {loading.first_line(error)}") from None
+    return config
+
+
+def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
+    from transformers import AutoModelForSequenceClassification
+
+    settings = cast(FinetuneConfig, trained.config)
+    settings.device = config.device
+    device = loading.find_device(settings)
+    test = settings.test_data and read(
+        settings.test_data, settings.text_column, settings.label_column
+    )
+    splits = split(
+        read(settings.data, settings.text_column, settings.label_column),
+        test or None,
+        train_size=settings.train_size,
+        validation_size=settings.validation_size,
+        test_size=settings.test_size,
+        seed=settings.data_seed,
+    )
+    part: Part = getattr(splits, config.part)
+    if not len(part):
+        raise InputError(f"--part names the {config.part} part of {trained.folder}, which is empty")
+    path = loading.find_model(settings.model)
+    tokenizer = loading.load_tokenizer(path, settings)
+    method = cast(Method, trained.method)
+    layers = config.layers
+    if method == "full":
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+            trained.folder, dtype=torch.float32
+        )
+        layers = layers or _layers_of_adapter(settings, path, splits.classes)
+    else:
+        base, _ = loading.load_model(
+            path, settings, splits.classes, int(tokenizer.pad_token_id), method
+        )
+        model = _with_adapter(base, trained.folder)
+    inputs = _encode(tokenizer, part.texts[: config.examples], settings.max_length)
+    labels = part.labels[: config.examples]
+    batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
+    return Loaded(model.to(device), layers, batches)
+
+
+def _layers_of_adapter(settings: FinetuneConfig, path: str, classes: list[str]) -> list[str]:
+    """The layers that the comparison's adapters sit on, to look at the same in a full fine-tune."""
+    from eflat_ext.full_space import adapted_layers
+
+    base, new = loading.load_model(path, settings, classes, 0, "lora")
+    return [layer.name for layer in adapted_layers(loading.add_adapter(settings, base, new))]
+
+
+def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
+    from peft import PeftConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if config.data is None:
+        raise InputError(f"{trained.folder} is no run of eflat finetune: give its --data")
+    try:
+        adapter = PeftConfig.from_pretrained(str(trained.folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot load {trained.folder}: {loading.first_line(error)}") from None
+    kind = str(getattr(adapter.task_type, "value", adapter.task_type))
+    if kind not in ("SEQ_CLS", "CAUSAL_LM"):
+        raise InputError(
+            f"{trained.folder} is an adapter for {kind}; the command takes SEQ_CLS and CAUSAL_LM, "
+            "the functions of eflat_ext.sharpness take every model"
+        )
+    causal = kind == "CAUSAL_LM"
+    path = str(adapter.base_model_name_or_path)
+    settings = FinetuneConfig(model=path, max_length=config.max_length, device=config.device)
+    device = loading.find_device(settings)
+    tokenizer = loading.load_tokenizer(path, settings)
+    table = read(
+        config.data, config.text_column, config.text_column if causal else config.label_column
+    )
+    if causal:
+        labels, options = None, {}
+    else:
+        names = split(table, validation_size=0, test_size=0).classes
+        labels = [names.index(label) for label in table.labels][: config.examples]
+        options = {"num_labels": len(names)}
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    try:
+        base = auto.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load the model {path}: {loading.first_line(error)}") from None
+    base.config.pad_token_id = tokenizer.pad_token_id
+    model = _with_adapter(base, trained.folder)
+    inputs = _encode(tokenizer, table.texts[: config.examples], config.max_length)
+    batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
+    return Loaded(model.to(device), config.layers, batches)
+
+
+def _with_adapter(base: Any, folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"cannot load {folder}: {loading.first_line(error)}") from None
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
+) -> list[dict[str, list[int]]]:
+    columns = tokenizer(texts, truncation=True, max_length=max_length)
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]

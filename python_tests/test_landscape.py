@@ -1,0 +1,151 @@
+"""Slices of the loss against the loss of a model whose weights were written, and the figure."""
+
+import copy
+import math
+
+import pytest
+import torch
+from models import assert_same_bits, batches, lora_mlp, loss_of, weights
+
+from eflat_ext.full_space import adapted_layers, mean_loss
+from eflat_ext.landscape import hessian_directions, line, random_direction, slice_1d, slice_2d
+from eflat_ext.landscape_figure import LandscapeConfig, draw
+from eflat_ext.trained import Trained
+
+DATA = batches(2)
+
+
+def random_model(seed, rank=4):
+    """A model with random factors and a head of its own, on the base weights of seed 0."""
+    model = lora_mlp(r=rank, lora_alpha=2 * rank)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "base_layer" not in name:
+                p.normal_(std=0.3)
+    return model
+
+
+def loss_at(model, shifts):
+    """The loss of a copy whose base weights have the shifts written into them."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, D in shifts.items():
+            getattr(moved.base_model.model, name).base_layer.weight.add_(D)
+    return mean_loss(moved, loss_of, DATA)
+
+
+def test_slices_are_losses_at_written_weights():
+    model = random_model(1)
+    layers = adapted_layers(model)
+    first, second = random_direction(layers, 3), random_direction(layers, 4)
+    before = weights(model)
+    xs, ys = [-0.7, 0.0, 0.4], [0.0, 0.6]
+    points = []
+    grid = slice_2d(
+        model, loss_of, DATA, (first, second), xs, ys, on_point=lambda: points.append(1)
+    )
+    for y, row in zip(ys, grid, strict=True):
+        for x, value in zip(xs, row, strict=True):
+            shifts = {name: x * first[name]() + y * second[name]() for name in first}
+            assert value == pytest.approx(loss_at(model, shifts), rel=1e-10)
+    assert len(points) == 6
+    assert slice_1d(model, loss_of, DATA, first, xs) == grid[0]
+    assert grid[0][1] == pytest.approx(mean_loss(model, loss_of, DATA), rel=1e-14)
+    assert_same_bits(weights(model), before)
+
+
+def test_random_directions_have_the_rows_norms_and_a_seed():
+    model = random_model(1)
+    layers = adapted_layers(model)
+    one, same, other = (random_direction(layers, seed) for seed in (5, 5, 6))
+    for layer in layers:
+        D = one[layer.name]()
+        torch.testing.assert_close(D.norm(dim=1), layer.weight().norm(dim=1))
+        assert torch.equal(D, same[layer.name]())
+        assert not torch.equal(D, other[layer.name]())
+
+
+def test_a_step_along_an_eigenvector_rises_by_its_eigenvalue():
+    hessian = pytest.importorskip("eflat_ext.hessian")
+    pytest.importorskip("hessian_eigenthings")
+    model = random_model(2)
+    first, second = hessian_directions(model, loss_of, DATA, 2)
+    inner = sum(float((first[name]() * second[name]()).sum()) for name in first)
+    norm = math.sqrt(sum(float(first[name]().square().sum()) for name in first))
+    assert norm == pytest.approx(1) and abs(inner) < 1e-6
+    x = 1e-2
+    low, middle, high = slice_1d(model, loss_of, DATA, first, [-x, 0.0, x])
+    options = {"eigenvalues": 2, "trace_products": 0}
+    value = hessian.hessian(model, loss_of, DATA, **options).eigenvalues[0]
+    assert (low + high - 2 * middle) / x**2 == pytest.approx(value, rel=1e-3)
+
+
+def test_a_line_joins_two_models_of_other_rank_and_head():
+    model, other = random_model(1), random_model(2, rank=3)
+    before, theirs = weights(model), weights(other)
+    ends = line(model, other, loss_of, DATA, [0.0, 1.0])
+    assert ends[0] == pytest.approx(mean_loss(model, loss_of, DATA), rel=1e-10)
+    assert ends[1] == pytest.approx(mean_loss(other, loss_of, DATA), rel=1e-10)
+    assert ends[0] != pytest.approx(ends[1], rel=1e-3)
+    assert_same_bits(weights(model), before)
+    assert_same_bits(weights(other), theirs)
+    # Half way, all that was trained is half way.
+    plain, goal = (copy.deepcopy(m).merge_and_unload() for m in (model, other))
+    with torch.no_grad():
+        for p, q in zip(plain.parameters(), goal.parameters(), strict=True):
+            p.lerp_(q, 0.5)
+    half = line(model, other, loss_of, DATA, [0.5])
+    assert half == pytest.approx([mean_loss(plain, loss_of, DATA)], rel=1e-10)
+
+
+def test_models_that_no_line_joins():
+    with pytest.raises(ValueError, match="same layers"):
+        line(lora_mlp(), lora_mlp(target_modules=["up"]), loss_of, DATA, [0.0])
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+@pytest.mark.parametrize("directions", ["random", "hessian", "line"])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_figures(tmp_path, directions, dimensions, suffix):
+    if (directions, dimensions) == ("line", 2):
+        pytest.skip("a line has one dimension")
+    path = tmp_path / f"figure.{suffix}"
+    config = LandscapeConfig(directions=directions, dimensions=dimensions, output=path)
+    xs = [-1.0, 0.0, 1.0]
+    rows = [
+        {"run": f"{method}, seed {seed}", "method": method, "seed": seed, "sample": 0}
+        | {"x": x, "y": y, "loss": seed + x**2 + y**2 if x < 1 else math.nan}
+        for method in ("eflat", "adapter")
+        for seed in (0, 1)
+        for y in (xs if dimensions == 2 else [0.0])
+        for x in xs
+    ]
+    origin = Trained(tmp_path, "lora, seed 0", "lora", 0)
+    draw(rows, config, origin)
+    assert path.stat().st_size > 5000
+    if suffix == "svg":
+        text = path.read_text()
+        assert "EFlat-LoRA" in text and "training loss (nats)" in text
+        if directions == "line":
+            assert "from LoRA to" in text
+        first = path.read_bytes()
+        draw(rows, config, origin)
+        assert path.read_bytes() == first
+
+
+def test_a_rise_starts_at_zero(tmp_path):
+    path = tmp_path / "figure.svg"
+    rows = [
+        {"run": run, "method": "adapter", "seed": None, "sample": 0, "y": 0.0, "x": x}
+        | {"loss": base + 0.5 * x**2}
+        for run, base in (("one", 3.0), ("two", 5.0))
+        for x in (-1.0, 0.0, 1.0)
+    ]
+    origin = Trained(tmp_path, "one", "adapter")
+    ticks = {}
+    for rise in (False, True):
+        draw(rows, LandscapeConfig(output=path, points=3, rise=rise), origin)
+        ticks[rise] = path.read_text()
+    assert ">rise of the training loss (nats)<" in ticks[True]
+    assert ">5.0<" in ticks[False] and ">5.0<" not in ticks[True]

@@ -1,0 +1,193 @@
+"""``eflat sharpness`` and ``eflat landscape``, on a small run and on an adapter of its own."""
+
+import csv
+import importlib.util
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from tiny_model import make_rows, save_tiny_model, write_csv
+
+from eflat_ext import cli, finetune, trained
+from eflat_ext.config import FinetuneConfig
+from eflat_ext.data import InputError
+from eflat_ext.trained import MeasureConfig
+
+SMALL = ["--examples", "40", "--batch-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a small model, data, and a run of three methods."""
+    folder = tmp_path_factory.mktemp("measure")
+    config = FinetuneConfig(
+        model=save_tiny_model(folder / "model"),
+        data=write_csv(folder / "data.csv", make_rows(300)),
+        method=["lora", "eflat", "full"],
+        max_length=32,
+        steps=10,
+        rank=4,
+        lr=5e-3,
+        device="cpu",
+        output_dir=folder / "run",
+    )
+    finetune.run(config)
+    return folder
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_loaded_run_is_what_was_trained(folder):
+    runs = trained.find([folder / "run"])
+    assert [run.name for run in runs] == ["lora, seed 0", "eflat, seed 0", "full, seed 0"]
+    for run in runs:
+        loaded = trained.load(run, MeasureConfig(part="test", examples=1000, device="cpu"))
+        with torch.no_grad():
+            values = [float(trained.loss(loaded.model, batch)) for batch in loaded.batches]
+        expected = json.loads((run.folder / "metrics.json").read_text())["loss"]
+        assert sum(values) / len(values) == pytest.approx(expected, rel=1e-5)
+        assert not loaded.model.training
+    (single,) = trained.find([folder / "run" / "eflat" / "seed-0"])
+    assert (single.method, single.seed) == ("eflat", 0)
+    assert [run.method for run in trained.find([folder / "run" / "full"])] == ["full"]
+    twice = trained.find([folder / "run" / "lora", folder / "run" / "lora"])
+    assert [run.name for run in twice] == [str(run.folder) for run in twice]
+
+
+def test_sharpness_of_a_run(folder, tmp_path, capsys):
+    output = tmp_path / "sharpness.json"
+    given = ["sharpness", str(folder / "run"), *SMALL, "--rho", "0.05", "0.5", "--samples", "2"]
+    assert cli.main([*given, "--estimate", "--output", str(output)]) == 0
+    screen = capsys.readouterr()
+    for word in ("worst case", "transfer", "random", "eflat, seed 0", "tangent", "12/12"):
+        assert word in screen.out + screen.err
+    content = json.loads(output.read_text())
+    assert content["settings"]["rho"] == [0.05, 0.5]
+    numbers = content["numbers"]
+    for method in ("lora", "eflat", "full"):
+        own = {(r["measure"], r["rho"]): r["value"] for r in numbers if r["method"] == method}
+        assert own["worst", 0.5] > own["worst", 0.05] > 0
+        assert ("onto B", 0.05) in own or method == "full"
+        if method != "full":
+            assert own["onto B", 0.05] < own["worst", 0.05]
+        assert own["random", 0.05] < own["worst", 0.05]
+        assert own["loss", None] > 0
+    assert {row["method"] for row in content["estimates"]} == {"lora", "eflat"}
+    assert all(abs(row["cosine"]) <= 1 for row in content["estimates"])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("hessian_eigenthings") is None, reason="hessian-eigenthings is absent"
+)
+def test_the_hessian_of_a_run_as_csv(folder, tmp_path):
+    output = tmp_path / "new" / "sharpness.csv"
+    given = ["sharpness", str(folder / "run" / "lora"), *SMALL, "--radius", "filter"]
+    given += ["--samples", "0", "--hessian", "lora", "--output", str(output)]
+    assert cli.main(given) == 0
+    own = {row["measure"]: row for row in read_csv(output)}
+    assert set(own) == {"loss", "worst", "eigenvalue, lora", "trace, lora"}
+    assert float(own["eigenvalue, lora"]["value"]) > 0
+    assert own["loss"]["rho"] == "" and own["loss"]["standard_error"] == ""
+
+
+def test_an_adapter_of_its_own(folder, tmp_path):
+    adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
+    output = tmp_path / "s.csv"
+    given = ["sharpness", str(adapter), *SMALL, "--samples", "0", "--output", str(output)]
+    assert cli.main([*given, "--data", str(folder / "data.csv"), "--max-length", "32"]) == 0
+    own = {row["measure"]: float(row["value"]) for row in read_csv(output)}
+    assert own["worst"] > own["onto B"] > 0
+
+
+def test_a_language_model(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    base = save_tiny_model(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(shape)
+    model.save_pretrained(tmp_path / "gpt")
+    tokenizer.save_pretrained(tmp_path / "gpt")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt")
+    lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    data = write_csv(tmp_path / "text.csv", make_rows(30))
+    (run,) = trained.find([tmp_path / "adapter"])
+    config = MeasureConfig(data=data, examples=9, batch_size=4, max_length=32, device="cpu")
+    loaded = trained.load(run, config)
+    assert len(loaded.batches) == 3
+    with torch.no_grad():
+        mean = sum(float(trained.loss(loaded.model, batch)) for batch in loaded.batches) / 3
+        total, count = 0.0, 0
+        for text, _ in make_rows(30)[:9]:
+            tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+            n = tokens.shape[1] - 1
+            total += n * float(loaded.model(tokens, labels=tokens).loss)
+            count += n
+    assert mean == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("directions", ["random", "line"])
+def test_curves_of_a_run(folder, tmp_path, directions):
+    output = tmp_path / "out" / "figure.svg"
+    runs = [str(folder / "run" / method) for method in ("lora", "eflat")]
+    given = ["landscape", *runs, *SMALL, "--directions", directions, "--points", "3"]
+    assert cli.main([*given, "--output", str(output)]) == 0
+    assert "EFlat-LoRA" in output.read_text()
+    rows = read_csv(output.with_suffix(".csv"))
+    assert {row["method"] for row in rows} == (
+        {"eflat"} if directions == "line" else {"lora", "eflat"}
+    )
+    assert all(math.isfinite(float(row["loss"])) for row in rows)
+    if directions == "line":
+        assert [float(row["x"]) for row in rows] == [-0.5, 0.5, 1.5]
+
+
+WRONG = {
+    "no folder": (["sharpness", "{folder}/missing"], ["missing"]),
+    "no run": (["sharpness", "{folder}/model"], ["model", "neither"]),
+    "no data": (["sharpness", "{adapter}"], ["--data"]),
+    "rho": (["sharpness", "{folder}/run", "--rho", "-1"], ["--rho", "-1"]),
+    "radius": (["sharpness", "{folder}/run", "--radius", "row"], ["row"]),
+    "samples": (["sharpness", "{folder}/run", "--samples", "1"], ["--samples"]),
+    "rtol": (["sharpness", "{folder}/run", "--rtol", "2"], ["--rtol"]),
+    "layers": (["sharpness", "{folder}/run", "--layers", "qurey"], ["qurey"]),
+    "output": (["sharpness", "{folder}/run", "--output", "a.txt"], ["a.txt", ".csv"]),
+    "examples": (["sharpness", "{folder}/run", "--examples", "0"], ["--examples"]),
+    "device": (["sharpness", "{folder}/run", "--device", "abacus"], ["abacus"]),
+    "figure": (["landscape", "{folder}/run", "--output", "a.gif"], ["a.gif", ".png"]),
+    "points": (["landscape", "{folder}/run", "--points", "2"], ["--points"]),
+    "extent": (["landscape", "{folder}/run", "--extent", "0"], ["--extent"]),
+    "rise": (["landscape", "{folder}/run", "--rise", "--points", "4"], ["--rise"]),
+    "line": (["landscape", "{folder}/run/lora", "--directions", "line"], ["two"]),
+    "plane": (
+        ["landscape", "{folder}/run", "--directions", "line", "--dimensions", "2"],
+        ["--dimensions"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_sentence_that_names_it(folder, tmp_path, capsys, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
+    given, words = WRONG[case]
+    assert cli.main([text.format(folder=folder, adapter=adapter) for text in given]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eflat: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_a_damaged_run_is_named(folder, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    (run / "config.yaml").write_text("method: [lora]\nrnak: 3\n")
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        trained.find([run])
