@@ -61,13 +61,15 @@ class BoundedAverages(Addition):
 
     def __call__(self, targets: list[Tensor]) -> None:
         averages = self.on_devices_of(targets)
-        # A layer scaled by zero has no full-space norm, and adds nothing to the model either.
+        # A layer scaled by zero has no full-space norm, and adds nothing to the model either; a
+        # deleted adapter has no factors any more.
         rows = [(p, i) for p, i in zip(self._pairs, self._target_of, strict=True) if p.scaling != 0]
         if not rows:
             return
-        sharding = Sharding.of(self._pairs)
+        pairs, target_of = map(list, zip(*rows, strict=True))
+        sharding = Sharding.of(pairs)
         if sharding is not None:
-            self._add_shards(sharding, targets, averages, *map(list, zip(*rows, strict=True)))
+            self._add_shards(sharding, targets, averages, pairs, target_of)
             return
         chosen = [pair.part("A", averages[i]) for pair, i in rows]
         factors = torch.ops.eflat_ext.bound(

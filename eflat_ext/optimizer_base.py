@@ -252,10 +252,9 @@ class PerturbingOptimizer(Optimizer):
             RuntimeError: the base optimizer has other parameters than the model.
         """
         check_own_parameters(self.base, self._weights.targets())
-        sharding = Sharding.of(self.pairs)
-        if sharding is None:
-            return None
-        return sharding, [i for i, pair in enumerate(self.pairs) if pair.scaling != 0]
+        indices = [i for i, pair in enumerate(self.pairs) if pair.scaling != 0]
+        sharding = Sharding.of([self.pairs[i] for i in indices])
+        return None if sharding is None else (sharding, indices)
 
     def _has_gradients(self) -> bool:
         """Whether any pair with a scaling has a gradient."""

@@ -224,7 +224,13 @@ def test_ctrl_c_ends_cleanly_and_keeps_what_is_done(tiny, tmp_path):
     given = options("--steps", 1_000_000, "--output-dir", tmp_path / "run")
     command = [sys.executable, "-m", "eflat_ext.cli", "finetune", *given]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell runs in the background hand on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "config.yaml").exists():
