@@ -225,8 +225,7 @@ def subclass(rng: random.Random, t: Tensor) -> Tensor:
 
 
 def negated(rng: random.Random, t: Tensor) -> Tensor:
-    if t.dtype == torch.bool:
-        return t
+    t.neg()  # or torch cannot
     return torch._neg_view(t.clone())
 
 
