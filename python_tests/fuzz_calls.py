@@ -253,12 +253,12 @@ def change_all(rng: random.Random, call: Call) -> None:
     names = sorted(call.arguments)
     call.changes.append(f"whole call, kind {kind}")
     if kind == 0:
-        every_tensor(call, lambda t: t.to("meta"))
         call.unsure = True  # the fake kernels may leave some checks to the real ones
+        every_tensor(call, lambda t: t.to("meta"))
     elif kind == 1:
         mode = change.FakeTensorMode()
-        every_tensor(call, mode.from_tensor)
         call.unsure = True
+        every_tensor(call, mode.from_tensor)
     elif kind == 2:
         dtype = rng.choice(change.DTYPES)
         every_tensor(call, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() else t)
