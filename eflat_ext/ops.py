@@ -351,12 +351,9 @@ def _refuse_lazy_values(operator, key):
     _library.impl(operator, kernel, key)
 
 
-for _operator in (
-    torch.ops.eflat.foreach_perturb_ema_.default,
-    torch.ops.eflat.foreach_adamw_step_.default,
-):
-    for _key in ("Conjugate", "Negative"):
-        _refuse_lazy_values(_operator, _key)
+for _key in ("Conjugate", "Negative"):
+    _refuse_lazy_values(torch.ops.eflat.foreach_perturb_ema_.default, _key)
+    _refuse_lazy_values(torch.ops.eflat.foreach_adamw_step_.default, _key)
 
 
 def _check_no_gradient(operator, written):
