@@ -13,11 +13,13 @@ import re
 import shutil
 import time
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
 from fuzz_cli import describe, digest, make_arguments, make_files, state_of
 from huggingface_hub import constants
+from peft import PeftModel
 
 from eflat_ext import cli, finetune, report
 
@@ -37,6 +39,9 @@ def folder(tmp_path, monkeypatch):
     # A name that is no file may be one of the hub's; no network is asked here.
     monkeypatch.setattr(data, "_read_hub", no_hub)
     monkeypatch.setattr(report, "plot_losses", lambda path, results: path.write_bytes(b""))
+    # Each of these takes as long as all the rest of a call.
+    monkeypatch.setattr(report, "versions", cache(report.versions))
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
     inside = tmp_path / "inside"
     inside.mkdir()
     monkeypatch.chdir(inside)
