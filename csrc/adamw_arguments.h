@@ -75,9 +75,9 @@ class AdamWSteps {
     a.weight_decay = number("weight_decay", lists.weight_decay, i, -INFINITY, INFINITY);
     const Tensor& step = lists.step[i];
     const std::string name = argument("step", i);
-    STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float && step.dim() == 0, name,
-                    " must be a float32 tensor without dimensions, got ",
-                    dtype_name(step.scalar_type()), " of shape ", shape_of(step));
+    STD_TORCH_CHECK(type_of(step) == ScalarType::Float && step.dim() == 0, name,
+                    " must be a float32 tensor without dimensions, got ", dtype_name(type_of(step)),
+                    " of shape ", shape_of(step));
     float* at = counters_[i] = static_cast<float*>(written(step, name));
     if (on_device_ && step.device() == factor.device()) {
       a.step = at;

@@ -21,6 +21,13 @@ namespace eflat {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Of any tensor: Tensor::scalar_type knows no quantized types, nor those of a few bits, nor None's.
+inline ScalarType type_of(const Tensor& t) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  return static_cast<ScalarType>(type);
+}
+
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
     case ScalarType::Double:
@@ -52,7 +59,7 @@ inline std::string argument(const char* name, int64_t index) {
 }
 
 inline DType checked_dtype(const Tensor& t, const std::string& name) {
-  switch (t.scalar_type()) {
+  switch (type_of(t)) {
     case ScalarType::Double:
       return DType::f64;
     case ScalarType::Float:
@@ -63,13 +70,13 @@ inline DType checked_dtype(const Tensor& t, const std::string& name) {
       return DType::f16;
     default:
       STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16, got ",
-                      dtype_name(t.scalar_type()));
+                      dtype_name(type_of(t)));
   }
 }
 
 // Of norms and factors, which are float64 or float32.
 inline DType dtype_of(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
+  return type_of(t) == ScalarType::Double ? DType::f64 : DType::f32;
 }
 
 inline void check_like(const Tensor& t, const std::string& name, const Tensor& like,
@@ -82,9 +89,8 @@ inline void check_like(const Tensor& t, const std::string& name, const Tensor& l
 
 inline void check_dtype_and_device(const Tensor& t, const std::string& name, const Tensor& like,
                                    const std::string& like_name) {
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ",
-                  like_name, ", ", dtype_name(like.scalar_type()), ", got ",
-                  dtype_name(t.scalar_type()));
+  STD_TORCH_CHECK(type_of(t) == type_of(like), name, " must have the dtype of ", like_name, ", ",
+                  dtype_name(type_of(like)), ", got ", dtype_name(type_of(t)));
   STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of ", like_name);
 }
 
@@ -208,9 +214,10 @@ struct Arguments {
                       const std::vector<Tensor>& ema, const Tensor& skipped,
                       const std::vector<double>& scaling, double beta, std::optional<double> rtol) {
     STD_TORCH_CHECK(beta >= 0 && beta <= 1, "beta must be in [0, 1], got ", beta);
-    STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.dim() == 0,
+    STD_TORCH_CHECK(skipped.defined(), "skipped must be a tensor, got None");
+    STD_TORCH_CHECK(type_of(skipped) == ScalarType::Long && skipped.dim() == 0,
                     "skipped must be an int64 tensor without dimensions, got ",
-                    dtype_name(skipped.scalar_type()), " of shape ", shape_of(skipped));
+                    dtype_name(type_of(skipped)), " of shape ", shape_of(skipped));
     check_length("ema", ema.size(), A.size());
     if (A.empty()) {
       check_lengths(A, B, grad_A, grad_B, scaling);
@@ -276,10 +283,9 @@ struct Arguments {
     check_like(ema, name, target, like);
     STD_TORCH_CHECK(ema.device() == target.device(), name, " must be on the device of ", like);
     const ScalarType expected =
-        target.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    STD_TORCH_CHECK(ema.scalar_type() == expected, name, " must be ", dtype_name(expected), " for ",
-                    dtype_name(target.scalar_type()), " factors, got ",
-                    dtype_name(ema.scalar_type()));
+        type_of(target) == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    STD_TORCH_CHECK(type_of(ema) == expected, name, " must be ", dtype_name(expected), " for ",
+                    dtype_name(type_of(target)), " factors, got ", dtype_name(type_of(ema)));
   }
 
   static void check_scaling(double scaling, int64_t index) {

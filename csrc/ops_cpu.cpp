@@ -22,7 +22,7 @@ void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
 }
 
 void write(const std::vector<double>& values, const Tensor& out) {
-  if (out.scalar_type() == ScalarType::Double) {
+  if (type_of(out) == ScalarType::Double) {
     std::copy(values.begin(), values.end(), static_cast<double*>(out.mutable_data_ptr()));
   } else {
     std::transform(values.begin(), values.end(), static_cast<float*>(out.mutable_data_ptr()),
@@ -51,54 +51,65 @@ struct Cpu {
 };
 
 // What is called where no kernel is registered for the device or layout of an argument: the others
-// have pulled nothing here, so the first that is no plain CPU tensor is to blame.
+// have pulled nothing here, so the first that is no plain CPU tensor is to blame. One on another
+// device is blamed last: it is right where a build has kernels for it.
 struct Given {
   const char* name;
   std::vector<Tensor> tensors;
   bool list = true;
 };
 
+// What a tensor is beside dense and on the CPU; null: nothing.
+const char* oddity(const Tensor& t) {
+  if (!t.defined()) return "None";
+  int32_t layout;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  if (layout != aoti_torch_layout_strided()) return "another layout";
+  for (ScalarType q : {ScalarType::QInt8, ScalarType::QUInt8, ScalarType::QInt32,
+                       ScalarType::QUInt4x2, ScalarType::QUInt2x4})
+    if (type_of(t) == q) return "a quantized one";
+  return nullptr;
+}
+
 void refuse(std::initializer_list<Given> arguments) {
-  for (const Given& given : arguments) {
-    for (size_t i = 0; i < given.tensors.size(); ++i) {
-      const Tensor& t = given.tensors[i];
-      int32_t layout, type;  // not as a ScalarType, which knows no quantized ones
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
-      const bool dense = layout == aoti_torch_layout_strided();
-      const bool quantized =
-          (type >= int32_t(ScalarType::QInt8) && type <= int32_t(ScalarType::QInt32));
-      STD_TORCH_CHECK(dense && t.is_cpu() && !quantized, argument(given.name, given.list ? i : -1),
-                      " must be a dense tensor on the CPU, got ",
-                      !dense      ? "another layout"
-                      : quantized ? "a quantized one"
-                                  : "another device",
-                      ": this build of eflat_ext has no kernels for the device or layout of it, "
-                      "and CUDA tensors need one with EFLAT_CUDA=1");
+  for (bool devices : {false, true}) {
+    for (const Given& given : arguments) {
+      for (size_t i = 0; i < given.tensors.size(); ++i) {
+        const Tensor& t = given.tensors[i];
+        const char* odd = !devices ? oddity(t) : t.is_cpu() ? nullptr : "another device";
+        STD_TORCH_CHECK(!odd, argument(given.name, given.list ? i : -1),
+                        " must be a dense tensor on the CPU, got ", odd,
+                        ": this build of eflat_ext has no kernels for the device or layout of it, "
+                        "and CUDA tensors need one with EFLAT_CUDA=1");
+      }
     }
   }
 }
 
+// As refuse, of arguments of which one is to blame.
+[[noreturn]] void refuse_one(std::initializer_list<Given> arguments) {
+  refuse(arguments);
+  STD_TORCH_CHECK(false, "every tensor must be a dense one on the CPU, got one of another kind");
+}
+
 std::tuple<Tensor, Tensor> no_perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, double,
                                       double, std::string, std::optional<double>) {
-  refuse({{"A", {A}, false},
-          {"B", {B}, false},
-          {"grad_A", {grad_A}, false},
-          {"grad_B", {grad_B}, false}});
-  return {A, A};
+  refuse_one({{"A", {A}, false},
+              {"B", {B}, false},
+              {"grad_A", {grad_A}, false},
+              {"grad_B", {grad_B}, false}});
 }
 
 Tensor no_foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
                                std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
                                std::vector<Tensor> ema, Tensor skipped, std::vector<double>, double,
                                double, std::string, std::string, std::optional<double>) {
-  refuse({{"A", A},
-          {"B", B},
-          {"grad_A", grad_A},
-          {"grad_B", grad_B},
-          {"ema", ema},
-          {"skipped", {skipped}, false}});
-  return skipped;
+  refuse_one({{"A", A},
+              {"B", B},
+              {"grad_A", grad_A},
+              {"grad_B", grad_B},
+              {"ema", ema},
+              {"skipped", {skipped}, false}});
 }
 
 Tensor no_foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B,
@@ -109,17 +120,16 @@ Tensor no_foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B,
                               double, std::vector<double>, std::vector<double>, std::vector<double>,
                               std::vector<double>, std::vector<double>, std::string, std::string,
                               std::optional<double>) {
-  refuse({{"A", A},
-          {"B", B},
-          {"grad_A", grad_A},
-          {"grad_B", grad_B},
-          {"clean", clean},
-          {"ema", ema},
-          {"exp_avg", exp_avg},
-          {"exp_avg_sq", exp_avg_sq},
-          {"step", step},
-          {"skipped", {skipped}, false}});
-  return skipped;
+  refuse_one({{"A", A},
+              {"B", B},
+              {"grad_A", grad_A},
+              {"grad_B", grad_B},
+              {"clean", clean},
+              {"ema", ema},
+              {"exp_avg", exp_avg},
+              {"exp_avg_sq", exp_avg_sq},
+              {"step", step},
+              {"skipped", {skipped}, false}});
 }
 
 Tensor no_norms() {

@@ -18,6 +18,8 @@ from eflat_ext.data import InputError
 from eflat_ext.landscape_figure import LandscapeConfig
 from eflat_ext.measure import SharpnessConfig
 
+MAX_CONFIG_BYTES = 1_000_000
+
 
 def _version() -> str:
     from eflat_ext.report import versions
@@ -132,7 +134,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)  # a device may have no end
+        if len(content) > MAX_CONFIG_BYTES:
+            raise ValueError("longer than 1 MB")
+        settings = yaml.safe_load(content.decode())
     except OSError as error:
         raise InputError(f"cannot read --config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

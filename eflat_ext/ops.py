@@ -320,6 +320,42 @@ for _name in ("foreach_perturb_ema_", "foreach_adamw_step_", "foreach_bound"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
+# Tensors whose values are to be negated or conjugated when they are read. torch's fallback resolves
+# those that are read; of those that are written it takes one alone, and fails after the call.
+
+
+def _refuse_lazy_values(operator, key):
+    written = [
+        (i, argument.name)
+        for i, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+    def resolved(value):
+        if isinstance(value, Tensor):
+            return value.resolve_conj().resolve_neg()
+        return [resolved(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+    def kernel(*arguments):
+        for at, name in written:
+            is_list = isinstance(arguments[at], (list, tuple))
+            for i, t in enumerate(arguments[at] if is_list else [arguments[at]]):
+                if t.is_neg() or t.is_conj():
+                    raise RuntimeError(
+                        f"{name}{f'[{i}]' * is_list} must hold its values as they are, since it is "
+                        "updated in place, got a view that negates or conjugates them"
+                    )
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator(*map(resolved, arguments))
+
+    _library.impl(operator, kernel, key)
+
+
+for _key in ("Conjugate", "Negative"):
+    _refuse_lazy_values(torch.ops.eflat.foreach_perturb_ema_.default, _key)
+    _refuse_lazy_values(torch.ops.eflat.foreach_adamw_step_.default, _key)
+
+
 def _check_no_gradient(operator, written):
     for name, tensors in written.items():
         for i, t in enumerate(tensors):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import random
-from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -183,7 +182,7 @@ def bad_storage(rng: random.Random, t: Tensor) -> Tensor:
 def read_only(rng: random.Random, t: Tensor) -> Tensor:
     """Memory that cannot be written: who writes there ends the process."""
     values = t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    if not values:
+    if not values or t.is_quantized:
         return t
     memory = mmap.mmap(-1, len(values), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.write(values)
@@ -225,8 +224,7 @@ def subclass(rng: random.Random, t: Tensor) -> Tensor:
 
 
 def negated(rng: random.Random, t: Tensor) -> Tensor:
-    if t.dtype == torch.bool:
-        return t
+    t.neg()  # or torch cannot
     return torch._neg_view(t.clone())
 
 
@@ -256,7 +254,7 @@ CHANGES = (
 def no_list(rng: random.Random, values: list[Any]) -> Any:
     kind = rng.randrange(7)
     if kind == 0:
-        return deque(values)
+        return set(range(len(values)))
     if kind == 1:
         return iter(values)
     if kind == 2:

@@ -18,6 +18,8 @@ OPERATORS = (
     "foreach_bound",
 )
 
+KEPT: list[torch.library.Library] = []
+
 
 @cache
 def build() -> None:
@@ -41,6 +43,11 @@ def build() -> None:
             build_directory=str(folder),
             is_python_module=False,
         )
+    # Called by the package's operators, which see to autograd.
+    for library in ("eflat_float64", "eflat_two_float", "eflat_naive"):
+        KEPT.append(torch.library.Library(library, "FRAGMENT"))
+        for name in OPERATORS:
+            KEPT[-1].impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def replace_cpu_kernels(library: str) -> torch.library.Library:

@@ -250,6 +250,64 @@ def test_bound(changed, says):
         ops.foreach_bound(**{**call, **changed})
 
 
+def freed(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)  # as FSDP does between uses
+    return t
+
+
+def test_freed_storage():
+    for name in ("A", "B", "grad_A", "grad_B"):
+        call = arguments(valid(), **{name: freed(getattr(valid(), name))})
+        with pytest.raises(ValueError, match=f"{name} must lie within its storage.* 0 bytes"):
+            eflat_ext.perturb(**call)
+        with pytest.raises(RuntimeError, match=f"{name} must lie within its storage.* 0 bytes"):
+            ops.perturb(**call)
+
+
+def quantized_to_4_bits(t: torch.Tensor) -> torch.Tensor:
+    rows = len(t)
+    return torch.quantize_per_channel(t, torch.ones(rows), torch.zeros(rows), 0, torch.quint4x2)
+
+
+READ_OR_WRITTEN = {
+    "sparse": (torch.Tensor.to_sparse, "dense"),
+    "quantized": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "quantized"),
+    "of 4 bits": (quantized_to_4_bits, "quantized"),
+    "of 3 bits": (lambda t: torch.empty(t.shape, dtype=torch.uint3), "float"),
+    "nested": (lambda t: torch.nested.nested_tensor([t, t]), "NestedTensor"),  # torch's own words
+    "freed": (freed, "must lie within its storage"),
+}
+WRITTEN = {
+    "negated": (torch._neg_view, "must hold its values as they are"),
+    "recorded by autograd": (torch.Tensor.requires_grad_, "must not require a gradient"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|[Qq]uantiz)")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("grad_B", kind) for kind in READ_OR_WRITTEN]
+    + [("ema", kind) for kind in (*READ_OR_WRITTEN, *WRITTEN)],
+)
+def test_odd_tensors_are_named_and_nothing_changes(name, kind):
+    make, says = {**READ_OR_WRITTEN, **WRITTEN}[kind]
+    call = average_arguments()
+    call[name][1] = make(call[name][1].clone())
+    where = "" if kind == "nested" else rf"{name}\[1\] .*"
+    with pytest.raises(RuntimeError, match=where + says):
+        ops.foreach_perturb_ema_(**call)
+    assert torch.equal(call["ema"][0], torch.ones(N, R)) and int(call["skipped"]) == 7
+
+
+@pytest.mark.parametrize("skipped", [None, torch._neg_view(torch.tensor(7))], ids=str)
+def test_odd_counters(skipped):
+    call = {**average_arguments(), "skipped": skipped}
+    with pytest.raises(RuntimeError, match="skipped must"):
+        ops.foreach_perturb_ema_(**call)
+    assert all(bool((t == 1).all()) for t in call["ema"])
+
+
 # Calls at random.
 
 tensors = st.builds(

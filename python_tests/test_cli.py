@@ -156,6 +156,7 @@ def fails_with_one_sentence(capsys, arguments, words):
     assert cli.main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
+    assert len(lines[0]) < 1000
     assert lines[0].startswith("eflat: ")
     for word in words:
         assert word in lines[0], lines[0]
@@ -180,6 +181,12 @@ def test_wrong_input_is_one_sentence_that_names_it(tiny, capsys, monkeypatch, tm
         ("rank: [3\n", ["no valid YAML"]),
         ("just words\n", ["holds no settings"]),
         ("", ["holds no settings"]),
+        ('data: "a\\0b.csv"\n', ["--data", "NUL"]),
+        ('output_dir: "a\\0b"\n', ["--output-dir", "NUL"]),
+        ("rank: &a [*a]\n", ["holds what is no setting"]),
+        (f"rank: {'9' * 10_000}\n", ["no valid YAML"]),
+        (f"rank: {'x' * 10_000}\n", ["rank", "xxx ... "]),
+        ("#" * 1_000_001, ["longer than 1 MB"]),
     ],
 )
 def test_wrong_config_files_are_named(tmp_path, capsys, content, words):
@@ -210,6 +217,17 @@ def test_a_damaged_model_is_named(tiny, capsys, tmp_path):
     model = shutil.copytree(folder / "model", tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"damaged")
     fails_with_one_sentence(capsys, ["finetune", *options("--model", model)], [str(model)])
+
+
+def test_a_tokenizer_that_cannot_split_the_texts_is_named(tiny, capsys, tmp_path):
+    folder, options = tiny
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["unk_token"] = "[missing]"
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = write_csv(tmp_path / "data.csv", [(f"ωmega {k}", k % 2) for k in range(40)])
+    given = options("--model", model, "--data", data)
+    fails_with_one_sentence(capsys, ["finetune", *given], [str(model), "tokenizer"])
 
 
 def test_a_process_ends_with_exit_code_2_without_traceback(tmp_path):

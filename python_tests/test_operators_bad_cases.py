@@ -213,6 +213,15 @@ def test_any_radius_gives_finite_numbers(pair, onto, exponent):
         assert norm == math.inf and not E.any()
 
 
+def test_the_largest_radius_where_nothing_is_moved():
+    # E_A = 0 beside B = 0, but the factor that it is multiplied with is beyond float64.
+    pair = zeroed(make_pair(1, 20, 30, 4, torch.float64, scaling=0.25), "B", "grad_A")
+    pair = pair._replace(grad_B=pair.grad_B * 1e-3)
+    for scope in ("layer", "global"):
+        E, norms = foreach_perturb([pair, pair], 1e308, "A", scope)  # asserts that E is finite
+        assert not any(bool(e.any()) for e in E) and bool((norms == math.inf).all())
+
+
 def test_radius_zero():
     for dtype in DTYPES:
         pair = make_pair(1, 20, 30, 4, dtype)
