@@ -52,7 +52,7 @@ def title(method: str) -> str:
 def report(tasks: Sequence[TaskResults]) -> str:
     """The whole report as Markdown."""
     if not tasks:
-        raise SystemExit("there is no CSV file")
+        raise SystemExit("there is no CSV file of an experiment")
     parts = [HEAD.format(baseline=title(BASELINE), level=LEVEL), *_overview(tasks)]
     for task in tasks:
         parts += [f"## {task.name} ({task.experiment})", _sentences(task)]

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from scipy import stats
 
+from eflat_ext.results import KEY, Row
+
 BASELINE = "lora"
 LEVEL = 0.05
-
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TaskResults:
         return Choice(tuned, len(grid), at_edge)
 
     def tuning_curve(self, method: str, setting: str) -> list[tuple[float, Estimate]]:
-        """Validation accuracy over a setting's values, of the values that never failed."""
+        """Validation accuracy over a setting's values, of the runs that did not fail."""
         by_value: dict[float, list[float]] = {}
         for row in self.runs(method, "tuning"):
             tuned = json.loads(row["tuned"])
@@ -170,14 +170,17 @@ class TaskResults:
 
 
 def load(folder: Path) -> list[TaskResults]:
-    """The tasks of all CSV files of a folder; of a run that was tried again, the last row."""
+    """The tasks of all experiments' CSV files of a folder; other CSV files are left out.
+
+    Of a run that was tried again, the last row counts.
+    """
     tasks = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
-            rows = {
-                tuple(row[k] for k in ("stage", "task", "method", "seed", "tuned")): row
-                for row in csv.DictReader(file)
-            }
+            reader = csv.DictReader(file)
+            if not set(KEY) <= set(reader.fieldnames or ()):
+                continue
+            rows = {tuple(row[name] for name in KEY): row for row in reader}
         for task in dict.fromkeys(row["task"] for row in rows.values()):
             own = [row for row in rows.values() if row["task"] == task]
             tasks.append(TaskResults(path.stem, task, own))

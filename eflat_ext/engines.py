@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +33,11 @@ def initialises_state(base: Optimizer) -> bool:
     if base.state or any(group.get("lr", 1.0) != 0 for group in base.param_groups):
         return False
     trained = [p for p in parameters_of(base.param_groups) if p.requires_grad]
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    if not trained or len(gradients) < len(trained):
-        return False
-    some = torch.stack([local(gradient).count_nonzero() for gradient in gradients]).any()
-    sharded = next((gradient for gradient in gradients if is_dtensor(gradient)), None)
-    if sharded is not None:  # all ranks decide alike
-        some = some.to(torch.int32)
-        for group in sharded.device_mesh.get_all_groups():  # type: ignore[attr-defined]
-            torch.distributed.all_reduce(some, torch.distributed.ReduceOp.MAX, group)
-    return not some
+    training = not trained or any(p.grad is None or bool(local(p.grad).any()) for p in trained)
+    sharded: Any = next((parameter for parameter in trained if is_dtensor(parameter)), None)
+    if sharded is not None:  # all ranks decide alike, also where some lack a gradient
+        found = torch.tensor(int(training), device=local(sharded).device)
+        for group in sharded.device_mesh.get_all_groups():
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
+        training = bool(found)
+    return not training

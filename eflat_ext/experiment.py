@@ -31,6 +31,7 @@ from eflat_ext.loading import first_line
 from eflat_ext.plan import Experiment, Run, Sharpness, load
 from eflat_ext.report import experiment_progress, print_failures
 from eflat_ext.results import AllFailed, Results, columns_of
+from eflat_ext.trained import Batch, make_batches
 
 if TYPE_CHECKING:
     from eflat_ext.loading import Model
@@ -214,15 +215,13 @@ def measure_sharpness(
     from eflat_ext import sharpness
 
     config = run.config()
-    order = range(min(settings.sentences, len(task.train)))
-    by_length = sorted(order, key=lambda i: len(task.train.inputs[i]["input_ids"]))
-    starts = range(0, len(by_length), _SHARPNESS_BATCH)
-    rows = [by_length[start : start + _SHARPNESS_BATCH] for start in starts]
-    batches = [finetune.collate(task, task.train, part) for part in rows]
+    some = slice(settings.sentences)
+    inputs, labels = task.train.inputs[some], task.train.labels[some]
+    batches = make_batches(task.tokenizer, inputs, labels, _SHARPNESS_BATCH, task.device)
 
-    def loss(model: Any, batch: tuple[dict[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        inputs, labels = batch
-        return cross_entropy(finetune.logits_of(config, model, inputs), labels)
+    def loss(model: Any, batch: Batch) -> torch.Tensor:
+        logits = finetune.logits_of(config, model, batch.inputs)
+        return cross_entropy(logits, batch.labels) * batch.weight
 
     options: dict[str, Any] = {
         "norm_scope": settings.norm_scope,

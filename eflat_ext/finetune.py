@@ -337,15 +337,7 @@ def _warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], f
 
 def encode(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, part: Part) -> Tokens:
     """The texts as the model's inputs."""
-    try:
-        columns = tokenizer(part.texts, truncation=True, max_length=config.max_length)
-    except Exception as error:  # of a vocabulary without the token for unknown words, say
-        raise InputError(
-            f"the tokenizer of --model {config.model} cannot split the texts: "
-            f"{loading.first_line(error)}"
-        ) from None
-    rows = zip(*columns.values(), strict=True)
-    return Tokens([dict(zip(columns, row, strict=True)) for row in rows], part.labels)
+    return Tokens(loading.encode(tokenizer, part.texts, config.max_length), part.labels)
 
 
 def _shuffled_batches(

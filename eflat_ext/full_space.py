@@ -2,8 +2,9 @@
 
 A shift D of ``W = W0 + s B A`` is a term of its own that a hook adds to the layer's output: nothing
 is written to a weight, so weights stay as they were bit for bit, quantised bases work like all
-others, and a shift far below the rounding of W (a small radius in bfloat16) is not lost. Shifts are
-made one layer at a time, when that layer runs, on its device.
+others, and a shift below the rounding of W is not lost. Its effect is, where the layer's output is
+rounded: measure small rises in a model that computes in float32. Shifts are made one layer at a
+time, when that layer runs, on its device.
 """
 
 from __future__ import annotations

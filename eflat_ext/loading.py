@@ -69,6 +69,21 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> PreTrainedTokenizerBase
     return tokenizer
 
 
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
+) -> list[dict[str, list[int]]]:
+    """The model's inputs for each text, cut off after ``max_length`` tokens."""
+    try:
+        columns = tokenizer(texts, truncation=True, max_length=max_length)
+    except Exception as error:  # of a vocabulary without the token for unknown words, say
+        raise InputError(
+            f"the tokenizer of --model {tokenizer.name_or_path} cannot split the texts: "
+            f"{first_line(error)}"
+        ) from None
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
 def load_model(
     path: str, config: FinetuneConfig, classes: list[str], pad_token_id: int, method: str
 ) -> tuple[PreTrainedModel, list[str]]:

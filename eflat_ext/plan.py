@@ -8,14 +8,17 @@ seeds, on the test part.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
+import math
+import types
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
@@ -25,7 +28,7 @@ Settings = dict[str, Any]
 
 # What a file may not set, as the plan does.
 _OURS = {"method", "seeds", "evaluate_on", "output_dir"}
-_FIELDS = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
+_TYPES = get_type_hints(FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -163,19 +166,20 @@ def load(path: Path, methods: Collection[str]) -> Experiment:
     shared = content.take("settings", {})
     tuning = _Section("tuning", content.take("tuning", {}))
     sharpness = content.take("sharpness", None)
+    results = content.take("results", f"{path.stem}.csv")
     experiment = Experiment(
         name=path.stem,
-        results=(path.parent / content.take("results", f"{path.stem}.csv")).resolve(),
+        results=(path.parent / _cast(results, str, "results")).resolve(),
         tasks=[
             task
             for name, entry in content.take("tasks", {}).items()
-            for task in _tasks(name, entry, shared)
+            for task in _tasks(str(name), entry, shared)
         ],
-        methods=[_method(name, entry) for name, entry in content.take("methods", {}).items()],
-        tuning_seeds=list(tuning.take("seeds", [])),
-        seeds=list(content.take("seeds", [])),
+        methods=[_method(str(name), entry) for name, entry in content.take("methods", {}).items()],
+        tuning_seeds=_cast(tuning.take("seeds", []), list[int], "tuning: seeds"),
+        seeds=_cast(content.take("seeds", []), list[int], "seeds"),
         choose_by=tuning.take("choose_by", "accuracy"),
-        sharpness=_section(Sharpness, "sharpness", sharpness) if sharpness else None,
+        sharpness=_sharpness(sharpness) if sharpness else None,
     )
     content.end()
     tuning.end()
@@ -215,11 +219,13 @@ def _check(experiment: Experiment, methods: Collection[str]) -> None:
 def _tasks(name: str, entry: Any, shared: Mapping[str, Any]) -> Iterator[Task]:
     """One task for each training size and share of label noise that the entry lists."""
     section = _Section(f"task {name!r}", entry)
-    noises, also = section.take("label_noise", 0.0), tuple(section.take("also_test", []))
+    noises = section.take("label_noise", 0.0)
+    also = _cast(section.take("also_test", []), tuple[str, ...], f"task {name!r}: also_test")
     settings = {**shared, **section.rest()}
     sizes = settings.get("train_size")
     for size in sizes if isinstance(sizes, list) else [sizes]:
         for noise in noises if isinstance(noises, list) else [noises]:
+            noise = _cast(noise, float, f"task {name!r}: label_noise")
             if not 0 <= noise < 1:
                 raise InputError(f"task {name!r}: label_noise is {noise}, but must lie in 0 to 1")
             full = name
@@ -227,7 +233,7 @@ def _tasks(name: str, entry: Any, shared: Mapping[str, Any]) -> Iterator[Task]:
             full += f"-noise{100 * noise:g}" if isinstance(noises, list) else ""
             own = {**settings, "train_size": size}
             _config(own, f"task {name!r}", "test")
-            yield Task(full, own, float(noise), also)
+            yield Task(full, own, noise, also)
 
 
 def _method(name: str, entry: Any) -> Method:
@@ -238,7 +244,11 @@ def _method(name: str, entry: Any) -> Method:
         if not isinstance(values, list) or not values:
             raise InputError(f"method {name!r}: tune: {setting} needs a list of values")
     where = f"method {name!r}"
-    return Method(name, builder, _typed(section.rest(), where), _typed(tune, where), like)
+    grid = {
+        setting: [_cast(value, _type(setting, where), f"{where}: {setting}") for value in values]
+        for setting, values in tune.items()
+    }
+    return Method(name, builder, _typed(section.rest(), where), grid, like)
 
 
 def _config(settings: Settings, where: str, part: str) -> FinetuneConfig:
@@ -246,23 +256,42 @@ def _config(settings: Settings, where: str, part: str) -> FinetuneConfig:
 
 
 def _typed(settings: Mapping[str, Any], where: str) -> Settings:
-    """The settings, checked by name; YAML takes 1e-3 for a word, and 1 for no float."""
+    """The settings, checked by name and type."""
+    return {
+        name: _cast(value, _type(name, where), f"{where}: {name}")
+        for name, value in settings.items()
+    }
 
-    def number(value: Any) -> Any:
-        if isinstance(value, list):
-            return [number(item) for item in value]
-        try:
+
+def _type(name: str, where: str) -> Any:
+    if name not in _TYPES or name in _OURS:
+        raise InputError(f"{where}: there is no setting {name!r}")
+    return _TYPES[name]
+
+
+def _cast(value: Any, kind: Any, where: str) -> Any:
+    """The value as an annotation says; YAML takes 1e-3 for a word, and 1 for no float."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _cast(value, next(arg for arg in args if arg is not type(None)), where)
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(_cast(item, args[0], where) for item in value)
+    if origin is Literal and value in args:
+        return value
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
             return float(value)
-        except (TypeError, ValueError):
-            raise InputError(f"{where}: {name} is {value!r}, which is no number") from None
-
-    typed = {}
-    for name, value in settings.items():
-        if name not in _FIELDS or name in _OURS:
-            raise InputError(f"{where}: there is no setting {name!r}")
-        is_float = str(_FIELDS[name].type).startswith("float") and value is not None
-        typed[name] = number(value) if is_float else value
-    return typed
+    elif (
+        isinstance(kind, type)
+        and isinstance(value, kind)
+        and isinstance(value, bool) == (kind is bool)
+    ):
+        return value
+    one = {float: "number", int: "whole number", str: "word"}.get(kind, "list")
+    wanted = " or ".join(map(str, args)) if origin is Literal else f"a {one}"
+    raise InputError(f"{where} is {value!r}, but must be {wanted}")
 
 
 class _Section:
@@ -291,17 +320,23 @@ class _Section:
             raise InputError(f"{self._where}: there is no {name!r}")
 
 
-def _section(kind: Any, where: str, content: Any) -> Any:
-    section = _Section(where, content)
-    given = {}
-    for f in dataclasses.fields(kind):
+def _sharpness(content: Any) -> Sharpness:
+    section = _Section("sharpness", content)
+    given: dict[str, Any] = {}
+    kinds = get_type_hints(Sharpness)
+    for f in dataclasses.fields(Sharpness):
         value = section.take(f.name, dataclasses.MISSING)
         if value is not dataclasses.MISSING:
-            given[f.name] = tuple(value) if isinstance(value, list) else value
+            given[f.name] = _cast(value, kinds[f.name], f"sharpness: {f.name}")
         elif f.default is dataclasses.MISSING:
-            raise InputError(f"{where} lacks {f.name}")
+            raise InputError(f"sharpness lacks {f.name}")
     section.end()
-    return kind(**given)
+    settings = Sharpness(**given)
+    for name, least in (("worst_rho", 0), ("random_rho", 0), ("samples", 2), ("sentences", 1)):
+        if not least <= getattr(settings, name) < math.inf:
+            value = getattr(settings, name)
+            raise InputError(f"sharpness: {name} is {value}, but must be at least {least}")
+    return settings
 
 
 def _read_yaml(path: Path) -> Any:

@@ -1,6 +1,6 @@
 """The CSV file of an experiment: one row for each run, written as soon as the run has ended.
 
-A row is appended whole by one write. A row cut off by a crash is dropped when the file is read.
+A row cut off by a crash or a full disk is dropped when the file is read.
 """
 
 from __future__ import annotations
@@ -106,12 +106,10 @@ class Results:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             writer.writeheader()
         writer.writerow(row)
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, buffer.getvalue().encode())
-            os.fsync(file)
-        finally:
-            os.close(file)
+        with self._path.open("ab") as file:
+            file.write(buffer.getvalue().encode())
+            file.flush()
+            os.fsync(file.fileno())
         self._rows[run.key()] = row
         return row
 

@@ -123,7 +123,7 @@ def find(places: Iterable[Path]) -> list[Trained]:
 
 
 def load(trained: Trained, config: MeasureConfig) -> Loaded:
-    """The trained model in eval mode on its device, with batches of its data.
+    """The trained model in float32 and eval mode on its device, with batches of its data.
 
     Raises:
         InputError: something in ``config`` or the folder cannot be used; the message names it.
@@ -246,8 +246,9 @@ def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
         base, _ = loading.load_model(
             path, settings, splits.classes, int(tokenizer.pad_token_id), method
         )
-        model = _with_adapter(base, trained.folder)
-    inputs = _encode(tokenizer, part.texts[: config.examples], settings.max_length)
+        # In bfloat16 the loss would be rounded by more than it rises.
+        model = _with_adapter(base.float(), trained.folder)
+    inputs = loading.encode(tokenizer, part.texts[: config.examples], settings.max_length)
     labels = part.labels[: config.examples]
     batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
     return Loaded(model.to(device), layers, batches)
@@ -278,6 +279,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
             "the functions of eflat_ext.sharpness take every model"
         )
     causal = kind == "CAUSAL_LM"
+    options: dict[str, Any] = {"dtype": torch.float32}  # as above
     path = str(adapter.base_model_name_or_path)
     settings = FinetuneConfig(model=path, max_length=config.max_length, device=config.device)
     device = loading.find_device(settings)
@@ -286,11 +288,11 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
         config.data, config.text_column, config.text_column if causal else config.label_column
     )
     if causal:
-        labels, options = None, {}
+        labels = None
     else:
         names = split(table, validation_size=0, test_size=0).classes
         labels = [names.index(label) for label in table.labels][: config.examples]
-        options = {"num_labels": len(names)}
+        options["num_labels"] = len(names)
     auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     try:
         base = auto.from_pretrained(path, **options)
@@ -298,7 +300,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
         raise InputError(f"cannot load the model {path}: {loading.first_line(error)}") from None
     base.config.pad_token_id = tokenizer.pad_token_id
     model = _with_adapter(base, trained.folder)
-    inputs = _encode(tokenizer, table.texts[: config.examples], config.max_length)
+    inputs = loading.encode(tokenizer, table.texts[: config.examples], config.max_length)
     batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
     return Loaded(model.to(device), config.layers, batches)
 
@@ -310,11 +312,3 @@ def _with_adapter(base: Any, folder: Path) -> nn.Module:
         return PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"cannot load {folder}: {loading.first_line(error)}") from None
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
-) -> list[dict[str, list[int]]]:
-    columns = tokenizer(texts, truncation=True, max_length=max_length)
-    rows = zip(*columns.values(), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]

@@ -57,16 +57,15 @@ class TwoGradients(PerturbingOptimizer):
             RuntimeError: no closure and no :meth:`first_step` before; or both.
         """
         loss = None
-        if closure is None:
+        if closure is None and not self._pending:
             if initialises_state(self.base):
                 return self.base.step()
-            if not self._pending:
-                raise RuntimeError(
-                    "step() needs a closure, or first_step() before it; with Hugging Face Trainer, "
-                    "eflat_ext.trainer.PerturbationMixin: class MyTrainer(PerturbationMixin, "
-                    "Trainer)"
-                )
-        else:
+            raise RuntimeError(
+                "step() needs a closure, or first_step() before it; with Hugging Face Trainer, "
+                "eflat_ext.trainer.PerturbationMixin: class MyTrainer(PerturbationMixin, "
+                "Trainer)"
+            )
+        if closure is not None:
             self._not_pending()
             with torch.enable_grad():
                 loss = closure()

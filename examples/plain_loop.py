@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from eflat_ext import create_eflat_optimizer
-from eflat_ext.data import movie_reviews, split
+from eflat_ext.corpora import movie_reviews
+from eflat_ext.data import split
 from eflat_ext.loading import find_model
 
 

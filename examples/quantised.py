@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from eflat_ext import create_eflat_optimizer
-from eflat_ext.data import cache_dir, movie_reviews, split
+from eflat_ext.corpora import cache_dir, movie_reviews
+from eflat_ext.data import split
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from eflat_ext.data import Part, movie_reviews, split
+from eflat_ext.corpora import movie_reviews
+from eflat_ext.data import Part, split
 from eflat_ext.loading import find_model
 from eflat_ext.trainer import PerturbationMixin, eflat_optimizer, flat_optimizer
 

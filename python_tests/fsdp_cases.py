@@ -275,6 +275,19 @@ def missing_gradients_on_one_rank(method: str) -> None:
         assert int(optimizer.skipped_perturbations) == 0
 
 
+def missing_gradients_at_the_first_step(method: str) -> None:
+    """A warm-up that begins at zero: whether this is a step at all, all ranks decide together."""
+    model = shard_model(lora_mlp())
+    optimizer = optimizer_of(model, method, lr=0.0)
+    loss_of(model, own_part(batches(1)[0])).backward()
+    if dist.get_rank() == 1:
+        optimizer.pairs[0].parameter_B.grad = None
+    if method != "eflat":
+        optimizer.first_step(zero_grad=False)
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["perturbation_steps"] == 1
+
+
 def replicated() -> None:
     """Factors that are DTensors, whole on every rank."""
     model, plain = lora_mlp(), lora_mlp()

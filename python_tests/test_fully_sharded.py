@@ -96,6 +96,11 @@ def test_missing_gradients_on_one_rank(method: str) -> None:
     together(2, "fsdp_cases:missing_gradients_on_one_rank", method)
 
 
+@pytest.mark.parametrize("method", ["eflat", "flat"])
+def test_missing_gradients_at_the_first_step(method: str) -> None:
+    together(2, "fsdp_cases:missing_gradients_at_the_first_step", method)
+
+
 def test_replicated_dtensors() -> None:
     together(2, "fsdp_cases:replicated")
 

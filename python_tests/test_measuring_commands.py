@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny_model import make_rows, save_tiny_model, write_csv
 
-from eflat_ext import cli, finetune, trained
+from eflat_ext import cli, finetune, sharpness, trained
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
+from eflat_ext.full_space import mean_loss
 from eflat_ext.trained import MeasureConfig
 
 SMALL = ["--examples", "40", "--batch-size", "16", "--device", "cpu"]
@@ -57,6 +58,32 @@ def test_a_loaded_run_is_what_was_trained(folder):
     assert [run.method for run in trained.find([folder / "run" / "full"])] == ["full"]
     twice = trained.find([folder / "run" / "lora", folder / "run" / "lora"])
     assert [run.name for run in twice] == [str(run.folder) for run in twice]
+
+
+def test_a_run_in_bfloat16_is_measured_in_float32(folder, tmp_path):
+    """Its losses in bfloat16 are rounded by more than they rise."""
+    config = FinetuneConfig(
+        model=str(folder / "model"),
+        data=str(folder / "data.csv"),
+        method=["lora"],
+        max_length=32,
+        steps=10,
+        rank=4,
+        lr=5e-3,
+        dtype="bfloat16",
+        device="cpu",
+        output_dir=tmp_path / "run",
+    )
+    finetune.run(config)
+    (run,) = trained.find([tmp_path / "run"])
+    loaded = trained.load(run, MeasureConfig(examples=64, device="cpu"))
+    given = (loaded.model, trained.loss, loaded.batches)
+    rises = [sharpness.worst_case(*given, rho) for rho in (1e-3, 1e-1)]
+    assert rises[0] == pytest.approx(rises[1] / 100, rel=0.2)  # of first order
+    trained_loss = json.loads((run.folder / "metrics.json").read_text())["train_loss"]
+    everything = trained.load(run, MeasureConfig(examples=1000, device="cpu"))
+    given = (everything.model, trained.loss, everything.batches)
+    assert mean_loss(*given) == pytest.approx(trained_loss, rel=1e-2)
 
 
 def test_sharpness_of_a_run(folder, tmp_path, capsys):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from models import lora_gpt2, lora_weights
+from tiny_model import make_rows, save_tiny_model, write_csv
+
+from eflat_ext import cli, finetune, plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,6 +73,56 @@ def test_operators():
     E, norm = names["E"], names["norm"]
     assert E.shape == names["B"].shape and float(norm) > 0
     assert len(names["Es"]) == 2 and names["norms"].shape == (2,)
+
+
+# What makes a command of the README small enough to be run here.
+SMALL = {
+    "finetune": "--model {tiny} --data {data} --device cpu --steps 3 --max-length 32",
+    "sharpness": "--device cpu --samples 2 --examples 16",
+    "landscape": "--device cpu --points 3 --examples 16",
+}
+
+
+def commands(title: str) -> list[list[str]]:
+    """The commands in the block below a heading."""
+    section = README.split(f"## {title}\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.S)
+    return [line.split() for line in block.splitlines()]
+
+
+def test_commands_that_measure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = save_tiny_model(tmp_path / "tiny")
+    data = write_csv(tmp_path / "data.csv", make_rows(200))
+    lines = [line for line in commands("Measuring flatness") if line[0] == "eflat"]
+    assert {line[1] for line in lines} == set(SMALL)
+    for _, command, *rest in lines:
+        small = SMALL[command].format(tiny=tiny, data=data).split()
+        assert cli.main([command, *rest, *small]) == 0
+    assert (tmp_path / "landscape.svg").is_file()
+
+
+def test_benchmarks_that_measure(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    rivals = importlib.import_module("rivals")
+    for _, script, *rest in (c for c in commands("Measuring flatness") if c[0] == "python"):
+        assert (ROOT / script).is_file()
+        if script == "bench/experiment.py":
+            assert plan.load(ROOT / rest[0], {**finetune.METHODS, **rivals.RIVALS}).count() > 0
+        elif script == "bench/report.py":  # test_report_bench.py runs it
+            assert (ROOT / rest[0]).is_dir()
+        else:  # the numbers are there: it makes the tables of them
+            command = [sys.executable, script, *rest]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            assert "cos onto B" in done.stdout
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bench" / "experiments").glob("*.yaml")))
+def test_files_of_experiments(file, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    rivals = importlib.import_module("rivals")
+    grid = plan.load(file, {**finetune.METHODS, **rivals.RIVALS})
+    assert grid.results.parent == ROOT / "bench" / "results"
 
 
 def test_every_command_is_a_target_or_run_elsewhere():

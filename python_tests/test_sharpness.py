@@ -90,7 +90,7 @@ def test_factor_gradients_are_projections_of_the_gradient():
             torch.testing.assert_close(grad_B, s * G @ pair.A.T, rtol=1e-7, atol=1e-12)
 
 
-def test_bfloat16_weights_feel_shifts_below_their_rounding():
+def test_shifts_are_not_rounded_to_bfloat16_weights():
     model = lora_mlp().to(torch.bfloat16)
     layers = adapted_layers(model)
     layer = layers[0]

@@ -12,7 +12,7 @@ import torch
 from quantised_models import BETA, LR, RHO, needs, steps_as_the_reference
 from torch import Tensor, nn
 
-from eflat_ext.data import movie_reviews
+from eflat_ext.corpora import movie_reviews
 from eflat_ext.optimizers import create_eflat_optimizer
 
 pytestmark = [

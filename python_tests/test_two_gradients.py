@@ -46,6 +46,20 @@ def test_order_of_the_two_calls(create: Callable) -> None:
         optimizer.second_step()
 
 
+def test_second_gradients_of_zero_at_the_start_of_a_warm_up(create: Callable) -> None:
+    """This looks like the step by which torch.distributed.checkpoint makes state, but is none."""
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.AdamW, lr=0.0)
+    loss_of(model, batches(1)[0]).backward()
+    clean = weights(model)
+    optimizer.first_step()
+    (0 * loss_of(model, batches(1)[0])).backward()
+    optimizer.second_step()
+    assert_same_bits(weights(model), clean)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step()
+
+
 def test_a_skipped_second_step_is_not_forgotten_silently(create: Callable) -> None:
     """``model.zero_grad()`` cannot tell the optimizer that the step was given up."""
     model = lora_mlp()
