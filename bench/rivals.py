@@ -6,8 +6,8 @@ Flat-LoRA by random perturbation (Li et al., arXiv 2409.14396), here "random-fla
 taken at ``W + noise``, W = W0 + s B A, the noise of row i drawn from a normal distribution of
 standard deviation ``rho f(t) ||W_i|| / sqrt(m)``, m the row's length, with f(t) rising from 0 to 1
 as half a cosine over the training. It lies in the frozen W0 and is drawn anew from its seed to take
-it out again, up to rounding, so that no matrix is kept. As in the authors' code, only layers with an
-adapter are perturbed. Deviation: seeds come from the run's seed, not from the clock.
+it out again, up to rounding, so that no matrix is kept. As in the authors' code, only layers with
+an adapter are perturbed. Deviation: seeds come from the run's seed, not from the clock.
 
 Bi-LoRA (Liu et al., arXiv 2508.19564), here "bi-lora": beside the adapter (B1, A1), which descends,
 an auxiliary adapter (B2, A2) of the same rank ascends on the same gradient, taken at
