@@ -58,11 +58,11 @@ class Side:
 
     def stack(self) -> Tensor:
         """The matrix, or one with the same Gram matrix; float64, the same on all ranks."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     def own(self, result: Tensor) -> Tensor:
         """What this rank holds of a result that belongs to the rows of the stack, (n, r)/(r, m)."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
 
 class Own(Side):

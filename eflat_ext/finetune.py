@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from eflat_ext import loading, report
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Part, Splits, read, split
+from eflat_ext.data import InputError, Part, Splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,18 +78,7 @@ def prepare(config: FinetuneConfig) -> Task:
     """
     config.check()
     device = loading.find_device(config)
-    data = read(config.data, config.text_column, config.label_column)
-    test = None
-    if config.test_data is not None:
-        test = read(config.test_data, config.text_column, config.label_column)
-    splits = split(
-        data,
-        test,
-        train_size=config.train_size,
-        validation_size=config.validation_size,
-        test_size=config.test_size,
-        seed=config.data_seed,
-    )
+    splits = loading.read_splits(config)
     held_out: Part = getattr(splits, config.evaluate_on)
     if not len(held_out):
         raise InputError(f"--evaluate-on names the {config.evaluate_on} part, which is empty")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eflat_ext import trained as training
 from eflat_ext.data import InputError
-from eflat_ext.loading import first_line
 from eflat_ext.measure import progress
 from eflat_ext.report import TITLES
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
@@ -106,12 +105,8 @@ def run(places: Sequence[Path], config: LandscapeConfig) -> list[dict[str, Any]]
                 first = loaded
                 continue
             bar = bars.add_task(one.name, total=_work(config))
-            try:
+            with training.named_errors(one):
                 numbers = _slices(loaded, first, config, partial(bars.advance, bar))
-            except ModuleNotFoundError:
-                raise
-            except (ValueError, NotImplementedError, ImportError) as error:
-                raise InputError(f"{one.folder}: {first_line(error)}") from None
             about = {"run": one.name, "method": one.method, "seed": one.seed}
             rows += [about | number for number in numbers]
             del loaded

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from eflat_ext.config import MINILM, FinetuneConfig
-from eflat_ext.data import InputError
+from eflat_ext.data import InputError, Splits, Table, read, split
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,6 +67,22 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> PreTrainedTokenizerBase
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def read_splits(config: FinetuneConfig) -> Splits:
+    """The parts of ``config.data``, with ``config.test_data`` as the test part if it is given."""
+
+    def table(source: str) -> Table:
+        return read(source, config.text_column, config.label_column)
+
+    return split(
+        table(config.data),
+        None if config.test_data is None else table(config.test_data),
+        train_size=config.train_size,
+        validation_size=config.validation_size,
+        test_size=config.test_size,
+        seed=config.data_seed,
+    )
 
 
 def encode(

@@ -13,12 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from eflat_ext import trained as training
 from eflat_ext.data import InputError
 from eflat_ext.full_space import adapted_layers, gradients, mean_loss
-from eflat_ext.loading import first_line
 from eflat_ext.report import versions
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
 
@@ -93,14 +90,8 @@ def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]
             bar = bars.add_task(one.name, total=_work(config))
             loaded = training.load(one, config)
             about = {"run": one.name, "method": one.method, "seed": one.seed}
-            try:
+            with training.named_errors(one):
                 numbers = measure(one, loaded, config, partial(bars.advance, bar))
-            except (ValueError, NotImplementedError, ImportError) as error:
-                if isinstance(error, ModuleNotFoundError):
-                    raise
-                raise InputError(f"{one.folder}: {first_line(error)}") from None
-            except torch.OutOfMemoryError:
-                raise InputError(f"{one.folder}: out of memory; lower --batch-size") from None
             rows += [about | number for number in numbers]
             if config.estimate and one.method != "full":
                 qualities += [about | row for row in _estimates(loaded, config)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -213,23 +214,29 @@ def _read_config(path: Path) -> FinetuneConfig:
     return config
 
 
+@contextmanager
+def named_errors(trained: Trained) -> Iterator[None]:
+    """What cannot be measured there as an :class:`InputError` that names the folder.
+
+    A missing library is not the folder's fault and goes on as it is.
+    """
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise InputError(f"{trained.folder}: {loading.first_line(error)}") from None
+    except torch.OutOfMemoryError:
+        raise InputError(f"{trained.folder}: out of memory; lower --batch-size") from None
+
+
 def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
     from transformers import AutoModelForSequenceClassification
 
     settings = cast(FinetuneConfig, trained.config)
     settings.device = config.device
     device = loading.find_device(settings)
-    test = settings.test_data and read(
-        settings.test_data, settings.text_column, settings.label_column
-    )
-    splits = split(
-        read(settings.data, settings.text_column, settings.label_column),
-        test or None,
-        train_size=settings.train_size,
-        validation_size=settings.validation_size,
-        test_size=settings.test_size,
-        seed=settings.data_seed,
-    )
+    splits = loading.read_splits(settings)
     part: Part = getattr(splits, config.part)
     if not len(part):
         raise InputError(f"--part names the {config.part} part of {trained.folder}, which is empty")

@@ -218,3 +218,16 @@ def test_a_damaged_run_is_named(folder, tmp_path):
     (run / "config.yaml").write_text("method: [lora]\nrnak: 3\n")
     with pytest.raises(InputError, match=r"config\.yaml"):
         trained.find([run])
+
+
+def test_what_cannot_be_measured_names_its_folder(tmp_path):
+    one = trained.Trained(tmp_path / "here", "here", "adapter")
+    for error, says in [
+        (ValueError("odd\nand more"), "odd"),
+        (NotImplementedError("no such layer"), "no such layer"),
+        (torch.OutOfMemoryError("on the device"), "lower --batch-size"),
+    ]:
+        with pytest.raises(InputError, match=f"here: .*{says}"), trained.named_errors(one):
+            raise error
+    with pytest.raises(ModuleNotFoundError, match="a library"), trained.named_errors(one):
+        raise ModuleNotFoundError("a library")
