@@ -1,4 +1,4 @@
-"""`eflat experiment` with the rivals of bench/rivals.py among the methods.
+"""`eflat experiment` with the rivals and variants of bench/ among the methods.
 
     python bench/experiment.py bench/experiments/movies_256.yaml --jobs 2
 
@@ -13,9 +13,12 @@ from pathlib import Path
 
 import cyclopts
 from rivals import RIVALS
+from variants import VARIANTS
 
 from eflat_ext import experiment
 from eflat_ext.data import InputError
+
+METHODS = {**RIVALS, **VARIANTS}
 
 
 def main(file: Path, *, jobs: int = 1, retry_failed: bool = False) -> None:
@@ -27,7 +30,7 @@ def main(file: Path, *, jobs: int = 1, retry_failed: bool = False) -> None:
         retry_failed: run again what failed before.
     """
     try:
-        experiment.run(file, jobs=jobs, retry_failed=retry_failed, methods=RIVALS)
+        experiment.run(file, jobs=jobs, retry_failed=retry_failed, methods=METHODS)
     except InputError as error:
         sys.exit(str(error))
 

@@ -27,6 +27,11 @@ TITLES = {
     "eflat-A-global": "EFlat-LoRA onto A, global norm",
     "random-flat": "Flat-LoRA by random perturbation",
     "bi-lora": "Bi-LoRA",
+    "eflat-full": "EFlat-LoRA without transfer",
+    "eflat-tangent": "EFlat-LoRA, tangent space",
+    "eflat-restored": "EFlat-LoRA, radius restored",
+    "sketch-1": "sketch of the gradient, rank 1",
+    "sketch-4": "sketch of the gradient, rank 4",
 }
 
 HEAD = """# Does it generalise better, is it flatter, and what does it cost?

@@ -102,13 +102,18 @@ def test_commands_that_measure(tmp_path, monkeypatch):
     assert (tmp_path / "landscape.svg").is_file()
 
 
+def methods_of_experiments():
+    names = importlib.import_module("rivals").RIVALS, importlib.import_module("variants").VARIANTS
+    return {**finetune.METHODS, **names[0], **names[1]}
+
+
 def test_benchmarks_that_measure(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
-    rivals = importlib.import_module("rivals")
+    methods = methods_of_experiments()
     for _, script, *rest in (c for c in commands("Measuring flatness") if c[0] == "python"):
         assert (ROOT / script).is_file()
         if script == "bench/experiment.py":
-            assert plan.load(ROOT / rest[0], {**finetune.METHODS, **rivals.RIVALS}).count() > 0
+            assert plan.load(ROOT / rest[0], methods).count() > 0
         elif script == "bench/report.py":  # test_report_bench.py runs it
             assert (ROOT / rest[0]).is_dir()
         else:  # the numbers are there: it makes the tables of them
@@ -120,8 +125,7 @@ def test_benchmarks_that_measure(monkeypatch):
 @pytest.mark.parametrize("file", sorted((ROOT / "bench" / "experiments").glob("*.yaml")))
 def test_files_of_experiments(file, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
-    rivals = importlib.import_module("rivals")
-    grid = plan.load(file, {**finetune.METHODS, **rivals.RIVALS})
+    grid = plan.load(file, methods_of_experiments())
     assert grid.results.parent == ROOT / "bench" / "results"
 
 

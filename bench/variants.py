@@ -1,0 +1,203 @@
+"""Variants of EFlat-LoRA that keep the perturbation in the full space, to be compared with it.
+
+Equation (3) transfers the perturbation onto one factor, and what reaches W is then a part of it
+only. Here it is carried beside the adapter: training forward passes run at ``W0 + s B A + E``, E a
+product U V of a few columns and rows, at one gradient a step. Each variant is AdamW with another
+E, of norm rho in each layer, or in all together for ``norm_scope="global"``:
+
+"eflat-full"      the mean of equation (1) as it is
+"eflat-tangent"   the projection of the gradient on the tangent space of the matrices of rank r,
+                  G_B (A^T)^+ + (B^T)^+ (G_A - B^T G_B (A^T)^+), over s: exact for LoRA's gradients
+"eflat-restored"  equation (3)'s s E_B A, brought back to radius rho, averaged as EFlat-LoRA does
+"sketch-K"        the K leading singular directions of the moving average of the true gradient. The
+                  average is never formed: a layer's input X and output gradient D give its products
+                  with thin matrices, G_W V = D^T (X V), and one round of subspace iteration a step,
+                  started from the last step's V, follows its leading directions (as PowerSGD does,
+                  Vogels et al., arXiv 1905.13727).
+
+The first two take the newest gradient alone (beta 1): an average would have a higher rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eflat_ext.config import FinetuneConfig
+from eflat_ext.finetune import Builder, adamw_settings, trainable_parameters
+from eflat_ext.ops import perturb
+from eflat_ext.pairs import LoraPair, find_pairs
+from eflat_ext.reference import default_rtol
+
+
+class Carrier:
+    """A low-rank perturbation ``U V`` of one linear layer's weight, (n, k) and (k, m).
+
+    Training forward passes of the layer see it, evaluation does not.
+    """
+
+    def __init__(self, pair: LoraPair) -> None:
+        self.pair = pair
+        self.U: Tensor | None = None
+        self.V: Tensor | None = None
+        pair.layer.register_forward_hook(self._add)
+
+    def update(self) -> None:
+        """Make U and V, of any norm, from the gradients of the factors."""
+        raise NotImplementedError
+
+    def norm(self) -> float:
+        """||U V||."""
+        assert self.U is not None and self.V is not None
+        # Not from Gram matrices: where B is ill-conditioned, the columns of U nearly cancel.
+        return float((torch.linalg.qr(self.U).R @ self.V).norm())
+
+    def _add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.U is None or self.V is None or not layer.training:
+            return output
+        return output + (inputs[0] @ self.V.T) @ self.U.T
+
+
+class FullCarrier(Carrier):
+    """The gradient's estimate by the factors' gradients.
+
+    Args:
+        tangent: count what the two terms share once, rather than take their mean.
+    """
+
+    def __init__(self, pair: LoraPair, beta: float, *, tangent: bool) -> None:
+        super().__init__(pair)
+        self._tangent = tangent
+
+    def update(self) -> None:
+        pair = self.pair
+        grad_A, grad_B = pair.A.grad, pair.B.grad
+        assert grad_A is not None and grad_B is not None
+        rtol = default_rtol(pair.A, pair.B)
+        pinv_At = torch.linalg.pinv(pair.A.double().T, rtol=rtol).to(pair.A)
+        pinv_Bt = torch.linalg.pinv(pair.B.double().T, rtol=rtol).to(pair.A)
+        if self._tangent:
+            grad_B = grad_B - pinv_Bt @ (pair.B.T @ grad_B)
+        self.U = torch.cat([grad_B, pinv_Bt], dim=1)
+        self.V = torch.cat([pinv_At, grad_A])
+
+
+class RestoredCarrier(Carrier):
+    """The transfer onto B, averaged; its radius is restored when it is applied."""
+
+    def __init__(self, pair: LoraPair, beta: float) -> None:
+        super().__init__(pair)
+        self._beta = beta
+        self._average = torch.zeros_like(pair.B)
+
+    def update(self) -> None:
+        pair = self.pair
+        assert pair.A.grad is not None and pair.B.grad is not None
+        E, _ = perturb(pair.A, pair.B, pair.A.grad, pair.B.grad, pair.scaling, 1.0)
+        self._average = self._average.lerp(E, self._beta)
+        self.U, self.V = self._average, pair.A
+
+
+class SketchCarrier(Carrier):
+    """Leading singular directions of the averaged gradient of the layer's weight."""
+
+    def __init__(self, pair: LoraPair, beta: float, *, rank: int) -> None:
+        super().__init__(pair)
+        self._beta = beta
+        self._left: Tensor | None = None
+        self._right = torch.randn(rank, pair.A.shape[1]).to(pair.A)  # average = left @ right
+
+    def update(self) -> None:
+        assert self._left is not None
+        self.U, self.V = self._left, self._right
+
+    def _add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = super()._add(layer, inputs, output)
+        if layer.training and output.requires_grad:
+            output.register_hook(functools.partial(self._fold_in, inputs[0].detach()))
+        return output
+
+    @torch.no_grad()
+    def _fold_in(self, X: Tensor, D: Tensor) -> None:
+        """One round of subspace iteration on (1 - beta) left right + beta D^T X."""
+        X, D = X.flatten(0, -2), D.flatten(0, -2)
+        image = D.T @ (X @ self._right.T)
+        if self._left is not None:
+            old = self._left @ (self._right @ self._right.T)
+            image = torch.lerp(old, image, self._beta)
+        basis = torch.linalg.qr(image).Q
+        right = (D @ basis).T @ X
+        if self._left is not None:
+            right = torch.lerp((basis.T @ self._left) @ self._right, right, self._beta)
+        self._left, self._right = basis, right
+
+
+class FullSpaceEFlat(torch.optim.AdamW):
+    """AdamW with its gradient taken at perturbed weights.
+
+    Args:
+        model: a PEFT model whose adapters are on linear layers.
+        carrier: makes the perturbation of a pair.
+        rho: its norm.
+        norm_scope: "layer" for each layer, "global" for all together.
+        adamw: settings of AdamW.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        carrier: Callable[[LoraPair], Carrier],
+        *,
+        rho: float,
+        norm_scope: str,
+        **adamw: Any,
+    ) -> None:
+        super().__init__(trainable_parameters(model), **adamw)
+        self.carriers = [carrier(pair) for pair in find_pairs(model)]
+        self._rho, self._scope = rho, norm_scope
+
+    def step(self, closure: Callable[[], Any]) -> Any:
+        """One step; the closure runs at perturbed weights."""
+        loss = closure()
+        with torch.no_grad():
+            for carrier in self.carriers:
+                carrier.update()
+            self._scale()
+        super().step()
+        return loss
+
+    def _scale(self) -> None:
+        norms = [carrier.norm() for carrier in self.carriers]
+        total = math.sqrt(sum(norm**2 for norm in norms))
+        for carrier, norm in zip(self.carriers, norms, strict=True):
+            size = total if self._scope == "global" else norm
+            assert carrier.U is not None and carrier.V is not None
+            # Both are copies from here on: AdamW changes the factors.
+            carrier.U = carrier.U * (self._rho / size if size else 0.0)
+            carrier.V = carrier.V.clone()
+
+
+def _variant(carrier: Callable[..., Carrier], **options: Any) -> Builder:
+    return functools.partial(_build, functools.partial(carrier, **options))
+
+
+def _build(
+    carrier: Callable[..., Carrier], config: FinetuneConfig, model: Any, steps: int
+) -> FullSpaceEFlat:
+    make = functools.partial(carrier, beta=config.beta)
+    scope = config.norm_scope
+    return FullSpaceEFlat(model, make, rho=config.rho, norm_scope=scope, **adamw_settings(config))
+
+
+VARIANTS: dict[str, Builder] = {
+    "eflat-full": _variant(FullCarrier, tangent=False),
+    "eflat-tangent": _variant(FullCarrier, tangent=True),
+    "eflat-restored": _variant(RestoredCarrier),
+    "sketch-1": _variant(SketchCarrier, rank=1),
+    "sketch-4": _variant(SketchCarrier, rank=4),
+}

@@ -1,0 +1,148 @@
+"""What bench/variants.py promises: perturbations of the full weight, computed here in the open."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from models import lora_mlp
+from torch.nn.functional import cross_entropy
+
+from eflat_ext import reference
+from eflat_ext.pairs import find_pairs
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+from variants import (  # noqa: E402
+    VARIANTS,
+    FullCarrier,
+    FullSpaceEFlat,
+    RestoredCarrier,
+    SketchCarrier,
+)
+
+LR = {"lr": 0.05, "weight_decay": 0.0}
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(32, 12, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (32,), generator=generator)
+
+
+def make(carrier, seed, **options):
+    """A model whose base weights have gradients, too, and its optimizer."""
+    model = lora_mlp(seed=seed)
+    options = {"rho": 0.3, "norm_scope": "layer", **LR, **options}
+    optimizer = FullSpaceEFlat(model, carrier, **options)
+    for pair in find_pairs(model):
+        pair.layer.get_base_layer().weight.requires_grad_()
+    return model, optimizer
+
+
+def step(model, optimizer, seed):
+    """One step; factors, their gradients and the true gradients of the weights, where taken."""
+    seen = []
+
+    def closure():
+        model.zero_grad()
+        loss = cross_entropy(model(batch(seed)[0]), batch(seed)[1])
+        loss.backward()
+        for pair in find_pairs(model):
+            G = pair.layer.get_base_layer().weight.grad.clone()
+            A, B = (f.detach().clone() for f in (pair.A, pair.B))
+            seen.append((A, B, pair.A.grad.clone(), pair.B.grad.clone(), pair.scaling, G))
+        return loss
+
+    optimizer.step(closure)
+    return seen
+
+
+def perturbations(optimizer):
+    return [carrier.U @ carrier.V for carrier in optimizer.carriers]
+
+
+def unit(X):
+    return X / X.norm()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_training_alone_sees_a_perturbation_of_norm_rho(name, scope):
+    from eflat_ext.config import FinetuneConfig
+
+    model = lora_mlp(seed=1)
+    config = FinetuneConfig(rho=0.3, norm_scope=scope, lr=0.05)
+    optimizer = VARIANTS[name](config, model, 4)
+    for seed in range(4):
+        step_of = partial(cross_entropy, target=batch(seed)[1])
+
+        def closure(seed=seed, loss_of=step_of):
+            optimizer.zero_grad()
+            loss = loss_of(model(batch(seed)[0]))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        E = perturbations(optimizer)
+        sizes = torch.stack([e.norm() for e in E])
+        if scope == "layer":
+            torch.testing.assert_close(sizes, torch.full_like(sizes, 0.3))
+        else:
+            torch.testing.assert_close(float(sizes.norm()), 0.3)
+    x = batch(9)[0]
+    clean, perturbed = model.eval()(x), model.train()(x)
+    assert (clean - perturbed).abs().max() > 1e-4
+    for pair, e in zip(find_pairs(model), E, strict=True):
+        pair.layer.get_base_layer().weight.data += e
+    torch.testing.assert_close(model.eval()(x), perturbed)
+
+
+@pytest.mark.parametrize("tangent", [False, True])
+def test_full_is_equation_1_and_tangent_the_projection(tangent):
+    model, optimizer = make(partial(FullCarrier, beta=0.9, tangent=tangent), 2)
+    for seed in range(3):
+        for (A, B, grad_A, grad_B, s, G), E in zip(
+            step(model, optimizer, seed), perturbations(optimizer), strict=True
+        ):
+            if tangent:
+                rows = torch.linalg.pinv(A) @ A
+                columns = B @ torch.linalg.pinv(B)
+                expected = G @ rows + columns @ G - columns @ G @ rows
+            else:
+                expected = reference.full_space_gradient(A, B, grad_A, grad_B, s)
+            torch.testing.assert_close(unit(E), unit(expected))
+
+
+def test_restored_is_the_average_of_equation_3():
+    model, optimizer = make(partial(RestoredCarrier, beta=0.4), 3)
+    averages = [0.0] * len(optimizer.carriers)
+    for seed in range(3):
+        seen = step(model, optimizer, seed)
+        for k, (A, B, grad_A, grad_B, s, _) in enumerate(seen):
+            E, _ = reference.perturb(A, B, grad_A, grad_B, s, 1.0)
+            averages[k] = 0.6 * averages[k] + 0.4 * E
+            torch.testing.assert_close(unit(perturbations(optimizer)[k]), unit(averages[k] @ A))
+
+
+def test_a_sketch_of_full_rank_is_the_average_of_the_true_gradient():
+    model, optimizer = make(partial(SketchCarrier, beta=0.4, rank=12), 4)
+    averages = None
+    for seed in range(4):
+        gradients = [seen[-1] for seen in step(model, optimizer, seed)]
+        if averages is None:
+            averages = gradients
+        else:
+            averages = [0.6 * a + 0.4 * g for a, g in zip(averages, gradients, strict=True)]
+        for E, average in zip(perturbations(optimizer), averages, strict=True):
+            torch.testing.assert_close(unit(E), unit(average))
+
+
+def test_a_sketch_follows_the_leading_direction():
+    model, optimizer = make(partial(SketchCarrier, beta=1.0, rank=1), 5, lr=0.0)
+    for _ in range(60):
+        gradients = [seen[-1] for seen in step(model, optimizer, 0)]
+    for E, G in zip(perturbations(optimizer), gradients, strict=True):
+        U, _, Vh = torch.linalg.svd(G)
+        torch.testing.assert_close(unit(E), torch.outer(U[:, 0], Vh[0]), rtol=0, atol=1e-2)
