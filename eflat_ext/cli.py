@@ -41,17 +41,26 @@ app.meta.suppress_keyboard_interrupt = False
 
 
 @app.command
-def experiment(file: Path, *, jobs: int = 1, retry_failed: bool = False) -> None:
+def experiment(
+    file: Path,
+    *,
+    task: list[str] | None = None,
+    method: list[str] | None = None,
+    jobs: int = 1,
+    retry_failed: bool = False,
+) -> None:
     """Run a grid of tasks, methods, tuned values and seeds; a killed one goes on where it was.
 
     Args:
         file: YAML file of the experiment; bench/experiments/ has some.
+        task: run only this task of the file; may be given several times.
+        method: run only this method, and the one that it is like; may be given several times.
         jobs: processes, each with one thread.
         retry_failed: run again what failed before.
     """
     from eflat_ext.experiment import run
 
-    run(file, jobs=jobs, retry_failed=retry_failed)
+    run(file, task=task or (), method=method or (), jobs=jobs, retry_failed=retry_failed)
 
 
 @app.command

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -30,7 +30,7 @@ from eflat_ext.data import InputError, Part, flip_labels, mixed_order, read, wit
 from eflat_ext.loading import first_line
 from eflat_ext.plan import Experiment, Run, Sharpness, load
 from eflat_ext.report import experiment_progress, print_failures
-from eflat_ext.results import AllFailed, Results, columns_of
+from eflat_ext.results import AllFailed, Results, Row, columns_of
 from eflat_ext.trained import Batch, make_batches
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ _SHARPNESS_BATCH = 32
 def run(
     path: Path,
     *,
+    task: Sequence[str] = (),
+    method: Sequence[str] = (),
     jobs: int = 1,
     retry_failed: bool = False,
     methods: Mapping[str, finetune.Builder] | None = None,
@@ -51,6 +53,7 @@ def run(
 
     Args:
         path: a YAML file, see :mod:`eflat_ext.plan`.
+        task, method: names of those to run, and of what the methods are like; none for all.
         jobs: processes, each with one thread; with 1, everything runs in this one.
         retry_failed: run again what failed before.
         methods: by name, beside those of :data:`eflat_ext.finetune.METHODS`. Other processes
@@ -67,6 +70,7 @@ def run(
         raise InputError(f"--jobs is {jobs}, but must be at least 1")
     experiment = load(path, {**finetune.METHODS, **extra})
     results = Results(experiment.results, columns_of(experiment))
+    experiment = experiment.only(task, method)
     retried: set[tuple[str, ...]] = set()
     with _workers(jobs, experiment, extra) as submit, experiment_progress(experiment) as show:
         while todo := _pending(experiment, results, retried if retry_failed else None):
@@ -80,7 +84,7 @@ def run(
                     ) from None
                 retried.add(job.key())
                 show.done(job, results.append(job, figures))
-    print_failures(experiment, results.rows(), _without_choice(experiment, results))
+    print_failures(experiment, _rows(experiment, results), _without_choice(experiment, results))
     return experiment.results
 
 
@@ -113,7 +117,12 @@ def _pending(
 
 
 def _count_left(experiment: Experiment, results: Results) -> int:
-    return max(1, experiment.count() - len(results))
+    return max(1, experiment.count() - len(_rows(experiment, results)))
+
+
+def _rows(experiment: Experiment, results: Results) -> list[Row]:
+    """What the file holds of the experiment's tasks and methods."""
+    return [row for row in results.rows() if experiment.holds(row)]
 
 
 def _without_choice(experiment: Experiment, results: Results) -> list[str]:

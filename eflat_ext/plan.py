@@ -140,6 +140,36 @@ class Experiment:
         """The method of this name."""
         return next(method for method in self.methods if method.name == name)
 
+    def only(self, tasks: Collection[str] = (), methods: Collection[str] = ()) -> Experiment:
+        """The part of these tasks and methods, and of those that the methods are like.
+
+        Args:
+            tasks, methods: names; none stands for all.
+
+        Raises:
+            InputError: the file has no such name.
+        """
+        for kind, wanted, there in (
+            ("task", tasks, [task.name for task in self.tasks]),
+            ("method", methods, [method.name for method in self.methods]),
+        ):
+            if unknown := [name for name in wanted if name not in there]:
+                raise InputError(
+                    f"--{kind}: {self.name} has no {unknown[0]!r}, but {', '.join(there)}"
+                )
+        needed = {*methods, *(self.method(name).like for name in methods)}
+        return dataclasses.replace(
+            self,
+            tasks=[task for task in self.tasks if not tasks or task.name in tasks],
+            methods=[method for method in self.methods if not methods or method.name in needed],
+        )
+
+    def holds(self, row: Mapping[str, str]) -> bool:
+        """Whether a row of the results is of one of its tasks and methods."""
+        return row["task"] in {task.name for task in self.tasks} and row["method"] in {
+            method.name for method in self.methods
+        }
+
     def tuning(self, task: Task, method: Method, inherited: Settings) -> list[Run]:
         """The tuning runs of a method; none if it has no values to choose from."""
         if not method.tune:
@@ -193,6 +223,9 @@ def _check(experiment: Experiment, methods: Collection[str]) -> None:
             raise InputError(f"the experiment has no {kind}")
     if experiment.choose_by not in ("accuracy", "loss"):
         raise InputError(f"choose_by is {experiment.choose_by!r}, but must be accuracy or loss")
+    for where, seeds in (("seeds", experiment.seeds), ("tuning: seeds", experiment.tuning_seeds)):
+        if len(set(seeds)) < len(seeds):
+            raise InputError(f"{where} names a seed twice")
     if common := set(experiment.seeds) & set(experiment.tuning_seeds):
         raise InputError(
             f"seed {min(common)} is in seeds and in tuning: final runs need fresh ones"

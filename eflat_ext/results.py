@@ -63,9 +63,6 @@ class Results:
         for row in _read(path, self._columns):
             self._rows[tuple(row[name] for name in KEY)] = row
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def rows(self) -> list[Row]:
         """One for each run; of a run that was tried again, the last."""
         return list(self._rows.values())

@@ -77,6 +77,22 @@ def finished(content, tmp_path_factory):
     return experiment.run(write(folder, content, sharpness=SHARPNESS))
 
 
+def test_a_part_is_run_alone_and_is_no_different(content, finished, tmp_path, capsys):
+    tasks = {"words": {"train_size": 48}, "more": {"train_size": 64}}
+    methods = {**content["methods"], "flat": {"rho": 0.1}}
+    path = write(tmp_path, content, tasks=tasks, methods=methods, sharpness=SHARPNESS)
+    part = experiment.run(path, task=["words"], method=["eflat-global"])
+    assert figures(part) == figures(finished)  # with lora, which it is like
+    assert "14 of 14 runs" in capsys.readouterr().out
+    experiment.run(path, task=["words"], method=["flat"])
+    assert {(r["task"], r["method"]) for r in rows_of(part)} == {
+        ("words", name) for name in methods
+    }
+    for wrong in ({"task": ["word"]}, {"method": ["eflat"]}):
+        with pytest.raises(InputError, match="has no '(word|eflat)', but (words|lora), "):
+            experiment.run(path, **wrong)
+
+
 def test_every_run_has_a_row_and_its_figures(finished):
     rows = rows_of(finished)
     stages = [(row["stage"], row["method"]) for row in rows]
@@ -292,6 +308,8 @@ def test_lists_of_sizes_and_noise_are_tasks_of_their_own(content, tmp_path):
         ({"tasks": {"t": {"train_sizes": 3}}}, ["train_sizes"]),
         ({"tasks": {"t": {"label_noise": 2}}}, ["label_noise", "2"]),
         ({"seeds": [100]}, ["100", "fresh"]),
+        ({"seeds": [3, 4, 3]}, ["seeds", "twice"]),
+        ({"tuning": {"seeds": [9, 9]}}, ["tuning", "twice"]),
         ({"seeds": 3}, ["seeds", "list"]),
         ({"tuning": {}}, ["lora", "tuning"]),
         ({"tuning": {"seeds": [9], "choose_by": "test"}}, ["choose_by", "test"]),
