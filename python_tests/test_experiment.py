@@ -89,7 +89,7 @@ def test_a_part_is_run_alone_and_is_no_different(content, finished, tmp_path, ca
         ("words", name) for name in methods
     }
     for wrong in ({"task": ["word"]}, {"method": ["eflat"]}):
-        with pytest.raises(InputError, match="has no '(word|eflat)', but (words|lora), "):
+        with pytest.raises(InputError, match=r"has no '(word|eflat)', but (words|lora), "):
             experiment.run(path, **wrong)
 
 
