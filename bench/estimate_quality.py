@@ -17,7 +17,7 @@ import csv
 import itertools
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,33 +85,33 @@ def rows_of(
     finetune.train(config, task, method, seed, model, optimizer, on_step)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    def part(title: str, keys: tuple[str, ...], **only: str) -> None:
+def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of each table of the file's rows: means over layers."""
+
+    def part(name: str, keys: tuple[str, ...], **only: str) -> Iterator[Any]:
         chosen = [row for row in rows if all(str(row[k]) == v for k, v in only.items())]
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in chosen:
             groups.setdefault(", ".join(str(row[key]) for key in keys), []).append(row)
         if groups:
-            print(f"\n{title}")
             lines = [
-                [name, *(f"{statistics.fmean(float(r[c]) for r in g):.2f}" for c in COLUMNS)]
-                for name, g in groups.items()
+                [group, *(f"{statistics.fmean(float(r[c]) for r in g):.2f}" for c in COLUMNS)]
+                for group, g in groups.items()
             ]
-            print_table([", ".join(keys), *COLUMNS], lines)
+            yield name, [", ".join(keys), *COLUMNS], lines
 
     for row in rows:
         row["kind"] = re.sub(r"^encoder\.layer\.\d+\.", "", row["layer"])
     for layers in LAYERS:
-        part(f"adapters on {layers}", ("method", "step"), adapted=layers, cutoff="default")
+        yield from part(
+            f"adapters on {layers}", ("method", "step"), adapted=layers, cutoff="default"
+        )
     last = {"adapted": LAYERS[-1], "method": "lora"}
-    part(
-        f"{LAYERS[-1]}, plain LoRA, step {STEPS[-1]}",
-        ("kind",),
-        cutoff="default",
-        step=str(STEPS[-1]),
-        **last,
+    run = f"adapters on {LAYERS[-1]}, plain LoRA"
+    yield from part(
+        f"{run}, step {STEPS[-1]}", ("kind",), cutoff="default", step=str(STEPS[-1]), **last
     )
-    part(f"{LAYERS[-1]}, plain LoRA", ("step", "cutoff"), **last)
+    yield from part(run, ("step", "cutoff"), **last)
 
 
 def main() -> None:
@@ -144,7 +144,9 @@ def main() -> None:
                 writer.writerows(rows)
 
         rows_of(layers, method, seed, on_rows)
-    show(rows)
+    for name, head, lines in tables(rows):
+        print(f"\n{name}")
+        print_table(head, lines)
 
 
 if __name__ == "__main__":

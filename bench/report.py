@@ -1,11 +1,12 @@
-"""Write bench/REPORT.md and its figures from the CSV files of experiments, and from nothing else.
+"""Write bench/REPORT.md, its figures and the tables of README.md from the files of bench/results.
 
 python bench/report.py bench/results            write them
-python bench/report.py bench/results --check    fail if REPORT.md is not what they say
+python bench/report.py bench/results --check    fail if the texts are not what the files say
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections import Counter
@@ -13,26 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cyclopts
+import estimate_quality
+from readme_tables import README, renewed
 from report_figures import draw_figures
-from summary import BASELINE, LEVEL, Comparison, Estimate, TaskResults, load
+from summary import BASELINE, LEVEL, Comparison, TaskResults, load
+from tables import COMPARED, compared_cells, percent, plain, table, title
 
-TITLES = {
-    "lora": "LoRA",
-    "full": "full fine-tuning",
-    "lora-sam": "LoRA-SAM",
-    "flat": "Flat-LoRA",
-    "eflat": "EFlat-LoRA",
-    "eflat-global": "EFlat-LoRA, global norm",
-    "eflat-A": "EFlat-LoRA onto A",
-    "eflat-A-global": "EFlat-LoRA onto A, global norm",
-    "random-flat": "Flat-LoRA by random perturbation",
-    "bi-lora": "Bi-LoRA",
-    "eflat-full": "EFlat-LoRA without transfer",
-    "eflat-tangent": "EFlat-LoRA, tangent space",
-    "eflat-restored": "EFlat-LoRA, radius restored",
-    "sketch-1": "sketch of the gradient, rank 1",
-    "sketch-4": "sketch of the gradient, rank 4",
-}
+from eflat_ext.results import Row
+
+RESULTS = Path(__file__).parent / "results"
 
 HEAD = """# Does it generalise better, is it flatter, and what does it cost?
 
@@ -48,14 +38,22 @@ the training loss in the full space of the adapted layers, in the worst directio
 noise. Time and memory are medians of the ratio to {baseline}; memory is the whole process's.
 """
 
+ESTIMATES = """\
+Against the true gradient of every adapted layer's whole weight, means over layers, of `python
+bench/estimate_quality.py`. Term A is what B's gradient tells, term B what A's does, mean their mean
+(equation 1), tangent both with what they share counted once; onto B and onto A are what equation
+(3) leaves of the mean, with its size over the radius asked for. Top share is the part of the true
+gradient's square in its first singular direction.
+"""
 
-def title(method: str) -> str:
-    """What the report calls a method."""
-    return TITLES.get(method, method)
 
+def report(tasks: Sequence[TaskResults], estimates: Sequence[Row] = ()) -> str:
+    """The whole report as Markdown.
 
-def report(tasks: Sequence[TaskResults]) -> str:
-    """The whole report as Markdown."""
+    Args:
+        tasks: from :func:`summary.load`.
+        estimates: rows of the file that bench/estimate_quality.py writes.
+    """
     if not tasks:
         raise SystemExit("there is no CSV file of an experiment")
     parts = [HEAD.format(baseline=title(BASELINE), level=LEVEL), *_overview(tasks)]
@@ -65,6 +63,7 @@ def report(tasks: Sequence[TaskResults]) -> str:
         parts += [_accuracy_table(task, f"accuracy@{d}", f"accuracy on {d}") for d in task.tests()]
         parts += [_cost_table(task), _correlation(task), _tuned_table(task), _failures(task)]
         parts += [f"![{kind} of {task.name}]({path})" for kind, path in figure_paths(task).items()]
+    parts += _estimates(estimates)
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -105,7 +104,7 @@ def _overview(tasks: Sequence[TaskResults]) -> list[str]:
         return []
     over = f"How often a method {' / '.join(VERDICTS)} against {title(BASELINE)} over "
     over += f"{_number(len(tasks), 'task')} and all their test sets:"
-    return ["## Overview", over, _table(["", *KINDS.values()], rows)]
+    return ["## Overview", over, table(["", *KINDS.values()], rows)]
 
 
 def _compared(task: TaskResults) -> list[str]:
@@ -161,6 +160,16 @@ def _failures(task: TaskResults) -> str:
     return "\n".join([f"{_number(len(lines), 'run')} failed:", "", *lines]) if lines else ""
 
 
+def _estimates(rows: Sequence[Row]) -> list[str]:
+    """How good the estimate of the full-space gradient is over training."""
+    if not rows:
+        return []
+    parts = ["## The estimate of the full-space gradient", ESTIMATES]
+    for name, head, lines in estimate_quality.tables([dict(row) for row in rows]):
+        parts += [f"{name[0].upper()}{name[1:]}:", table(head, lines)]
+    return parts
+
+
 # --- tables ------------------------------------------------------------------------------
 
 
@@ -168,9 +177,9 @@ def _accuracy_table(task: TaskResults, figure: str, name: str) -> str:
     comparisons = task.comparisons(figure)
     rows = []
     for method in task.methods:
-        compared = _compared_cells(comparisons.get(method), 100, 2)
-        rows.append([title(method), _percent(task.estimate(method, figure)), *compared])
-    return _table(["", f"{name}, %", *_COMPARED], rows)
+        compared = compared_cells(comparisons.get(method), 100, 2)
+        rows.append([title(method), percent(task.estimate(method, figure)), *compared])
+    return table(["", f"{name}, %", *COMPARED], rows)
 
 
 def _loss_table(task: TaskResults) -> str:
@@ -178,9 +187,9 @@ def _loss_table(task: TaskResults) -> str:
     rows = []
     for method in task.methods:
         loss, train, gap = (task.estimate(method, f) for f in ("loss", "train_loss", "gap"))
-        compared = _compared_cells(comparisons.get(method), 1, 4)
-        rows.append([title(method), _plain(loss), *compared, _plain(train), _plain(gap)])
-    return _table(["", "test loss", *_COMPARED, "training loss", "gap"], rows)
+        compared = compared_cells(comparisons.get(method), 1, 4)
+        rows.append([title(method), plain(loss), *compared, plain(train), plain(gap)])
+    return table(["", "test loss", *COMPARED, "training loss", "gap"], rows)
 
 
 def _cost_table(task: TaskResults) -> str:
@@ -190,12 +199,12 @@ def _cost_table(task: TaskResults) -> str:
         time, memory = (task.ratio(method, f) for f in ("seconds_per_step", "peak_memory_mib"))
         parameters = task.estimate(method, "trainable_parameters")
         rows.append(
-            [title(method), *map(_plain, sharp)]
+            [title(method), *map(plain, sharp)]
             + ["" if value is None else f"{value:.2f}" for value in (time, memory)]
             + ["" if parameters is None else f"{parameters.mean:,.0f}"]
         )
     head = ["", "worst-case sharpness", "random-noise sharpness"]
-    return _table([*head, "relative time", "relative memory", "trained numbers"], rows)
+    return table([*head, "relative time", "relative memory", "trained numbers"], rows)
 
 
 def _tuned_table(task: TaskResults) -> str:
@@ -210,36 +219,7 @@ def _tuned_table(task: TaskResults) -> str:
             edge = ", ".join(choice.at_edge)
         rows.append([title(method), chosen, values, edge, *map(str, runs), str(failed)])
     head = ["", "chosen on validation", "of values", "at the edge of the grid"]
-    return _table([*head, "tuning runs", "final runs", "failed"], rows)
-
-
-_COMPARED = ["difference", "95 % interval", "p", "verdict"]
-
-
-def _compared_cells(comparison: Comparison | None, scale: float, digits: int) -> list[str]:
-    if comparison is None:
-        return ["", "", "", ""]
-    c = comparison
-    interval = f"{scale * c.low:+.{digits}f} to {scale * c.high:+.{digits}f}"
-    difference = (
-        f"{scale * c.difference.mean:+.{digits}f} ± {scale * c.difference.error:.{digits}f}"
-    )
-    return [difference, interval, f"{c.p:.3f}" if c.p >= 0.001 else "< 0.001", c.verdict]
-
-
-def _percent(estimate: Estimate | None) -> str:
-    return _with_error(estimate, 100, 2)
-
-
-def _plain(estimate: Estimate | None) -> str:
-    return _with_error(estimate, 1, 4)
-
-
-def _with_error(estimate: Estimate | None, scale: float, digits: int) -> str:
-    if estimate is None:
-        return ""
-    text = f"{scale * estimate.mean:.{digits}f}"
-    return text + (f" ± {scale * estimate.error:.{digits}f}" if estimate.count > 1 else "")
+    return table([*head, "tuning runs", "final runs", "failed"], rows)
 
 
 def _signed(comparison: Comparison, kind: str) -> str:
@@ -256,32 +236,37 @@ def _number(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; columns without a cell are left out."""
-    used = [k for k in range(len(head)) if k == 0 or any(row[k] for row in rows)]
-    lines = [[head[k] for k in used], ["---"] * len(used), *[[r[k] for k in used] for r in rows]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main(results: Path, *, output: Path | None = None, check: bool = False) -> None:
-    """Write the report, or check it.
+    """Write the report, or check it; for bench/results the tables of README.md, too.
 
     Args:
         results: folder of CSV files.
-        output: the report; by default REPORT.md beside the folder.
-        check: write nothing, and fail if the report is not what the CSV files say.
+        output: the report; by default REPORT.md beside the folder, and README.md.
+        check: write nothing, and fail if a text is not what the files say.
     """
     path = output or results.resolve().parent / "REPORT.md"
     tasks = load(results)
-    text = report(tasks)
+    texts = {path: report(tasks, read_estimates(results / "estimate_quality.csv"))}
+    if results.resolve() == RESULTS and output is None:
+        texts[README] = renewed(README.read_text(encoding="utf-8"), results)
     if check:
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            sys.exit(f"{path} is out of date: python bench/report.py {results}")
+        for file, text in texts.items():
+            if not file.exists() or file.read_text(encoding="utf-8") != text:
+                sys.exit(f"{file} is out of date: python bench/report.py {results}")
         return
-    path.write_text(text, encoding="utf-8")
+    for file, text in texts.items():
+        file.write_text(text, encoding="utf-8")
     for task in tasks:
         draw_figures(task, {k: path.parent / p for k, p in figure_paths(task).items()}, title)
     print(path)
+
+
+def read_estimates(path: Path) -> list[Row]:
+    """The rows of a file of bench/estimate_quality.py; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ E, of norm rho in each layer, or in all together for ``norm_scope="global"``:
                   started from the last step's V, follows its leading directions (as PowerSGD does,
                   Vogels et al., arXiv 1905.13727).
 
+"lora-sam-ema" is none of these: LoRA-SAM's perturbation of both factors, each along its own
+gradient, averaged over steps as EFlat-LoRA averages its own, so that it takes one gradient, too.
+
 The first two take the newest gradient alone (beta 1): an average would have a higher rank.
 """
 
@@ -182,6 +185,47 @@ class FullSpaceEFlat(torch.optim.AdamW):
             carrier.V = carrier.V.clone()
 
 
+class AveragedLoRASAM(torch.optim.AdamW):
+    """AdamW with its gradient taken at factors perturbed by an average of LoRA-SAM's perturbation.
+
+    Args:
+        model: a PEFT model.
+        rho: norm of a pair's perturbation of both factors.
+        beta: weight of the newest perturbation in the average.
+        adamw: settings of AdamW.
+    """
+
+    def __init__(self, model: nn.Module, *, rho: float, beta: float, **adamw: Any) -> None:
+        super().__init__(trainable_parameters(model), **adamw)
+        self._rho, self._beta = rho, beta
+        self._pairs = [(pair.parameter_A, pair.parameter_B) for pair in find_pairs(model)]
+        self.averages = [[torch.zeros_like(f) for f in pair] for pair in self._pairs]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:
+        """One step; the closure runs at perturbed factors."""
+        clean = [[factor.clone() for factor in pair] for pair in self._pairs]
+        for pair, averages in zip(self._pairs, self.averages, strict=True):
+            torch._foreach_add_(pair, averages)
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        finally:
+            for pair, values in zip(self._pairs, clean, strict=True):
+                torch._foreach_copy_(pair, values)
+        for pair, averages in zip(self._pairs, self.averages, strict=True):
+            gradients = [factor.grad for factor in pair]
+            norm = torch.stack([g.norm() for g in gradients]).norm()
+            newest = [self._rho * g / norm if norm > 0 else 0 * g for g in gradients]
+            torch._foreach_lerp_(averages, newest, self._beta)
+        super().step()
+        return loss
+
+
+def _lora_sam_ema(config: FinetuneConfig, model: Any, steps: int) -> AveragedLoRASAM:
+    return AveragedLoRASAM(model, rho=config.rho, beta=config.beta, **adamw_settings(config))
+
+
 def _variant(carrier: Callable[..., Carrier], **options: Any) -> Builder:
     return functools.partial(_build, functools.partial(carrier, **options))
 
@@ -200,4 +244,5 @@ VARIANTS: dict[str, Builder] = {
     "eflat-restored": _variant(RestoredCarrier),
     "sketch-1": _variant(SketchCarrier, rank=1),
     "sketch-4": _variant(SketchCarrier, rank=4),
+    "lora-sam-ema": _lora_sam_ema,
 }

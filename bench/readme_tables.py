@@ -1,0 +1,128 @@
+"""The tables of figures in README.md, made from the files of bench/results.
+
+bench/report.py writes them with its report, or checks them. A table stands between the lines
+``<!-- table: NAME -->`` and ``<!-- table: end -->``, NAME being one of :data:`TABLES`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import CASES
+from floor import CARDS, floor
+from summary import load
+from tables import compared_cells, percent, plain, table, title
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _movies(results: Path) -> str:
+    """The main table in short."""
+    (task,) = [t for t in load(results) if t.experiment == "movies_256"]
+    accuracy, loss = task.comparisons("accuracy"), task.comparisons("loss")
+
+    def row(method: str) -> list[str]:
+        time = task.ratio(method, "seconds_per_step")
+        return [
+            title(method),
+            percent(task.estimate(method, "accuracy")),
+            *compared_cells(accuracy.get(method), 100, 2)[::3],
+            plain(task.estimate(method, "loss")),
+            loss[method].verdict if method in loss else "",
+            plain(task.estimate(method, "sharpness_worst")),
+            "" if time is None else f"{time:.2f}",
+        ]
+
+    head = ["", "test accuracy, %", "over LoRA", "", "test loss", "", "sharpness", "time"]
+    return table(head, [row(method) for method in task.methods])
+
+
+def _demo(results: Path) -> str:
+    titles = {"lora": "LoRA", "eflat": "EFlat-LoRA"}
+    with (results / "demo.csv").open(newline="", encoding="utf-8") as file:
+        rows = [
+            [
+                titles[row["method"]],
+                f"{float(row['accuracy']):.2%}".replace("%", " %"),
+                *(f"{float(row[name]):.4f}" for name in ("loss", "train_loss")),
+                f"{float(row['seconds_per_step']):.3f}",
+            ]
+            for row in csv.DictReader(file)
+        ]
+    return table(["", "accuracy", "test loss", "training loss", "s/step"], rows)
+
+
+def _perturb_cpu(results: Path) -> str:
+    head = ["pairs", "threads", "time", "equations (1)-(3) with `pinv`"]
+    head += ["Gram form, float64", "Gram form, float32", "share of the floor"]
+    rows = []
+    for threads in (2, 1):
+        for x in _json(results, f"perturb_cpu_{threads}")["cases"][:2]:
+            slower = [f"{x['over_pinv']:.0f} x", f"{x['over_gram64']:.1f} x"]
+            slower += [f"{x['over_gram32']:.1f} x", f"{x['share_of_floor']:.0%}"]
+            rows.append([x["case"], str(threads), f"{1e3 * x['seconds']:.2f} ms", *slower])
+    return table(head, rows)
+
+
+def _accuracy(results: Path) -> str:
+    found = _json(results, "accuracy")
+    rows = [
+        [f"condition {x['condition']:.0e}", *(f"{x[k]:.1e}" for k in ("operator", "pinv", "Gram"))]
+        for x in found
+        if x["dtype"] == "torch.float32" and x["condition"] in (1, 1e3, 1e6)
+    ]
+    return table(["", "operator", "float32 `pinv`", "float32 Gram form"], rows)
+
+
+def _step(results: Path) -> str:
+    titles = {"lora": "LoRA", "eflat": "EFlat-LoRA", "flat": "Flat-LoRA", "lora-sam": "LoRA-SAM"}
+    rows = [
+        [titles[x["method"]], f"{x['step']:.3f}", f"{x['peak_mib']:.0f}"]
+        for x in _json(results, "step")
+    ]
+    return table(["", "time of a step over LoRA's", "peak memory, MiB"], rows)
+
+
+def _floor(results: Path) -> str:
+    cases = [case for case in CASES if case.name.startswith("Llama")]
+    head = [f"{kind}, r={case.rank}" for case in cases for kind in ("memory", "arithmetic")]
+    rows = []
+    for card in CARDS:
+        times = [floor(case, torch.float32, card) for case in cases]
+        name = card.name if card.products else f"{card.name} (pairs of floats)"
+        rows.append([name, *(_time(t[k]) for t in times for k in ("memory", "arithmetic"))])
+    return table(["", *head], rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "movies": _movies,
+    "demo": _demo,
+    "perturb_cpu": _perturb_cpu,
+    "accuracy": _accuracy,
+    "step": _step,
+    "floor": _floor,
+}
+
+
+def renewed(readme: str, results: Path) -> str:
+    """The README's text with its tables as the files of ``results`` have them."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]](results)}\n\n{match[3]}"
+
+    between = r"(<!-- table: (\w+) -->\n).*?(<!-- table: end -->)"
+    return re.sub(between, block, readme, flags=re.S)
+
+
+def _json(results: Path, name: str) -> Any:
+    return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+def _time(seconds: float) -> str:
+    return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.2g} ms"
