@@ -21,10 +21,12 @@ TITLES = {
     "eflat-tangent": "EFlat-LoRA, tangent space",
     "eflat-restored": "EFlat-LoRA, radius restored",
     "lora-sam-ema": "LoRA-SAM, averaged",
+    "full-sam": "SAM on the full weights",
     "sketch-1": "sketch of the gradient, rank 1",
     "sketch-4": "sketch of the gradient, rank 4",
     **{f"eflat-beta-{beta}": f"EFlat-LoRA, beta {beta}" for beta in ("0.1", "0.5", "1")},
     **{f"eflat-rtol-{rtol}": f"EFlat-LoRA, rtol {rtol}" for rtol in ("0.01", "0.1")},
+    **{f"full-sam-{rho}": f"SAM on the full weights, rho {rho}" for rho in ("0.02", "0.05")},
     **{f"lora-rank-{rank}": f"LoRA, rank {rank}" for rank in (2, 32)},
     **{f"eflat-rank-{rank}": f"EFlat-LoRA, rank {rank}" for rank in (2, 32)},
 }

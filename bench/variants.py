@@ -18,6 +18,10 @@ E, of norm rho in each layer, or in all together for ``norm_scope="global"``:
 "lora-sam-ema" is none of these: LoRA-SAM's perturbation of both factors, each along its own
 gradient, averaged over steps as EFlat-LoRA averages its own, so that it takes one gradient, too.
 
+"full-sam" is what all of these stand in for, at two gradients: SAM (Foret et al., arXiv 2010.01412)
+on the weights W of the adapted layers, along their true gradient of the same batch. What it does
+not gain, no better estimate of the gradient will.
+
 The first two take the newest gradient alone (beta 1): an average would have a higher rank.
 """
 
@@ -185,6 +189,56 @@ class FullSpaceEFlat(torch.optim.AdamW):
             carrier.V = carrier.V.clone()
 
 
+class TrueCarrier(Carrier):
+    """The true gradient of the layer's weight, formed whole."""
+
+    def __init__(self, pair: LoraPair) -> None:
+        super().__init__(pair)
+        self._gradient = torch.zeros(pair.B.shape[0], pair.A.shape[1]).to(pair.A)
+
+    def update(self) -> None:
+        self.U, self.V = self._gradient, torch.eye(len(self.pair.A.T)).to(self._gradient)
+
+    def clear(self) -> None:
+        self.U = self.V = None
+
+    def _add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.U is None and layer.training and output.requires_grad:
+            output.register_hook(functools.partial(self._keep, inputs[0].detach()))
+        return super()._add(layer, inputs, output)
+
+    @torch.no_grad()
+    def _keep(self, X: Tensor, D: Tensor) -> None:
+        self._gradient = D.flatten(0, -2).T @ X.flatten(0, -2)
+
+
+class FullSAM(FullSpaceEFlat):
+    """SAM on the weights of the adapted layers: two gradients of each batch."""
+
+    carriers: list[TrueCarrier]
+
+    def step(self, closure: Callable[[], Any]) -> Any:
+        """One step; the closure runs at the weights and at the worst point nearby."""
+        loss = closure()
+        with torch.no_grad():
+            for carrier in self.carriers:
+                carrier.update()
+            self._scale()
+        try:
+            closure()
+        finally:
+            for carrier in self.carriers:
+                carrier.clear()
+        torch.optim.AdamW.step(self)
+        return loss
+
+
+def _full_sam(config: FinetuneConfig, model: Any, steps: int) -> FullSAM:
+    scope = config.norm_scope
+    adamw = adamw_settings(config)
+    return FullSAM(model, TrueCarrier, rho=config.rho, norm_scope=scope, **adamw)
+
+
 class AveragedLoRASAM(torch.optim.AdamW):
     """AdamW with its gradient taken at factors perturbed by an average of LoRA-SAM's perturbation.
 
@@ -245,4 +299,5 @@ VARIANTS: dict[str, Builder] = {
     "sketch-1": _variant(SketchCarrier, rank=1),
     "sketch-4": _variant(SketchCarrier, rank=4),
     "lora-sam-ema": _lora_sam_ema,
+    "full-sam": _full_sam,
 }

@@ -91,7 +91,10 @@ def run(
 def _pending(
     experiment: Experiment, results: Results, retried: set[tuple[str, ...]] | None
 ) -> list[Run]:
-    """Runs that can start now: tuning first, then final runs seed by seed."""
+    """Runs that can start now: all tuning first, then final runs seed by seed.
+
+    So the final runs of a seed, whose times are compared, are close to each other in time.
+    """
 
     def missing(run: Run) -> bool:
         row = results.of(run)
@@ -113,7 +116,7 @@ def _pending(
                 runs = [Run("final", task, method, seed, chosen) for seed in experiment.seeds]
                 results.check_final(runs[0])
                 final += [run for run in runs if missing(run)]
-    return tuning + sorted(final, key=lambda run: run.seed)
+    return tuning or sorted(final, key=lambda run: run.seed)
 
 
 def _count_left(experiment: Experiment, results: Results) -> int:
