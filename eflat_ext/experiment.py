@@ -26,9 +26,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from eflat_ext import finetune
-from eflat_ext.data import InputError, Part, flip_labels, mixed_order, read, without
+from eflat_ext.data import InputError, Part, flip_labels, mixed_order, read, with_typos, without
 from eflat_ext.loading import first_line
-from eflat_ext.plan import Experiment, Run, Sharpness, load
+from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
 from eflat_ext.report import experiment_progress, print_failures
 from eflat_ext.results import AllFailed, Results, Row, columns_of
 from eflat_ext.trained import Batch, make_batches
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Sentences of a batch when sharpness is measured.
 _SHARPNESS_BATCH = 32
+# Of the words that can have one.
+_TYPOS_SHARE = 0.3
 
 
 def run(
@@ -191,6 +193,11 @@ class Runner:
             task = finetune.prepare(config)
             also = {}
             for data in run.task.also_test if run.stage == "final" else ():
+                if data == TYPOS:
+                    test = task.splits.test
+                    part = Part(with_typos(test.texts, _TYPOS_SHARE, seed=0), test.labels)
+                    also[data] = finetune.encode(config, task.tokenizer, part)
+                    continue
                 rows = without(read(data, config.text_column, config.label_column), task.texts())
                 numbers = {label: k for k, label in enumerate(task.splits.classes)}
                 if unknown := set(rows.labels) - set(numbers):

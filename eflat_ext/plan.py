@@ -25,6 +25,7 @@ from eflat_ext.data import InputError
 
 Stage = Literal["tuning", "final"]
 Settings = dict[str, Any]
+TYPOS = "typos"
 
 # What a file may not set, as the plan does.
 _OURS = {"method", "seeds", "evaluate_on", "output_dir"}
@@ -38,7 +39,8 @@ class Task:
     Attributes:
         settings: of :class:`FinetuneConfig`; ``train_size`` sentences are drawn for each seed.
         label_noise: share of the training labels that are wrong.
-        also_test: further data to test on, as ``--data`` takes them.
+        also_test: further data to test on, as ``--data`` takes them; :data:`TYPOS` stands for the
+            test part itself, misspelt.
     """
 
     name: str

