@@ -17,7 +17,7 @@ import cyclopts
 import estimate_quality
 from readme_tables import README, renewed
 from report_figures import draw_figures
-from summary import BASELINE, LEVEL, Comparison, TaskResults, load
+from summary import BASELINE, LEVEL, Comparison, TaskResults, load, pooled
 from tables import COMPARED, compared_cells, percent, plain, table, title
 
 from eflat_ext.results import Row
@@ -89,7 +89,8 @@ VERDICTS = ("wins", "ties", "loses")
 
 
 def _overview(tasks: Sequence[TaskResults]) -> list[str]:
-    """Wins, ties and losses of each method over all tasks and test sets."""
+    """Wins, ties and losses of each method over all tuned tasks and test sets, and the means."""
+    tasks = [task for task in tasks if task.is_tuned()]
     counts: dict[str, dict[str, Counter[str]]] = {}
     for task in tasks:
         for figure in _compared(task):
@@ -103,8 +104,16 @@ def _overview(tasks: Sequence[TaskResults]) -> list[str]:
     if not rows:
         return []
     over = f"How often a method {' / '.join(VERDICTS)} against {title(BASELINE)} over "
-    over += f"{_number(len(tasks), 'task')} and all their test sets:"
-    return ["## Overview", over, table(["", *KINDS.values()], rows)]
+    over += f"{_number(len(tasks), 'task')} with tuning and all their test sets:"
+    parts = ["## Overview", over, table(["", *KINDS.values()], rows)]
+    for figure, scale, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
+        means = [
+            [title(method), str(c.difference.count), *compared_cells(c, scale, digits)]
+            for method, c in pooled(tasks, figure).items()
+        ]
+        name = f"{KINDS[figure]} less {title(BASELINE)}'s" + (", points" if scale == 100 else "")
+        parts += [f"{name}, over all runs of these tasks:", table(["", "runs", *COMPARED], means)]
+    return parts
 
 
 def _compared(task: TaskResults) -> list[str]:

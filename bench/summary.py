@@ -72,6 +72,10 @@ class TaskResults:
         wanted = (method, stage, status)
         return [row for row in self._rows if (row["method"], row["stage"], row["status"]) == wanted]
 
+    def is_tuned(self) -> bool:
+        """Whether methods were tuned for it, so that they compare on equal terms."""
+        return any(row["stage"] == "tuning" for row in self._rows)
+
     def failures(self) -> list[Row]:
         """The rows of the runs that failed."""
         return [row for row in self._rows if row["status"] != "ok"]
@@ -106,22 +110,11 @@ class TaskResults:
 
     def comparisons(self, figure: str) -> dict[str, Comparison]:
         """Every other method against the baseline; those with two common seeds at least."""
-        larger_is_better = figure.startswith("accuracy")
-        found = {}
-        for method in self.methods:
-            differences = [a - b for a, b in self._paired(method, figure)]
-            if method != BASELINE and len(differences) > 1:
-                found[method] = differences
-        p_values = holm([_p(differences) for differences in found.values()])
-        comparisons = {}
-        for (method, differences), p in zip(found.items(), p_values, strict=True):
-            estimate = _estimate(differences)
-            half = stats.t.ppf(0.975, estimate.count - 1) * estimate.error
-            better = (estimate.mean > 0) == larger_is_better
-            verdict = "ties" if p >= LEVEL else "wins" if better else "loses"
-            low, high = estimate.mean - half, estimate.mean + half
-            comparisons[method] = Comparison(estimate, low, high, p, verdict)
-        return comparisons
+        return _compare({m: self.differences(m, figure) for m in self.methods}, figure)
+
+    def differences(self, method: str, figure: str) -> list[float]:
+        """A method's figure less the baseline's, for each seed that both have."""
+        return [a - b for a, b in self._paired(method, figure)]
 
     def choice(self, method: str) -> Choice | None:
         """What was chosen for a method; None before its first final run."""
@@ -169,6 +162,14 @@ class TaskResults:
         return [(own[seed], baseline[seed]) for seed in own if seed in baseline]
 
 
+def pooled(tasks: Sequence[TaskResults], figure: str) -> dict[str, Comparison]:
+    """Every other method against the baseline over the runs of all tasks that have both."""
+    methods = dict.fromkeys(method for task in tasks for method in task.methods)
+    return _compare(
+        {m: [d for task in tasks for d in task.differences(m, figure)] for m in methods}, figure
+    )
+
+
 def load(folder: Path) -> list[TaskResults]:
     """The tasks of all experiments' CSV files of a folder; other CSV files are left out.
 
@@ -195,6 +196,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def _compare(differences: dict[str, list[float]], figure: str) -> dict[str, Comparison]:
+    """Differences from the baseline by method, as one family of tests."""
+    larger_is_better = figure.startswith("accuracy")
+    found = {m: d for m, d in differences.items() if m != BASELINE and len(d) > 1}
+    p_values = holm([_p(values) for values in found.values()])
+    comparisons = {}
+    for (method, values), p in zip(found.items(), p_values, strict=True):
+        estimate = _estimate(values)
+        half = stats.t.ppf(0.975, estimate.count - 1) * estimate.error
+        better = (estimate.mean > 0) == larger_is_better
+        verdict = "ties" if p >= LEVEL else "wins" if better else "loses"
+        low, high = estimate.mean - half, estimate.mean + half
+        comparisons[method] = Comparison(estimate, low, high, p, verdict)
+    return comparisons
 
 
 def _estimate(values: Iterable[float]) -> Estimate:

@@ -111,6 +111,28 @@ def test_differences_are_paired_and_tested(task):
     assert task.comparisons("loss")["full"].verdict == "loses"
 
 
+def test_differences_pooled_over_tasks_that_were_tuned(results, task):
+    rows = [r | {"task": "more"} for r in make_rows() if r["method"] in ("lora", "eflat")]
+    for r in rows:
+        if r["method"] == "eflat" and r["stage"] == "final":
+            r["accuracy"] = str(float(r["accuracy"]) - 0.1 * (1 + int(r["seed"])))
+    untuned = [r | {"task": "untuned"} for r in rows if r["stage"] == "final"]
+    write(results / "more.csv", rows)
+    write(results / "untuned.csv", untuned)
+    tasks = summary.load(results)
+    assert [t.is_tuned() for t in tasks] == [True, True, False]
+    own = [a - b for a, b in zip(ACCURACY["eflat"], ACCURACY["lora"], strict=True)]
+    both = [*own, *(d - 0.1 * (1 + k) for k, d in enumerate(own))]
+    comparison = summary.pooled(tasks[:2], "accuracy")["eflat"]
+    assert comparison.difference.count == 10
+    assert comparison.difference.mean == pytest.approx(sum(both) / 10)
+    raw = stats.ttest_1samp(both, 0).pvalue
+    assert comparison.p in [pytest.approx(k * raw) for k in (1, 2, 3)]
+    overview = report.report(tasks).split("## words")[0]
+    assert "over 2 tasks with tuning" in overview
+    assert f"| EFlat-LoRA | 10 | {100 * comparison.difference.mean:+.2f}" in overview
+
+
 def test_pairing_is_by_seed_not_by_order(results):
     rows = make_rows()
     write(results / "grid.csv", rows)
