@@ -73,7 +73,7 @@ def _perturb_cpu(results: Path) -> str:
 def _accuracy(results: Path) -> str:
     found = _json(results, "accuracy")
     rows = [
-        [f"condition {x['condition']:.0e}", *(f"{x[k]:.1e}" for k in ("operator", "pinv", "Gram"))]
+        [f"condition {x['condition']:g}", *(f"{x[k]:.1e}" for k in ("operator", "pinv", "Gram"))]
         for x in found
         if x["dtype"] == "torch.float32" and x["condition"] in (1, 1e3, 1e6)
     ]
