@@ -150,13 +150,14 @@ def _group(comparisons: dict[str, Comparison], verdict: str, kind: str) -> str:
 def _correlation(task: TaskResults) -> str:
     lines = []
     for figure, name in (("sharpness_worst", "worst-case"), ("sharpness_random", "random-noise")):
-        found = task.correlation(figure, "gap")
-        if found is not None:
-            r, low, high, count = found
-            lines.append(
-                f"Correlation of {name} sharpness with the gap over all {count} final runs: "
-                f"r = {r:.2f}, 95 % interval {low:.2f} to {high:.2f}."
-            )
+        for without, which in ((None, "all"), ("full", "all adapters'")):
+            found = task.correlation(figure, "gap", without)
+            if found is not None and (without is None or without in task.methods):
+                r, low, high, count = found
+                lines.append(
+                    f"* Correlation of {name} sharpness with the gap over {which} {count} final "
+                    f"runs: r = {r:.2f}, 95 % interval {low:.2f} to {high:.2f}."
+                )
     return "\n".join(lines)
 
 

@@ -12,6 +12,9 @@ from summary import BASELINE, TaskResults
 
 Title = Callable[[str], str]
 
+_COLORS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1, 20, 2))]
+_MARKERS = "os^vD<>ph*"
+
 
 def draw_figures(task: TaskResults, paths: Mapping[str, Path], title: Title) -> None:
     """Draw the figures of a task, by what they show."""
@@ -33,13 +36,18 @@ def _accuracy(axes: Axes, task: TaskResults, title: Title) -> None:
         estimate = task.estimate(method, "accuracy")
         assert estimate is not None
         values = [100 * value for value in task.values(method, "accuracy").values()]
-        axes.plot(values, [row] * len(values), "|", color=f"C{row}", alpha=0.5)
+        axes.plot(values, [row] * len(values), "|", color=_COLORS[row % len(_COLORS)], alpha=0.5)
         half = stats.t.ppf(0.975, max(1, estimate.count - 1)) * estimate.error
         axes.errorbar(
-            100 * estimate.mean, row, xerr=100 * half, fmt="o", color=f"C{row}", capsize=3
+            100 * estimate.mean,
+            row,
+            xerr=100 * half,
+            fmt="o",
+            color=_COLORS[row % len(_COLORS)],
+            capsize=3,
         )
     if (baseline := task.estimate(BASELINE, "accuracy")) is not None:
-        axes.axvline(100 * baseline.mean, color="C0", linewidth=0.8, linestyle="--")
+        axes.axvline(100 * baseline.mean, color=_COLORS[0], linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(shown)), [title(method) for method in shown])
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy, %: mean with its 95 % interval, and each seed")
@@ -55,7 +63,13 @@ def _tuning(axes: Axes, task: TaskResults, title: Title) -> None:
             mean = [100 * estimate.mean for estimate in accuracy]
             error = [100 * estimate.error for estimate in accuracy]
             axes.errorbar(
-                rho, mean, yerr=error, fmt="o-", color=f"C{k}", capsize=2, label=title(method)
+                rho,
+                mean,
+                yerr=error,
+                fmt=f"{_MARKERS[k % len(_MARKERS)]}-",
+                color=_COLORS[k % len(_COLORS)],
+                capsize=2,
+                label=title(method),
             )
     axes.set_xscale("log")
     axes.set_xlabel("rho, of each method's own meaning")
@@ -63,7 +77,7 @@ def _tuning(axes: Axes, task: TaskResults, title: Title) -> None:
     axes.set_title(task.name)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _sharpness(axes: Axes, task: TaskResults, title: Title) -> None:
@@ -72,9 +86,15 @@ def _sharpness(axes: Axes, task: TaskResults, title: Title) -> None:
     for k, method in enumerate(task.methods):
         own = [(x, y) for name, x, y in points if name == method]
         if own:
-            axes.plot(*zip(*own, strict=True), "o", color=f"C{k}", alpha=0.7, label=title(method))
+            axes.plot(
+                *zip(*own, strict=True),
+                _MARKERS[k % len(_MARKERS)],
+                color=_COLORS[k % len(_COLORS)],
+                alpha=0.7,
+                label=title(method),
+            )
     axes.set_xlabel("worst-case sharpness")
     axes.set_ylabel("test loss less training loss")
     axes.set_title(task.name)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

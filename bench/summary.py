@@ -140,9 +140,15 @@ class TaskResults:
                 by_value.setdefault(tuned[setting], []).append(float(row["accuracy"]))
         return [(value, _estimate(by_value[value])) for value in sorted(by_value)]
 
-    def correlation(self, x: str, y: str) -> tuple[float, float, float, int] | None:
-        """Pearson's r of two figures over all final runs, its 95 % interval, the number of runs."""
-        points = self.points(x, y)
+    def correlation(
+        self, x: str, y: str, without: str | None = None
+    ) -> tuple[float, float, float, int] | None:
+        """Pearson's r of two figures over final runs, its 95 % interval, the number of runs.
+
+        Args:
+            without: a method whose runs are left out.
+        """
+        points = [point for point in self.points(x, y) if point[0] != without]
         if len(points) < 4 or any(len({p[k] for p in points}) == 1 for k in (1, 2)):
             return None
         result = stats.pearsonr(*zip(*[point[1:] for point in points], strict=True))

@@ -96,6 +96,7 @@ def run(places: Sequence[Path], config: LandscapeConfig) -> list[dict[str, Any]]
     runs = training.find(places)
     if config.directions == "line" and len(runs) < 2:
         raise InputError("--directions line needs two adapters or more")
+    training.check_output(config.output)
     rows: list[dict[str, Any]] = []
     first: Loaded | None = None
     with progress() as bars:
@@ -112,7 +113,6 @@ def run(places: Sequence[Path], config: LandscapeConfig) -> list[dict[str, Any]]
             del loaded
             gc.collect()
     try:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
         path = config.output.with_suffix(".csv")
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
@@ -120,9 +120,7 @@ def run(places: Sequence[Path], config: LandscapeConfig) -> list[dict[str, Any]]
             writer.writerows(rows)
         draw(rows, config, runs[0])
     except OSError as error:
-        raise InputError(
-            f"cannot write --output {config.output}: {error.strerror or error}"
-        ) from None
+        raise training.cannot_write(config.output, error) from None
     Console().print(f"figure: {config.output}\nnumbers: {path}", highlight=False, soft_wrap=True)
     return rows
 

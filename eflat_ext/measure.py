@@ -83,6 +83,8 @@ def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]
 
     config.check()
     runs = training.find(places)
+    if config.output is not None:
+        training.check_output(config.output)
     rows: list[dict[str, Any]] = []
     qualities: list[dict[str, Any]] = []
     with progress() as bars:
@@ -294,7 +296,6 @@ def _write(
     path = config.output
     assert path is not None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".csv":
             _write_csv(path, rows)
             if qualities:
@@ -305,7 +306,7 @@ def _write(
         content |= {"numbers": _plain(rows), "estimates": _plain(qualities)}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot write --output {path}: {error.strerror or error}") from None
+        raise training.cannot_write(path, error) from None
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -105,6 +105,23 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(logits, labels) * batch.weight
 
 
+def check_output(path: Path) -> None:
+    """Raise :class:`InputError` if ``--output`` cannot be written: before measuring, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """The error to raise."""
+    return InputError(f"cannot write --output {path}: {error.strerror or error}")
+
+
 def find(places: Iterable[Path]) -> list[Trained]:
     """Everything trained that these folders hold.
 

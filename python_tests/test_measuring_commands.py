@@ -213,6 +213,21 @@ def test_wrong_input_is_one_sentence_that_names_it(folder, tmp_path, capsys, mon
         assert word in lines[0], lines[0]
 
 
+@pytest.mark.parametrize("command", ["sharpness", "landscape"])
+def test_output_that_cannot_be_written_is_named_before_measuring(
+    folder, tmp_path, capsys, monkeypatch, command
+):
+    monkeypatch.setattr(trained, "load", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.csv").mkdir()
+    (tmp_path / "taken.png").mkdir()
+    for output in (tmp_path / "file" / "s", tmp_path / "taken"):
+        path = output.with_suffix(".csv" if command == "sharpness" else ".png")
+        assert cli.main([command, str(folder / "run"), *SMALL, "--output", str(path)]) == 2
+        assert f"cannot write --output {path}" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken.csv", "taken.png"]
+
+
 def test_a_damaged_run_is_named(folder, tmp_path):
     run = shutil.copytree(folder / "run", tmp_path / "run")
     (run / "config.yaml").write_text("method: [lora]\nrnak: 3\n")
