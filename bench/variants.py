@@ -20,7 +20,7 @@ gradient, averaged over steps as EFlat-LoRA averages its own, so that it takes o
 
 "full-sam" is what all of these stand in for, at two gradients: SAM (Foret et al., arXiv 2010.01412)
 on the weights W of the adapted layers, along their true gradient of the same batch. What it does
-not gain, no better estimate of the gradient will.
+not gain, a better estimate of the gradient will hardly gain.
 
 The first two take the newest gradient alone (beta 1): an average would have a higher rank.
 """

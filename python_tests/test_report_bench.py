@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
+import readme_tables  # noqa: E402
 import report  # noqa: E402
 import summary  # noqa: E402
 
@@ -226,3 +228,12 @@ def test_the_command_writes_the_same_every_time_and_checks_it(results):
 @pytest.mark.skipif(not summary.load(ROOT / "bench/results"), reason="no results yet")
 def test_the_report_is_up_to_date():
     report.main(ROOT / "bench/results", check=True)
+
+
+def test_tables_of_the_readme_are_renewed_from_the_files():
+    readme = readme_tables.README.read_text(encoding="utf-8")
+    names = re.findall(r"<!-- table: (\w+) -->", readme)
+    assert set(names) == {*readme_tables.TABLES, "end"} and names.count("end") == len(names) // 2
+    begin = readme.index("| LoRA |", readme.index("<!-- table: movies -->"))
+    wrong = readme[:begin] + "| LoRA | 99.99 " + readme[begin:]
+    assert readme_tables.renewed(wrong, ROOT / "bench/results") == readme
