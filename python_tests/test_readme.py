@@ -140,5 +140,9 @@ def test_every_command_is_a_target_or_run_elsewhere():
 
 
 def test_linked_files_exist():
+    headings = re.findall(r"^#+ (.+)$", README, flags=re.M)
+    anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        file, _, anchor = link.partition("#")
+        assert (ROOT / file).exists(), link
+        assert file or anchor in anchors, link
