@@ -44,12 +44,11 @@ def _movies(results: Path) -> str:
 
 
 def _demo(results: Path) -> str:
-    titles = {"lora": "LoRA", "eflat": "EFlat-LoRA"}
     with (results / "demo.csv").open(newline="", encoding="utf-8") as file:
         rows = [
             [
-                titles[row["method"]],
-                f"{float(row['accuracy']):.2%}".replace("%", " %"),
+                title(row["method"]),
+                f"{100 * float(row['accuracy']):.2f} %",
                 *(f"{float(row[name]):.4f}" for name in ("loss", "train_loss")),
                 f"{float(row['seconds_per_step']):.3f}",
             ]
@@ -81,9 +80,8 @@ def _accuracy(results: Path) -> str:
 
 
 def _step(results: Path) -> str:
-    titles = {"lora": "LoRA", "eflat": "EFlat-LoRA", "flat": "Flat-LoRA", "lora-sam": "LoRA-SAM"}
     rows = [
-        [titles[x["method"]], f"{x['step']:.3f}", f"{x['peak_mib']:.0f}"]
+        [title(x["method"]), f"{x['step']:.3f}", f"{x['peak_mib']:.0f}"]
         for x in _json(results, "step")
     ]
     return table(["", "time of a step over LoRA's", "peak memory, MiB"], rows)

@@ -22,7 +22,7 @@ from tables import COMPARED, compared_cells, percent, plain, table, title
 
 from eflat_ext.results import Row
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 HEAD = """# Does it generalise better, is it flatter, and what does it cost?
 

@@ -6,20 +6,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import BASELINE, TaskResults
 
 Title = Callable[[str], str]
 
+# "C0" to "C19", so that no two methods share a colour.
 _COLORS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1, 20, 2))]
+_STYLE = {"axes.prop_cycle": cycler(color=_COLORS), "svg.fonttype": "none"}
 _MARKERS = "os^vD<>ph*"
 
 
 def draw_figures(task: TaskResults, paths: Mapping[str, Path], title: Title) -> None:
     """Draw the figures of a task, by what they show."""
     draw = {"Accuracy": _accuracy, "Tuning": _tuning, "Sharpness and gap": _sharpness}
-    with matplotlib.rc_context({"svg.hashsalt": task.name, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": task.name}):
         for kind, path in paths.items():
             figure = Figure(figsize=(8, 4.5), layout="constrained")
             draw[kind](figure.subplots(), task, title)
@@ -36,18 +39,18 @@ def _accuracy(axes: Axes, task: TaskResults, title: Title) -> None:
         estimate = task.estimate(method, "accuracy")
         assert estimate is not None
         values = [100 * value for value in task.values(method, "accuracy").values()]
-        axes.plot(values, [row] * len(values), "|", color=_COLORS[row % len(_COLORS)], alpha=0.5)
+        axes.plot(values, [row] * len(values), "|", color=f"C{row}", alpha=0.5)
         half = stats.t.ppf(0.975, max(1, estimate.count - 1)) * estimate.error
         axes.errorbar(
             100 * estimate.mean,
             row,
             xerr=100 * half,
             fmt="o",
-            color=_COLORS[row % len(_COLORS)],
+            color=f"C{row}",
             capsize=3,
         )
     if (baseline := task.estimate(BASELINE, "accuracy")) is not None:
-        axes.axvline(100 * baseline.mean, color=_COLORS[0], linewidth=0.8, linestyle="--")
+        axes.axvline(100 * baseline.mean, color="C0", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(shown)), [title(method) for method in shown])
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy, %: mean with its 95 % interval, and each seed")
@@ -67,7 +70,7 @@ def _tuning(axes: Axes, task: TaskResults, title: Title) -> None:
                 mean,
                 yerr=error,
                 fmt=f"{_MARKERS[k % len(_MARKERS)]}-",
-                color=_COLORS[k % len(_COLORS)],
+                color=f"C{k}",
                 capsize=2,
                 label=title(method),
             )
@@ -89,7 +92,7 @@ def _sharpness(axes: Axes, task: TaskResults, title: Title) -> None:
             axes.plot(
                 *zip(*own, strict=True),
                 _MARKERS[k % len(_MARKERS)],
-                color=_COLORS[k % len(_COLORS)],
+                color=f"C{k}",
                 alpha=0.7,
                 label=title(method),
             )

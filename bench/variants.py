@@ -56,7 +56,7 @@ class Carrier:
 
     def update(self) -> None:
         """Make U and V, of any norm, from the gradients of the factors."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     def norm(self) -> float:
         """||U V||."""
@@ -171,14 +171,15 @@ class FullSpaceEFlat(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any]) -> Any:
         """One step; the closure runs at perturbed weights."""
         loss = closure()
-        with torch.no_grad():
-            for carrier in self.carriers:
-                carrier.update()
-            self._scale()
+        self._perturb()
         super().step()
         return loss
 
-    def _scale(self) -> None:
+    @torch.no_grad()
+    def _perturb(self) -> None:
+        """Put the newest perturbations in place, scaled to rho."""
+        for carrier in self.carriers:
+            carrier.update()
         norms = [carrier.norm() for carrier in self.carriers]
         total = math.sqrt(sum(norm**2 for norm in norms))
         for carrier, norm in zip(self.carriers, norms, strict=True):
@@ -220,10 +221,7 @@ class FullSAM(FullSpaceEFlat):
     def step(self, closure: Callable[[], Any]) -> Any:
         """One step; the closure runs at the weights and at the worst point nearby."""
         loss = closure()
-        with torch.no_grad():
-            for carrier in self.carriers:
-                carrier.update()
-            self._scale()
+        self._perturb()
         try:
             closure()
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +48,7 @@ def experiment(
     method: list[str] | None = None,
     jobs: int = 1,
     retry_failed: bool = False,
+    methods: Annotated[Mapping[str, Callable[..., Any]] | None, Parameter(parse=False)] = None,
 ) -> None:
     """Run a grid of tasks, methods, tuned values and seeds; a killed one goes on where it was.
 
@@ -57,10 +58,12 @@ def experiment(
         method: run only this method, and the one that it is like; may be given several times.
         jobs: processes, each with one thread.
         retry_failed: run again what failed before.
+        methods: further ones, by name; for bench/experiment.py.
     """
     from eflat_ext.experiment import run
 
-    run(file, task=task or (), method=method or (), jobs=jobs, retry_failed=retry_failed)
+    parts = {"task": task or (), "method": method or ()}
+    run(file, **parts, jobs=jobs, retry_failed=retry_failed, methods=methods)
 
 
 @app.command

@@ -26,6 +26,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from eflat_ext import finetune
+from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, Part, flip_labels, mixed_order, read, with_typos, without
 from eflat_ext.loading import first_line
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
@@ -193,19 +194,22 @@ class Runner:
             task = finetune.prepare(config)
             also = {}
             for data in run.task.also_test if run.stage == "final" else ():
-                if data == TYPOS:
-                    test = task.splits.test
-                    part = Part(with_typos(test.texts, _TYPOS_SHARE, seed=0), test.labels)
-                    also[data] = finetune.encode(config, task.tokenizer, part)
-                    continue
-                rows = without(read(data, config.text_column, config.label_column), task.texts())
-                numbers = {label: k for k, label in enumerate(task.splits.classes)}
-                if unknown := set(rows.labels) - set(numbers):
-                    raise InputError(f"{data} has the label {min(unknown)!r}, which the task lacks")
-                part = Part(rows.texts, [numbers[label] for label in rows.labels])
+                part = _further_test(config, task, data)
                 also[data] = finetune.encode(config, task.tokenizer, part)
             self._prepared = {name: (task, also)}  # the next runs are of the same task, mostly
         return self._prepared[name]
+
+
+def _further_test(config: FinetuneConfig, task: finetune.Task, data: str) -> Part:
+    """What ``also_test`` names, in the task's classes and without its texts."""
+    if data == TYPOS:
+        test = task.splits.test
+        return Part(with_typos(test.texts, _TYPOS_SHARE, seed=0), test.labels)
+    rows = without(read(data, config.text_column, config.label_column), task.texts())
+    numbers = {label: k for k, label in enumerate(task.splits.classes)}
+    if unknown := set(rows.labels) - set(numbers):
+        raise InputError(f"{data} has the label {min(unknown)!r}, which the task lacks")
+    return Part(rows.texts, [numbers[label] for label in rows.labels])
 
 
 def draw(pool: finetune.Task, size: int | None, label_noise: float, seed: int) -> finetune.Task:

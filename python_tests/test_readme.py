@@ -103,8 +103,7 @@ def test_commands_that_measure(tmp_path, monkeypatch):
 
 
 def methods_of_experiments():
-    names = importlib.import_module("rivals").RIVALS, importlib.import_module("variants").VARIANTS
-    return {**finetune.METHODS, **names[0], **names[1]}
+    return {**finetune.METHODS, **importlib.import_module("experiment").METHODS}
 
 
 def test_benchmarks_that_measure(monkeypatch):
