@@ -26,6 +26,8 @@ TITLES = {
     "sketch-4": "sketch of the gradient, rank 4",
     **{f"eflat-beta-{beta}": f"EFlat-LoRA, beta {beta}" for beta in ("0.1", "0.5", "1")},
     **{f"eflat-rtol-{rtol}": f"EFlat-LoRA, rtol {rtol}" for rtol in ("0.01", "0.1")},
+    "eflat-full-0.02": "EFlat-LoRA without transfer, rho 0.02",
+    "sketch-1-0.02": "sketch of the gradient, rank 1, rho 0.02",
     **{f"full-sam-{rho}": f"SAM on the full weights, rho {rho}" for rho in ("0.02", "0.05")},
     **{f"lora-rank-{rank}": f"LoRA, rank {rank}" for rank in (2, 32)},
     **{f"eflat-rank-{rank}": f"EFlat-LoRA, rank {rank}" for rank in (2, 32)},
