@@ -17,7 +17,7 @@ import host_cuda
 import pytest
 import torch
 from adamw_case import one_after_another, random_call
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from strategies import (
     DTYPES,
@@ -72,6 +72,15 @@ ranks = st.one_of(st.integers(1, 12), st.sampled_from([16, 17, 24, 32, 33, 48, 6
 
 
 @settings(max_examples=250)
+@example(
+    # The norm that a float64 pair shares is no better than the ill-conditioned pair's.
+    [
+        make_pair(0, 1, 1, 1, torch.float64, 1.0, 1.0, 1.0, False),
+        make_pair(0, 2, 1, 3, torch.float32, 1.0, 1e3, 1.0, False),
+    ],
+    "B",
+    "global",
+)
 @given(st.lists(pairs(sizes=sizes, ranks=ranks), min_size=1, max_size=4), sides, scopes)
 def test_mixed_lists(given, onto, norm_scope):
     assume(not any(ambiguous(pair) for pair in given))

@@ -168,6 +168,7 @@ struct CallHeader {
   int tickets_before;         // of earlier launches
   BlockRows rows;
   bool average, global_norm;
+  bool sums_in_float64;                // of all pairs: a float64 pair shares their norm
   bool bound;                          // pairs of bare factors, for foreach_bound
   bool reduces, second_pass, applies;  // the stages of this launch
   DType norms_dtype;

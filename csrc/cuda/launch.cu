@@ -252,6 +252,9 @@ CallHeader header_of(const Problem& problem, void* workspace, void* norms, DType
   header.beta = problem.update.beta;
   header.average = problem.update.average;
   header.global_norm = problem.global_norm;
+  header.sums_in_float64 =
+      problem.global_norm && std::any_of(problem.pairs, problem.pairs + problem.count,
+                                         [](const Pair& p) { return p.dtype == DType::f64; });
   header.total = problem.count;
   header.rows = block_rows(problem);
   header.reduces = true;

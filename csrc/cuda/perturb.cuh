@@ -128,7 +128,7 @@ __device__ void perturb_block(const CallHeader& call, const PairArgs* pairs, con
     return apply_block<Math, kWide, kStep>(block, space);
   }
   if (block.task.stage == Stages::kReduce) {
-    if (block.side.dtype == DType::f64) {
+    if (block.side.dtype == DType::f64 || call.sums_in_float64) {
       reduce<Float64, kWide>(block.side, block.chunk, block.begin, block.end, block.round, space,
                              block.partial);
     } else {
