@@ -50,11 +50,10 @@ def _demo(results: Path) -> str:
                 title(row["method"]),
                 f"{100 * float(row['accuracy']):.2f} %",
                 *(f"{float(row[name]):.4f}" for name in ("loss", "train_loss")),
-                f"{float(row['seconds_per_step']):.3f}",
             ]
             for row in csv.DictReader(file)
         ]
-    return table(["", "accuracy", "test loss", "training loss", "s/step"], rows)
+    return table(["", "accuracy", "test loss", "training loss"], rows)
 
 
 def _perturb_cpu(results: Path) -> str:
