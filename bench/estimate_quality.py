@@ -13,7 +13,6 @@ Five minutes on one core for each seed.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import re
 import statistics
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import csv_rows
 from timing import machine, print_table
 
 STEPS = (0, 1, 20, 60, 120)
@@ -74,7 +74,7 @@ def rows_of(
                 one = group[name.partition(" ")[2]]
                 row[name] = one.cosine if name.startswith("cos") else one.norm_ratio
             row |= {"top share": first.top_share, "gradient norm": first.gradient_norm}
-            rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+            rows.append(row)
         on_rows(rows)
 
     def on_step(_: float) -> None:
@@ -123,11 +123,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="repeat the runs that the file holds")
     options = parser.parse_args()
     print(machine())
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    if options.csv.exists() and not options.again:
-        with options.csv.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    rows = [] if options.again else csv_rows.read(options.csv)
     done = {(r["adapted"], r["method"], int(r["seed"]), int(r["step"])) for r in rows}
     for (layers, method), seed in itertools.product(RUNS, options.seeds):
         if (layers, method, seed, STEPS[-1]) in done:
@@ -138,10 +134,7 @@ def main() -> None:
 
         def on_rows(new: list[dict[str, Any]], rows: list[dict[str, Any]] = rows) -> None:
             rows += new
-            with options.csv.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            csv_rows.write(options.csv, rows)
 
         rows_of(layers, method, seed, on_rows)
     for name, head, lines in tables(rows):

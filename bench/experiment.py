@@ -13,13 +13,14 @@ import sys
 from typing import Any
 
 import cyclopts
+from remembered import lora_sam_memory
 from rivals import RIVALS
 from variants import VARIANTS
 
 from eflat_ext import cli
 from eflat_ext.data import InputError
 
-METHODS = {**RIVALS, **VARIANTS}
+METHODS = {**RIVALS, **VARIANTS, "lora-sam-memory": lora_sam_memory}
 
 
 @functools.wraps(cli.experiment)

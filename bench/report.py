@@ -6,13 +6,13 @@ python bench/report.py bench/results --check    fail if the texts are not what t
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import csv_rows
 import cyclopts
 import estimate_quality
 from readme_tables import README, renewed
@@ -256,7 +256,7 @@ def main(results: Path, *, output: Path | None = None, check: bool = False) -> N
     """
     path = output or results.resolve().parent / "REPORT.md"
     tasks = load(results)
-    texts = {path: report(tasks, read_estimates(results / "estimate_quality.csv"))}
+    texts = {path: report(tasks, csv_rows.read(results / "estimate_quality.csv"))}
     if results.resolve() == RESULTS and output is None:
         texts[README] = renewed(README.read_text(encoding="utf-8"), results)
     if check:
@@ -269,14 +269,6 @@ def main(results: Path, *, output: Path | None = None, check: bool = False) -> N
     for task in tasks:
         draw_figures(task, {k: path.parent / p for k, p in figure_paths(task).items()}, title)
     print(path)
-
-
-def read_estimates(path: Path) -> list[Row]:
-    """The rows of a file of bench/estimate_quality.py; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""How much of a batch's own rise other gradients find: what a SAM step of one gradient misses.
+
+    python bench/batch_rise.py [--csv bench/results/batch_rise.csv] [--again]
+
+SAM perturbs the factors along the gradient of the batch that it then trains on, which takes two
+gradients a step. Methods of one gradient perturb along what they have at hand. Here plain LoRA
+trains MiniLM on few movie-review sentences, and at every fourth step the batch's loss is taken at
+LoRA-SAM's radius along each of
+
+"another batch"   the gradient of another batch at the same weights: other data, no age
+"four batches"    the sum of four such
+"last step"       the gradient of the step before: other data, one step old
+"average"         the average of those, with EFlat-LoRA's beta: what EFlat-LoRA is made of
+"remembered"      the sum of what the batch's own examples left when they were last seen: the same
+                  data, an epoch old (bench/remembered.py)
+
+against the rise along the batch's own gradient now. The tables give the share of that rise and the
+cosine, over a quarter of the training. A minute on one core for each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import csv_rows
+import torch
+from remembered import FactorGradients, examples_of
+from timing import machine, print_table
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from eflat_ext import finetune
+from eflat_ext.config import FinetuneConfig
+from eflat_ext.experiment import draw
+from eflat_ext.pairs import find_pairs
+
+RESULTS = Path(__file__).parent / "results" / "batch_rise.csv"
+STEPS, EVERY, QUARTERS = 128, 4, 4
+RHO, LR = 0.05, 3e-3  # the radius of the defaults, the learning rate that LoRA's tuning chose
+DIRECTIONS = ("another batch", "four batches", "last step", "average", "remembered")
+
+
+CONFIG = FinetuneConfig(steps=STEPS, batch_size=8, lr=LR, test_size=64, device="cpu")
+
+
+def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterator[dict[str, Any]]:
+    """One training run, on two batches or more: rows of all directions at each measured step."""
+    task = draw(finetune.prepare(config), examples, 0.0, seed)
+    model, optimizer = finetune.build(config, task, "lora", seed)
+    rate = finetune._warmup_then_linear(config, task.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    pairs = find_pairs(model)
+    factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
+    sizes = [p.numel() for p in factors]
+    of_examples = [FactorGradients(pair) for pair in pairs]
+    generator = torch.Generator().manual_seed(seed)
+
+    def backward(batch: Any) -> Tensor:
+        """The gradient of the factors, flattened; the loss is not kept."""
+        optimizer.zero_grad()
+        cross_entropy(finetune.logits_of(config, model, batch[0]), batch[1]).backward()
+        return torch.cat([p.grad.flatten() for p in factors if p.grad is not None])
+
+    @torch.no_grad()
+    def loss_at(batch: Any, direction: Tensor) -> float:
+        clean = [p.clone() for p in factors]
+        parts = direction.split(sizes)
+        for k in range(0, len(factors), 2):
+            norm = torch.cat(parts[k : k + 2]).norm().clamp_min(1e-30)
+            for factor, part in zip(factors[k : k + 2], parts[k : k + 2], strict=True):
+                factor += part.view_as(factor) * (RHO / norm)
+        loss = cross_entropy(finetune.logits_of(config, model, batch[0]), batch[1])
+        torch._foreach_copy_(factors, clean)
+        return float(loss)
+
+    def fresh(batch: Any) -> Any:
+        """Another batch that shares no example with this one."""
+        taken = set(examples_of(batch[0]))
+        order = torch.randperm(len(task.train), generator=generator).tolist()
+        free = [i for i in order if tuple(task.train.inputs[i]["input_ids"]) not in taken]
+        return finetune.collate(task, task.train, free[: config.batch_size])
+
+    last, average = torch.zeros(sum(sizes)), torch.zeros(sum(sizes))
+    memory: dict[Any, Tensor] = {}
+    batches = finetune._shuffled_batches(task, config.batch_size, seed)
+    for step, batch in zip(range(task.steps), batches, strict=False):
+        known = examples_of(batch[0])
+        if step % EVERY == EVERY - 1:
+            model.eval()  # dropout would hide the rises
+            own = backward(batch)
+            four = [backward(fresh(batch)) for _ in range(4)]
+            found = {"another batch": four[0], "four batches": sum(four)}
+            found |= {"last step": last, "average": average}
+            found["remembered"] = sum((memory[e] for e in known if e in memory), 0 * last)
+            loss = loss_at(batch, 0 * own)
+            for name in DIRECTIONS:
+                direction = found[name]
+                assert isinstance(direction, Tensor)
+                yield {
+                    "examples": examples,
+                    "seed": seed,
+                    "step": step + 1,
+                    "direction": name,
+                    "cosine": float(cosine_similarity(own, direction, dim=0)),
+                    "rise": loss_at(batch, direction) - loss,
+                    "own rise": loss_at(batch, own) - loss,
+                }
+        model.train()
+        last = backward(batch)
+        rows = torch.cat([one.rows() for one in of_examples], dim=1)
+        memory.update(zip(known, rows.unbind(), strict=True))
+        average = average.lerp(last, config.beta)
+        optimizer.step()
+        schedule.step()
+
+
+def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of each table: shares of the rise, and cosines, by quarter."""
+    size = STEPS // QUARTERS
+    head = [f"steps {k * size + 1} to {(k + 1) * size}" for k in range(QUARTERS)]
+    for examples in dict.fromkeys(row["examples"] for row in rows):
+        runs = len({row["seed"] for row in rows if row["examples"] == examples})
+        lines = []
+        for name in DIRECTIONS:
+            line = [name]
+            for k in range(QUARTERS):
+                part = [
+                    row
+                    for row in rows
+                    if (row["examples"], row["direction"]) == (examples, name)
+                    and (int(row["step"]) - 1) // size == k
+                ]
+                rise, own = (sum(float(row[c]) for row in part) for c in ("rise", "own rise"))
+                cosine = statistics.fmean(float(row["cosine"]) for row in part)
+                line.append(f"{rise / own:.2f} ({cosine:.2f})")
+            lines.append(line)
+        title = f"{examples} examples, share of the rise (cosine), {runs} seeds"
+        yield title, ["gradient", *head], lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="where the numbers are and go")
+    parser.add_argument("--examples", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--again", action="store_true", help="repeat the runs that the file holds")
+    options = parser.parse_args()
+    print(machine())
+    rows = [] if options.again else csv_rows.read(options.csv)
+    done = {(int(row["examples"]), int(row["seed"])) for row in rows}
+    for run in itertools.product(options.examples, options.seeds):
+        if run not in done:
+            rows += rows_of(*run)
+            csv_rows.write(options.csv, rows)
+    for name, head, lines in tables(csv_rows.read(options.csv)):
+        print(f"\n{name}")
+        print_table(head, lines)
+
+
+if __name__ == "__main__":
+    main()

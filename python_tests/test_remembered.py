@@ -1,0 +1,161 @@
+"""What bench/remembered.py and bench/batch_rise.py promise, computed here example by example."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import make_rows, save_tiny_model, write_csv
+from torch.nn.functional import cross_entropy
+
+from eflat_ext.config import FinetuneConfig
+from eflat_ext.pairs import find_pairs
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+import batch_rise  # noqa: E402
+from remembered import FactorGradients, RememberedLoRASAM, examples_of  # noqa: E402
+
+RHO = 0.3
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A classifier with adapters whose B is not zero, without dropout."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(
+        save_tiny_model(tmp_path), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    torch.seed()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["query", "value"]))
+    for pair in find_pairs(model):
+        torch.nn.init.normal_(pair.parameter_B, std=0.1)
+    return model.double().train()
+
+
+def batch(*numbers):
+    """Examples of different lengths by their numbers; padding is token 0."""
+    rows = [[2 + (7 * n + k) % 80 for k in range(3 + n % 5)] for n in numbers]
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}, torch.tensor(numbers) % 2
+
+
+def backward(model, numbers):
+    model.zero_grad()
+    inputs, labels = batch(*numbers)
+    loss = cross_entropy(model(**inputs).logits, labels)
+    loss.backward()
+    return loss.detach()
+
+
+def factors(model):
+    return [f for pair in find_pairs(model) for f in (pair.parameter_A, pair.parameter_B)]
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def test_examples_are_known_without_their_padding():
+    assert examples_of(batch(1, 4)[0]) == [*examples_of(batch(1)[0]), *examples_of(batch(4)[0])]
+
+
+def test_each_examples_gradient_is_its_own(model):
+    gradients = [FactorGradients(pair) for pair in find_pairs(model)]
+    backward(model, [3, 6, 9])
+    rows = torch.cat([one.rows() for one in gradients], dim=1)
+    torch.testing.assert_close(rows.sum(0), flat(f.grad for f in factors(model)))
+    for row, number in zip(rows, [3, 6, 9], strict=True):
+        backward(model, [number])
+        torch.testing.assert_close(row, flat(f.grad for f in factors(model)) / 3)
+
+
+def test_a_step_is_perturbed_along_what_its_examples_left(model):
+    twin = copy.deepcopy(model)
+    sizes = [f.numel() for f in factors(model)]
+    optimizer = RememberedLoRASAM(model, rho=RHO, lr=0.01, weight_decay=0.0)
+    left = {}
+    for numbers in ([1, 2, 3], [4, 5, 6], [3, 4, 7], [8, 9, 10], [7, 1, 2]):
+        clean, seen = flat(factors(model)), []
+
+        def closure(numbers=numbers, seen=seen):
+            seen.append(flat(factors(model)))
+            # The whole model where its forward pass is perturbed, for the twin to follow.
+            loss = backward(model, numbers)
+            seen.append(flat(factors(model)))
+            twin.load_state_dict(model.state_dict())
+            return loss
+
+        expected = [part.clone() for part in clean.split(sizes)]
+        known = [left[n] for n in numbers if n in left]
+        for k in range(0, len(sizes), 2) if known else ():
+            gradients = sum(known).split(sizes)[k : k + 2]
+            expected[k] += RHO * gradients[0] / torch.cat(gradients).norm()
+            expected[k + 1] += RHO * gradients[1] / torch.cat(gradients).norm()
+        optimizer.step(closure)
+        torch.testing.assert_close(seen, [clean, torch.cat(expected)])
+        # AdamW stepped from the clean factors, by about its learning rate at most.
+        assert 0 < (flat(factors(model)) - clean).abs().max() < 0.05
+        for n in numbers:
+            backward(twin, [n])
+            left[n] = flat(f.grad for f in factors(twin)) / len(numbers)
+
+
+def test_weights_are_clean_in_evaluation_and_after_an_error(model):
+    optimizer = RememberedLoRASAM(model, rho=RHO, lr=0.01)
+    optimizer.step(lambda: backward(model, [1, 2]))
+    clean = flat(factors(model))
+    model.eval()
+    model(**batch(1, 2)[0])
+    assert torch.equal(flat(factors(model)), clean)
+    model.train()
+
+    def fails():
+        backward(model, [1, 2])
+        assert not torch.equal(flat(factors(model)), clean)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(fails)
+    assert torch.equal(flat(factors(model)), clean)
+
+
+def test_rises_of_a_batch_along_other_gradients(tmp_path):
+    data = write_csv(tmp_path / "data.csv", make_rows(120))
+    config = FinetuneConfig(
+        model=save_tiny_model(tmp_path / "model"),
+        max_length=32,
+        data=data,
+        test_size=20,
+        batch_size=8,
+        steps=24,
+        lr=1e-2,
+        rank=4,
+        device="cpu",
+    )
+    rows = list(batch_rise.rows_of(32, 0, config))
+    assert [row["step"] for row in rows[:: len(batch_rise.DIRECTIONS)]] == [4, 8, 12, 16, 20, 24]
+    remembered = [row for row in rows if row["direction"] == "remembered"]
+    # Nothing is left of anything in the first epoch.
+    assert remembered[0]["rise"] == 0 and all(row["rise"] != 0 for row in remembered[1:])
+    assert sum(row["own rise"] for row in rows) > 0
+    assert all(-1 <= row["cosine"] <= 1 for row in rows)
+    again = list(batch_rise.rows_of(32, 0, config))
+    assert again == rows
+
+
+def test_the_table_of_rises_sums_over_a_quarter():
+    rows = [
+        {"examples": "64", "seed": seed, "step": step, "direction": name}
+        | {"cosine": 0.5, "rise": rise, "own rise": 2.0}
+        for name in batch_rise.DIRECTIONS
+        for seed, rise in (("0", 0.5), ("1", 1.0))
+        for step in (32, 64, 96, 128)
+    ]
+    ((title, head, lines),) = batch_rise.tables(rows)
+    assert title == "64 examples, share of the rise (cosine), 2 seeds"
+    assert head[1:] == ["steps 1 to 32", "steps 33 to 64", "steps 65 to 96", "steps 97 to 128"]
+    assert lines == [[name, *["0.38 (0.50)"] * 4] for name in batch_rise.DIRECTIONS]
