@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from cases import CASES
 from floor import CARDS, floor
-from summary import load
+from summary import load, step_times
 from tables import compared_cells, percent, plain, table, title
 
 README = Path(__file__).parent.parent / "README.md"
@@ -26,9 +26,9 @@ def _movies(results: Path) -> str:
     """The main table in short."""
     (task,) = [t for t in load(results) if t.experiment == "movies_256"]
     accuracy, loss = task.comparisons("accuracy"), task.comparisons("loss")
+    times = step_times(results)
 
     def row(method: str) -> list[str]:
-        time = task.ratio(method, "seconds_per_step")
         return [
             title(method),
             percent(task.estimate(method, "accuracy")),
@@ -36,7 +36,7 @@ def _movies(results: Path) -> str:
             plain(task.estimate(method, "loss")),
             loss[method].verdict if method in loss else "",
             plain(task.estimate(method, "sharpness_worst")),
-            "" if time is None else f"{time:.2f}",
+            f"{times[method]:.2f}" if method in times else "",
         ]
 
     head = ["", "test accuracy, %", "over LoRA", "", "test loss", "", "sharpness", "time"]

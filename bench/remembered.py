@@ -54,7 +54,11 @@ class FactorGradients:
 
     @torch.no_grad()
     def _keep(self, name: str, Z: Tensor, D: Tensor) -> None:
-        self._parts[name] = D.transpose(1, 2) @ Z
+        # The thin matrix first: several times as fast as the other way round.
+        if name == "A":
+            self._parts[name] = D.transpose(1, 2) @ Z
+        else:
+            self._parts[name] = (Z.transpose(1, 2) @ D).transpose(1, 2)
 
 
 class RememberedLoRASAM(torch.optim.AdamW):
@@ -101,11 +105,12 @@ class RememberedLoRASAM(torch.optim.AdamW):
         if not rows:
             return
         parts = torch.stack(rows).sum(0).split(self._sizes)
-        for k, gradients in enumerate(zip(parts[::2], parts[1::2], strict=True)):
-            norm = torch.cat(gradients).norm()
-            for factor, gradient in zip(self._factors[2 * k : 2 * k + 2], gradients, strict=True):
-                if norm > 0:
-                    factor.add_(gradient.view_as(factor) * (self._rho / norm))
+        norms = torch.stack(torch._foreach_norm(parts)).view(-1, 2)
+        norms = torch.linalg.vector_norm(norms, dim=1)
+        scales = torch.where(norms > 0, self._rho / norms, 0).repeat_interleave(2)
+        moves = torch._foreach_mul(parts, list(scales.unbind()))
+        shaped = [move.view_as(f) for move, f in zip(moves, self._factors, strict=True)]
+        torch._foreach_add_(self._factors, shaped)
 
     @torch.no_grad()
     def _restore(self) -> None:

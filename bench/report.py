@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import batch_rise
 import csv_rows
 import cyclopts
 import estimate_quality
@@ -35,7 +37,8 @@ seed by seed: mean difference, and p of a paired t-test with Holm's correction o
 table. A method *wins* or *loses* where p < {level:g}, else it *ties*. Settings were chosen on
 a validation part with other seeds. The gap is test less training loss. Sharpness is the rise of
 the training loss in the full space of the adapted layers, in the worst direction and under random
-noise. Time and memory are medians of the ratio to {baseline}; memory is the whole process's.
+noise. Time is that of a step over {baseline}'s, from `python bench/step.py`; memory is the median
+ratio to {baseline} of the whole process's.
 """
 
 ESTIMATES = """\
@@ -46,13 +49,27 @@ bench/estimate_quality.py`. Term A is what B's gradient tells, term B what A's d
 gradient's square in its first singular direction.
 """
 
+RISES = """\
+How much higher a batch's loss is at LoRA-SAM's radius along other gradients, as a share of the rise
+along its own, and in brackets the cosine of the two; plain LoRA, `python bench/batch_rise.py`.
+Another batch and the sum of four are taken at the same weights; the last step's gradient and the
+average, which EFlat-LoRA is made of, are what one gradient a step has at hand; remembered is the
+sum of what the batch's own examples left in the epoch before.
+"""
 
-def report(tasks: Sequence[TaskResults], estimates: Sequence[Row] = ()) -> str:
+
+def report(
+    tasks: Sequence[TaskResults],
+    estimates: Sequence[Row] = (),
+    rises: Sequence[Row] = (),
+    times: Mapping[str, float] | None = None,
+) -> str:
     """The whole report as Markdown.
 
     Args:
         tasks: from :func:`summary.load`.
-        estimates: rows of the file that bench/estimate_quality.py writes.
+        times: from :func:`summary.step_times`.
+        estimates, rises: rows of the files of bench/estimate_quality.py and bench/batch_rise.py.
     """
     if not tasks:
         raise SystemExit("there is no CSV file of an experiment")
@@ -61,9 +78,17 @@ def report(tasks: Sequence[TaskResults], estimates: Sequence[Row] = ()) -> str:
         parts += [f"## {task.name} ({task.experiment})", _sentences(task)]
         parts += [_accuracy_table(task, "accuracy", "test accuracy"), _loss_table(task)]
         parts += [_accuracy_table(task, f"accuracy@{d}", f"accuracy on {d}") for d in task.tests()]
-        parts += [_cost_table(task), _correlation(task), _tuned_table(task), _failures(task)]
+        parts += [
+            _cost_table(task, times or {}),
+            _correlation(task),
+            _tuned_table(task),
+            _failures(task),
+        ]
         parts += [f"![{kind} of {task.name}]({path})" for kind, path in figure_paths(task).items()]
-    parts += _estimates(estimates)
+    parts += _section(
+        "The estimate of the full-space gradient", ESTIMATES, estimate_quality, estimates
+    )
+    parts += _section("What other gradients know of a batch", RISES, batch_rise, rises)
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -170,12 +195,12 @@ def _failures(task: TaskResults) -> str:
     return "\n".join([f"{_number(len(lines), 'run')} failed:", "", *lines]) if lines else ""
 
 
-def _estimates(rows: Sequence[Row]) -> list[str]:
-    """How good the estimate of the full-space gradient is over training."""
+def _section(heading: str, words: str, instrument: Any, rows: Sequence[Row]) -> list[str]:
+    """The tables of a module of bench/; nothing without rows."""
     if not rows:
         return []
-    parts = ["## The estimate of the full-space gradient", ESTIMATES]
-    for name, head, lines in estimate_quality.tables([dict(row) for row in rows]):
+    parts = [f"## {heading}", words]
+    for name, head, lines in instrument.tables([dict(row) for row in rows]):
         parts += [f"{name[0].upper()}{name[1:]}:", table(head, lines)]
     return parts
 
@@ -202,11 +227,11 @@ def _loss_table(task: TaskResults) -> str:
     return table(["", "test loss", *COMPARED, "training loss", "gap"], rows)
 
 
-def _cost_table(task: TaskResults) -> str:
+def _cost_table(task: TaskResults, times: Mapping[str, float]) -> str:
     rows = []
     for method in task.methods:
         sharp = [task.estimate(method, f"sharpness_{kind}") for kind in ("worst", "random")]
-        time, memory = (task.ratio(method, f) for f in ("seconds_per_step", "peak_memory_mib"))
+        time, memory = times.get(method), task.ratio(method, "peak_memory_mib")
         parameters = task.estimate(method, "trainable_parameters")
         rows.append(
             [title(method), *map(plain, sharp)]
@@ -256,7 +281,10 @@ def main(results: Path, *, output: Path | None = None, check: bool = False) -> N
     """
     path = output or results.resolve().parent / "REPORT.md"
     tasks = load(results)
-    texts = {path: report(tasks, csv_rows.read(results / "estimate_quality.csv"))}
+    measured = [
+        csv_rows.read(results / f"{name}.csv") for name in ("estimate_quality", "batch_rise")
+    ]
+    texts = {path: report(tasks, *measured)}
     if results.resolve() == RESULTS and output is None:
         texts[README] = renewed(README.read_text(encoding="utf-8"), results)
     if check:

@@ -1,9 +1,10 @@
-"""What a training step costs: EFlat-LoRA and its peers against plain LoRA on the main job.
+"""What a training step costs: every method of the main table against plain LoRA.
 
-    python bench/step.py [--steps 60] [--json FILE] [--plot FILE]
+    python bench/step.py [--steps 60] [--methods NAME ...] [--json FILE] [--plot FILE]
 
-Every method takes its step on the same batch, one after another, round by round, so that the
-machine's mood is the same for all of them; the table gives medians of the ratio to plain LoRA's
+The methods and settings are those of bench/experiments/movies_256.yaml, on longer batches: 1,000
+sentences. Every method takes its step on the same batch, one after another, round by round, so that
+the machine's mood is the same for all of them; the table gives medians of the ratio to plain LoRA's
 step in the same round. Peak memory is the resident set of a process of its own per method.
 
 The floor: a step's extra work beyond LoRA's is one pass over the factors and gradients,
@@ -13,24 +14,32 @@ average, both float32.
 """
 
 import argparse
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+from experiment import METHODS as BUILDERS
 from timing import arguments, machine, new_plot, print_table, write_json
 
-from eflat_ext import finetune
+from eflat_ext import finetune, plan
 from eflat_ext.config import FinetuneConfig
 
-METHODS = ["lora", "eflat", "flat", "lora-sam"]
+BUILDERS = {**finetune.METHODS, **BUILDERS}
+PLAN = plan.load(Path(__file__).parent / "experiments" / "movies_256.yaml", BUILDERS)
+METHODS = {method.name: method for method in PLAN.methods}
+CONFIG = FinetuneConfig(train_size=1000, test_size=100)
 
 
-def stepper(config, task, method, batches):
-    """A function that takes one training step of `method` on batch number i."""
-    model, optimizer = finetune.build(config, task, method, seed=0)
+def stepper(task, name, batches):
+    """A function that takes one training step of a method on batch number i."""
+    method = METHODS[name]
+    config = replace(CONFIG, **method.settings)
+    model, optimizer = finetune.build(config, task, method.builder, 0, BUILDERS)
     model.train()
 
     def step(i):
@@ -46,21 +55,22 @@ def stepper(config, task, method, batches):
     return step
 
 
-def first_batches(config, task, count):
-    batches = finetune._shuffled_batches(task, config.batch_size, seed=0)
+def first_batches(task, count):
+    batches = finetune._shuffled_batches(task, CONFIG.batch_size, seed=0)
     return [next(batches) for _ in range(count)]
 
 
-def measure(steps):
+def measure(methods, steps):
     """Median ratio of each method's step to LoRA's, and LoRA's median seconds."""
-    config = FinetuneConfig(train_size=1000, test_size=100)
-    task = finetune.prepare(config)
-    batches = first_batches(config, task, 8)
-    step_of = {method: stepper(config, task, method, batches) for method in METHODS}
-    seconds = {method: [] for method in METHODS}
-    for i in range(-3, steps):
+    task = finetune.prepare(CONFIG)
+    batches = first_batches(task, 8)
+    step_of = {method: stepper(task, method, batches) for method in methods}
+    seconds = {method: [] for method in methods}
+    # The first rounds warm up, and leave a gradient of every example.
+    for i in range(-len(batches), steps):
         # A different one starts each round: none always runs with a cache warmed by the same.
-        for method in METHODS[i % len(METHODS) :] + METHODS[: i % len(METHODS)]:
+        turn = i % len(methods)
+        for method in methods[turn:] + methods[:turn]:
             start = time.perf_counter()
             step_of[method](i)
             if i >= 0:
@@ -69,7 +79,7 @@ def measure(steps):
         method: statistics.median(
             a / b for a, b in zip(seconds[method], seconds["lora"], strict=True)
         )
-        for method in METHODS
+        for method in methods
     }
     return ratios, statistics.median(seconds["lora"])
 
@@ -82,13 +92,14 @@ def peak_memory(method):
 
 
 def print_peak(method):
-    config = FinetuneConfig(train_size=1000, test_size=100)
-    task = finetune.prepare(config)
-    batches = first_batches(config, task, 8)
-    step = stepper(config, task, method, batches)
+    task = finetune.prepare(CONFIG)
+    batches = first_batches(task, 8)
+    step = stepper(task, method, batches)
     for i in range(8):
         step(i)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage's maximum, which a new process takes over from its parent.
+    status = Path("/proc/self/status").read_text()
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
 
 
 def plot(rows, path):
@@ -102,14 +113,16 @@ def plot(rows, path):
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
         return print_peak(args.peak_of)
-    ratios, seconds = measure(args.steps)
+    methods = list(dict.fromkeys(["lora", *args.methods]))
+    ratios, seconds = measure(methods, args.steps)
     rows = [
         {"method": method, "step": ratios[method], "peak_mib": peak_memory(method)}
-        for method in METHODS
+        for method in methods
     ]
     print(f"{machine()}; LoRA's step: {seconds * 1e3:.0f} ms")
     print_table(

@@ -176,6 +176,15 @@ def pooled(tasks: Sequence[TaskResults], figure: str) -> dict[str, Comparison]:
     )
 
 
+def step_times(folder: Path) -> dict[str, float]:
+    """The time of a step over the baseline's by method, as bench/step.py measured it in one run."""
+    path = folder / "step.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {one["method"]: one["step"] for one in found}
+
+
 def load(folder: Path) -> list[TaskResults]:
     """The tasks of all experiments' CSV files of a folder; other CSV files are left out.
 
@@ -227,6 +236,6 @@ def _estimate(values: Iterable[float]) -> Estimate:
 
 
 def _p(differences: Sequence[float]) -> float:
-    if len(set(differences)) == 1:  # no variance, and no t
-        return 1.0 if differences[0] == 0 else 0.0
+    if len(set(differences)) == 1:  # no variance, and no t: the sign test's
+        return 1.0 if differences[0] == 0 else 0.5 ** (len(differences) - 1)
     return float(stats.ttest_1samp(differences, 0.0).pvalue)

@@ -21,6 +21,7 @@ TITLES = {
     "eflat-tangent": "EFlat-LoRA, tangent space",
     "eflat-restored": "EFlat-LoRA, radius restored",
     "lora-sam-ema": "LoRA-SAM, averaged",
+    "lora-sam-memory": "LoRA-SAM, remembered",
     "full-sam": "SAM on the full weights",
     "sketch-1": "sketch of the gradient, rank 1",
     "sketch-4": "sketch of the gradient, rank 4",

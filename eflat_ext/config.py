@@ -38,6 +38,8 @@ class FinetuneConfig:
     """Data to test on, given like --data; without it a part of --data is held out."""
     text_column: str = "text"
     """Column of the texts."""
+    text_pair_column: str | None = None
+    """Column of the second texts, where a task is on pairs of them."""
     label_column: str = "label"
     """Column of the labels: any words or numbers, one class for each."""
     train_size: int | None = None

@@ -13,9 +13,9 @@ import os
 import random
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 MOVIE_REVIEWS = "movie-reviews"
 
@@ -27,31 +27,48 @@ class InputError(ValueError):
     """
 
 
+_Texts = TypeVar("_Texts", bound="Texts")
+
+
 @dataclass(frozen=True)
-class Table:
-    """Texts and the names of their labels, two lists of one length."""
+class Texts:
+    """Texts with their labels, each with a second text where ``pairs`` is given."""
 
     texts: list[str]
-    labels: list[str]
+    labels: list[Any]
+    pairs: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def rows(self, indices: Iterable[int]) -> Table:
+    def rows(self: _Texts, indices: Iterable[int]) -> _Texts:
         """The rows at ``indices``, in that order."""
         indices = list(indices)
-        return Table([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+        texts, labels = ([column[i] for i in indices] for column in (self.texts, self.labels))
+        pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
+        return replace(self, texts=texts, labels=labels, pairs=pairs)
+
+    def text_keys(self) -> list[str]:
+        """What equal texts, or pairs, have in common: all but letter case and spacing."""
+        keys = [" ".join(text.split()).casefold() for text in self.texts]
+        if self.pairs is None:
+            return keys
+        seconds = (" ".join(text.split()).casefold() for text in self.pairs)
+        return [f"{key}\n{second}" for key, second in zip(keys, seconds, strict=True)]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Texts and their class numbers, two lists of one length."""
+class Table(Texts):
+    """Texts with the names of their labels."""
 
-    texts: list[str]
+    labels: list[str]
+
+
+@dataclass(frozen=True)
+class Part(Texts):
+    """Texts with their class numbers."""
+
     labels: list[int]
-
-    def __len__(self) -> int:
-        return len(self.texts)
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,12 @@ class Splits:
 # --- files and the hub -------------------------------------------------------------------
 
 
-def read(source: str, text_column: str = "text", label_column: str = "label") -> Table:
+def read(
+    source: str,
+    text_column: str = "text",
+    label_column: str = "label",
+    text_pair_column: str | None = None,
+) -> Table:
     """Read ``source``: a corpus of a package, a .csv, .tsv or .jsonl file, or a hub data set.
 
     Corpora are those of :data:`eflat_ext.corpora.CORPORA`.
@@ -99,7 +121,9 @@ def read(source: str, text_column: str = "text", label_column: str = "label") ->
         raise InputError(f"{source} is of no known format: give a .csv, .tsv or .jsonl file")
     else:
         rows, where = _read_hub(source), "row"
-    return _to_table(rows, text_column, label_column, source, where)
+    names = [text_column, label_column, *([text_pair_column] if text_pair_column else [])]
+    texts, labels, *pairs = _columns(rows, names, source, where)
+    return Table(texts, labels, *pairs)
 
 
 def _read_csv(file: Iterable[str], source: str, delimiter: str) -> list[tuple[int, dict]]:
@@ -156,20 +180,18 @@ def _read_hub(source: str) -> list[tuple[int, dict]]:
     return rows
 
 
-def _to_table(
-    rows: Sequence[tuple[int, Mapping[str, Any]]], text: str, label: str, source: str, where: str
-) -> Table:
+def _columns(
+    rows: Sequence[tuple[int, Mapping[str, Any]]], names: Sequence[str], source: str, where: str
+) -> list[list[str]]:
     if not rows:
         raise InputError(f"{source} holds no rows")
-    columns = list(rows[0][1])
-    for column in (text, label):
-        if column not in columns:
-            there = ", ".join(str(name) for name in columns)
+    for column in names:
+        if column not in rows[0][1]:
+            there = ", ".join(str(name) for name in rows[0][1])
             raise InputError(f"{source} has no column {column!r}; it has: {there}")
-    texts: list[str] = []
-    labels: list[str] = []
+    columns: list[list[str]] = [[] for _ in names]
     for number, row in rows:
-        for column, values in ((text, texts), (label, labels)):
+        for column, values in zip(names, columns, strict=True):
             value = row.get(column)
             value = "" if value is None else str(value).strip()
             if not value:
@@ -180,7 +202,7 @@ def _to_table(
                     "which is no character"
                 )
             values.append(value)
-    return Table(texts, labels)
+    return columns
 
 
 # --- splitting ---------------------------------------------------------------------------
@@ -215,10 +237,10 @@ def split(
         InputError: fewer than two classes, a size that the data cannot fill, or a label in
             the validation or test part that the train part lacks.
     """
-    seen = {key_of(text) for text in test.texts} if test else set()
+    seen = set(test.text_keys()) if test else set()
     kept = []
-    for index, text in enumerate(data.texts):
-        if (key := key_of(text)) not in seen:
+    for index, key in enumerate(data.text_keys()):
+        if key not in seen:
             seen.add(key)
             kept.append(index)
     data = data.rows(kept)
@@ -252,7 +274,7 @@ def split(
                 raise InputError(
                     f"the label {label!r} occurs in the {name} data but not in the training data"
                 )
-        return Part(part.texts, [number[label] for label in part.labels])
+        return Part(part.texts, [number[label] for label in part.labels], part.pairs)
 
     return Splits(
         numbered("training", train),
@@ -260,11 +282,6 @@ def split(
         numbered("test", test),
         classes,
     )
-
-
-def key_of(text: str) -> str:
-    """What equal texts have in common."""
-    return " ".join(text.split()).casefold()
 
 
 def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
@@ -302,10 +319,10 @@ def with_typos(texts: Sequence[str], share: float, seed: int) -> list[str]:
     return [re.sub(r"[^\W\d_]{4,}", misspell, text) for text in texts]
 
 
-def without(data: Table, texts: Iterable[str]) -> Table:
-    """The rows of ``data`` whose text is none of ``texts``, letter case and spacing aside."""
-    keys = {key_of(text) for text in texts}
-    return data.rows(i for i, text in enumerate(data.texts) if key_of(text) not in keys)
+def without(data: Table, keys: Iterable[str]) -> Table:
+    """The rows of ``data`` whose key is none of ``keys``."""
+    keys = set(keys)
+    return data.rows(i for i, key in enumerate(data.text_keys()) if key not in keys)
 
 
 def _label_order(label: str) -> tuple[int, float, str]:

@@ -204,12 +204,14 @@ def _further_test(config: FinetuneConfig, task: finetune.Task, data: str) -> Par
     """What ``also_test`` names, in the task's classes and without its texts."""
     if data == TYPOS:
         test = task.splits.test
-        return Part(with_typos(test.texts, _TYPOS_SHARE, seed=0), test.labels)
-    rows = without(read(data, config.text_column, config.label_column), task.texts())
+        pairs = None if test.pairs is None else with_typos(test.pairs, _TYPOS_SHARE, seed=1)
+        return Part(with_typos(test.texts, _TYPOS_SHARE, seed=0), test.labels, pairs)
+    columns = config.text_column, config.label_column, config.text_pair_column
+    rows = without(read(data, *columns), task.text_keys())
     numbers = {label: k for k, label in enumerate(task.splits.classes)}
     if unknown := set(rows.labels) - set(numbers):
         raise InputError(f"{data} has the label {min(unknown)!r}, which the task lacks")
-    return Part(rows.texts, [numbers[label] for label in rows.labels])
+    return Part(rows.texts, [numbers[label] for label in rows.labels], rows.pairs)
 
 
 def draw(pool: finetune.Task, size: int | None, label_noise: float, seed: int) -> finetune.Task:

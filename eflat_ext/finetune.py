@@ -56,10 +56,10 @@ class Task:
     device: torch.device
     steps: int
 
-    def texts(self) -> list[str]:
-        """Every text of every part."""
+    def text_keys(self) -> list[str]:
+        """What tells the texts of all parts from others."""
         parts = (self.splits.train, self.splits.validation, self.splits.test)
-        return [text for part in parts for text in part.texts]
+        return [key for part in parts for key in part.text_keys()]
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def _warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], f
 
 def encode(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, part: Part) -> Tokens:
     """The texts as the model's inputs."""
-    return Tokens(loading.encode(tokenizer, part.texts, config.max_length), part.labels)
+    return Tokens(loading.encode(tokenizer, part, config.max_length), part.labels)
 
 
 def _shuffled_batches(

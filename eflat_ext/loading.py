@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from eflat_ext.config import MINILM, FinetuneConfig
-from eflat_ext.data import InputError, Splits, Table, read, split
+from eflat_ext.data import InputError, Splits, Table, Texts, read, split
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -73,7 +73,7 @@ def read_splits(config: FinetuneConfig) -> Splits:
     """The parts of ``config.data``, with ``config.test_data`` as the test part if it is given."""
 
     def table(source: str) -> Table:
-        return read(source, config.text_column, config.label_column)
+        return read(source, config.text_column, config.label_column, config.text_pair_column)
 
     return split(
         table(config.data),
@@ -86,11 +86,14 @@ def read_splits(config: FinetuneConfig) -> Splits:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
+    tokenizer: PreTrainedTokenizerBase, data: Texts, max_length: int
 ) -> list[dict[str, list[int]]]:
-    """The model's inputs for each text, cut off after ``max_length`` tokens."""
+    """The model's inputs for each text, or pair of them, cut off after ``max_length`` tokens.
+
+    Of a pair the longer text is cut first.
+    """
     try:
-        columns = tokenizer(texts, truncation=True, max_length=max_length)
+        columns = tokenizer(data.texts, data.pairs, truncation=True, max_length=max_length)
     except Exception as error:  # of a vocabulary without the token for unknown words, say
         raise InputError(
             f"the tokenizer of --model {tokenizer.name_or_path} cannot split the texts: "

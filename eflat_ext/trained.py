@@ -35,6 +35,8 @@ class MeasureConfig:
     """Data for an adapter that is not in a run folder, as for eflat finetune."""
     text_column: str = "text"
     """Column of the texts."""
+    text_pair_column: str | None = None
+    """Column of the second texts, where a task is on pairs of them."""
     label_column: str = "label"
     """Column of the labels; a causal language model needs none."""
     max_length: int = 128
@@ -272,9 +274,9 @@ def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
         )
         # In bfloat16 the loss would be rounded by more than it rises.
         model = _with_adapter(base.float(), trained.folder)
-    inputs = loading.encode(tokenizer, part.texts[: config.examples], settings.max_length)
-    labels = part.labels[: config.examples]
-    batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
+    part = part.rows(range(len(part))[: config.examples])
+    inputs = loading.encode(tokenizer, part, settings.max_length)
+    batches = make_batches(tokenizer, inputs, part.labels, config.batch_size, device)
     return Loaded(model.to(device), layers, batches)
 
 
@@ -308,9 +310,9 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     settings = FinetuneConfig(model=path, max_length=config.max_length, device=config.device)
     device = loading.find_device(settings)
     tokenizer = loading.load_tokenizer(path, settings)
-    table = read(
-        config.data, config.text_column, config.text_column if causal else config.label_column
-    )
+    label_column = config.text_column if causal else config.label_column
+    table = read(config.data, config.text_column, label_column, config.text_pair_column)
+    table = table.rows(range(len(table))[: config.examples]) if causal else table
     if causal:
         labels = None
     else:
@@ -324,7 +326,8 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
         raise InputError(f"cannot load the model {path}: {loading.first_line(error)}") from None
     base.config.pad_token_id = tokenizer.pad_token_id
     model = _with_adapter(base, trained.folder)
-    inputs = loading.encode(tokenizer, table.texts[: config.examples], config.max_length)
+    table = table.rows(range(len(table))[: config.examples])
+    inputs = loading.encode(tokenizer, table, config.max_length)
     batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
     return Loaded(model.to(device), config.layers, batches)
 

@@ -34,6 +34,27 @@ def test_csv_tsv_and_jsonl_say_the_same(tmp_path):
         assert read(str(tmp_path / name)) == expected
 
 
+def test_pairs_are_read_kept_together_and_told_apart(tmp_path):
+    path = tmp_path / "t.tsv"
+    rows = [(f"first {k // 2}", f"second {k % 2}", "yes" if k % 3 else "no") for k in range(40)]
+    rows += [("FIRST  0", "Second 0", "yes"), ("first 0 second", "0", "no")]
+    path.write_text("a\tb\ty\n" + "".join("\t".join(row) + "\n" for row in rows))
+    table = read(str(path), "a", "y", "b")
+    assert table == Table(*([row[k] for row in rows] for k in (0, 2, 1)))
+    parts = split(table, validation_size=5, test_size=5)
+    found = []
+    for part in (parts.train, parts.validation, parts.test):
+        labels = [parts.classes[k] for k in part.labels]
+        found += zip(part.texts, part.pairs, labels, strict=True)
+    # The one that differs in case and spacing alone is gone.
+    assert sorted(found) == sorted(rows[:40] + rows[41:])
+    with pytest.raises(InputError, match="has no column 'c'; it has: a, b, y"):
+        read(str(path), "a", "y", "c")
+    path.write_text("a\tb\ty\nx\t \tyes\n")
+    with pytest.raises(InputError, match="row 1: column 'b' is empty"):
+        read(str(path), "a", "y", "b")
+
+
 def test_labels_may_be_numbers_or_booleans(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"q": "a", "y": 1}\n{"q": "b", "y": false}\n{"q": "c", "y": 0}')

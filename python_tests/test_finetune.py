@@ -1,6 +1,7 @@
 """What eflat_ext.finetune promises: equal terms, repeatable runs, clean and loadable results."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 from tiny_model import make_rows, save_tiny_model, write_csv
 
-from eflat_ext import finetune, report
+from eflat_ext import experiment, finetune, loading, measure, plan, report
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError
+from eflat_ext.data import InputError, Part
 
 METHODS = ["lora", "eflat", "flat", "lora-sam", "full"]
 
@@ -51,6 +52,41 @@ def comparison(folder, settings):
         **settings, method=METHODS, seeds=[0, 1], output_dir=folder / "comparison"
     )
     return finetune.run(config)
+
+
+# --- pairs of texts ----------------------------------------------------------------------
+
+
+def test_a_pair_is_one_input_and_what_is_too_long_is_cut_from_the_longer_text(settings):
+    config = FinetuneConfig(**settings)
+    tokenizer = loading.load_tokenizer(config.model, config)
+    first, second = "word1 word2", " ".join(f"word{k}" for k in range(3, 43))
+    (whole,) = loading.encode(tokenizer, Part([first], [0], [second]), 64)
+    (alone,) = loading.encode(tokenizer, Part([f"{first} {second}"], [0]), 64)
+    assert whole["input_ids"] == alone["input_ids"] and len(whole["input_ids"]) == 42
+    (cut,) = loading.encode(tokenizer, Part([first], [0], [second]), 12)
+    assert cut["input_ids"] == whole["input_ids"][:12]
+
+
+def test_a_task_on_pairs_from_training_to_measuring(settings, tmp_path):
+    rows = [(*text.split(" ", 1), label) for text, label in make_rows(300)]
+    data = write_csv(tmp_path / "data.csv", rows, ("premise", "hypothesis", "label"))
+    columns = {"text_column": "premise", "text_pair_column": "hypothesis"}
+    config = FinetuneConfig(**{**settings, "data": data}, **columns, output_dir=tmp_path / "run")
+    task = finetune.prepare(config)
+    pairs = dict(zip(task.splits.train.texts, task.splits.train.pairs, strict=True))
+    assert len(set(task.text_keys())) == len(task.text_keys()) > len(pairs)
+    misspelt = experiment._further_test(config, task, plan.TYPOS)
+    assert len(misspelt.pairs) == len(task.splits.test)
+    again = experiment._further_test(config, task, data)  # nothing is left of it
+    assert (again.texts, again.pairs) == ([], [])
+    folder = finetune.run(config) / "lora" / "seed-0"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    # Measured on the same texts, the loss is the same.
+    sharpness = measure.SharpnessConfig(rho=[0.1], samples=0, examples=10**6, part="test")
+    rows = measure.run([folder], dataclasses.replace(sharpness, device="cpu"))
+    (loss,) = [row["value"] for row in rows if row["measure"] == "loss"]
+    assert loss == pytest.approx(metrics["loss"], rel=1e-5)
 
 
 # --- training ----------------------------------------------------------------------------

@@ -34,7 +34,6 @@ def row(stage, method, seed, tuned, **figures):
 def make_rows():
     rows = []
     for method, values in ACCURACY.items():
-        slow = 1.0 if method == "lora" else 2.0
         for rho, score in ((0.1, 0.5), (0.2, 0.6), (0.5, 0.4)):
             rows += [row("tuning", method, s, {"rho": rho}, accuracy=score) for s in (100, 101)]
         for seed, accuracy in enumerate(values):
@@ -47,7 +46,6 @@ def make_rows():
                     accuracy=accuracy,
                     loss=1.5 - accuracy,
                     train_loss=0.25,
-                    seconds_per_step=slow * (1 + seed),
                     peak_memory_mib=100.0,
                     trainable_parameters=1234,
                     sharpness_worst=1.5 - accuracy + 0.01 * seed,
@@ -152,6 +150,12 @@ def test_holm_on_a_textbook_case():
     assert summary.holm([]) == []
 
 
+def test_differences_without_variance_are_tested_by_their_sign():
+    assert summary._p([0.0] * 5) == 1.0
+    exact = stats.binomtest(5, 5).pvalue
+    assert summary._p([-0.5] * 5) == summary._p([0.5] * 5) == pytest.approx(exact)
+
+
 def test_equal_figures_tie_and_one_seed_is_not_tested(results):
     rows = [r for r in make_rows() if r["method"] == "lora"]
     same = [r | {"method": "eflat"} for r in rows]
@@ -165,7 +169,6 @@ def test_equal_figures_tie_and_one_seed_is_not_tested(results):
 
 
 def test_cost_correlation_and_choice(task):
-    assert task.ratio("eflat", "seconds_per_step") == 2.0
     assert task.ratio("eflat", "peak_memory_mib") == 1.0
     r, low, high, count = task.correlation("sharpness_worst", "gap")
     assert low < r < high and count == 20 and r > 0.9
@@ -201,6 +204,9 @@ def test_the_report_says_who_wins_and_shows_what_failed(results, task):
     assert "| EFlat-LoRA | 75.40 ± 0.93 | +4.40 ± 0.24 |" in text
     assert "1 run failed:" in text and "Flat-LoRA, rho 0.5, seed 5: RuntimeError: no luck" in text
     assert "over all 20 final runs" in text
+    assert "relative time" not in text and "| 1.00 | 1,234 |" in text
+    timed = report.report([task], times={"eflat": 1.017})
+    assert "| 1.02 | 1.00 | 1,234 |" in timed
     assert "| EFlat-LoRA | rho 0.2 | 3 |  | 6 | 5 | 0 |" in lines
     assert "| LoRA | rho 0.5 | 3 | rho | 6 | 5 | 0 |" in lines
 
