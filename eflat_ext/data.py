@@ -41,6 +41,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def kind(self) -> str:
+        """What a row holds, in words."""
+        return "single texts" if self.pairs is None else "pairs of texts"
+
     def rows(self: _Texts, indices: Iterable[int]) -> _Texts:
         """The rows at ``indices``, in that order."""
         indices = list(indices)
@@ -234,9 +239,12 @@ def split(
         seed: of the shuffle.
 
     Raises:
-        InputError: fewer than two classes, a size that the data cannot fill, or a label in
-            the validation or test part that the train part lacks.
+        InputError: fewer than two classes, a size that the data cannot fill, a label in
+            the validation or test part that the train part lacks, or pairs in one of ``data``
+            and ``test``.
     """
+    if test is not None and test.kind != data.kind:
+        raise InputError(f"the test data holds {test.kind}, but the training data {data.kind}")
     seen = set(test.text_keys()) if test else set()
     kept = []
     for index, key in enumerate(data.text_keys()):

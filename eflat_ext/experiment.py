@@ -208,6 +208,8 @@ def _further_test(config: FinetuneConfig, task: finetune.Task, data: str) -> Par
         return Part(with_typos(test.texts, _TYPOS_SHARE, seed=0), test.labels, pairs)
     columns = config.text_column, config.label_column, config.text_pair_column
     rows = without(read(data, *columns), task.text_keys())
+    if rows.kind != task.splits.train.kind:
+        raise InputError(f"{data} holds {rows.kind}, but the task {task.splits.train.kind}")
     numbers = {label: k for k, label in enumerate(task.splits.classes)}
     if unknown := set(rows.labels) - set(numbers):
         raise InputError(f"{data} has the label {min(unknown)!r}, which the task lacks")

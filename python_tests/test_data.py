@@ -48,6 +48,8 @@ def test_pairs_are_read_kept_together_and_told_apart(tmp_path):
         found += zip(part.texts, part.pairs, labels, strict=True)
     # The one that differs in case and spacing alone is gone.
     assert sorted(found) == sorted(rows[:40] + rows[41:])
+    with pytest.raises(InputError, match=r"holds single texts, but the .* pairs of texts"):
+        split(table, read(str(path), "a", "y"))
     with pytest.raises(InputError, match="has no column 'c'; it has: a, b, y"):
         read(str(path), "a", "y", "c")
     path.write_text("a\tb\ty\nx\t \tyes\n")

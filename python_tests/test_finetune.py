@@ -80,6 +80,8 @@ def test_a_task_on_pairs_from_training_to_measuring(settings, tmp_path):
     assert len(misspelt.pairs) == len(task.splits.test)
     again = experiment._further_test(config, task, data)  # nothing is left of it
     assert (again.texts, again.pairs) == ([], [])
+    with pytest.raises(InputError, match=r"holds single texts, but the task pairs of texts"):
+        experiment._further_test(config, task, "amazon-reviews")
     folder = finetune.run(config) / "lora" / "seed-0"
     metrics = json.loads((folder / "metrics.json").read_text())
     # Measured on the same texts, the loss is the same.
