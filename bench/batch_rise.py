@@ -10,12 +10,12 @@ LoRA-SAM's radius along each of
 "another batch"   the gradient of another batch at the same weights: other data, no age
 "four batches"    the sum of four such
 "last step"       the gradient of the step before: other data, one step old
-"average"         the average of those, with EFlat-LoRA's beta: what EFlat-LoRA is made of
+"average"         the moving average of those, with EFlat-LoRA's beta
 "remembered"      the sum of what the batch's own examples left when they were last seen: the same
                   data, an epoch old (bench/remembered.py)
 
-against the rise along the batch's own gradient now. The tables give the share of that rise and the
-cosine, over a quarter of the training. A minute on one core for each run.
+against the rise along the batch's own gradient now, without dropout. The tables give the share of
+that rise and the cosine, over a quarter of the training. A minute on one core for each run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import csv_rows
 import torch
-from remembered import FactorGradients, examples_of
+from remembered import Memory, examples_of, perturb
 from timing import machine, print_table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -37,14 +37,11 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from eflat_ext import finetune
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.experiment import draw
-from eflat_ext.pairs import find_pairs
 
 RESULTS = Path(__file__).parent / "results" / "batch_rise.csv"
 STEPS, EVERY, QUARTERS = 128, 4, 4
 RHO, LR = 0.05, 3e-3  # the radius of the defaults, the learning rate that LoRA's tuning chose
 DIRECTIONS = ("another batch", "four batches", "last step", "average", "remembered")
-
-
 CONFIG = FinetuneConfig(steps=STEPS, batch_size=8, lr=LR, test_size=64, device="cpu")
 
 
@@ -54,10 +51,8 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
     model, optimizer = finetune.build(config, task, "lora", seed)
     rate = finetune._warmup_then_linear(config, task.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    pairs = find_pairs(model)
-    factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
-    sizes = [p.numel() for p in factors]
-    of_examples = [FactorGradients(pair) for pair in pairs]
+    memory = Memory(model)
+    factors = memory.factors
     generator = torch.Generator().manual_seed(seed)
 
     def backward(batch: Any) -> Tensor:
@@ -68,12 +63,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
 
     @torch.no_grad()
     def loss_at(batch: Any, direction: Tensor) -> float:
-        clean = [p.clone() for p in factors]
-        parts = direction.split(sizes)
-        for k in range(0, len(factors), 2):
-            norm = torch.cat(parts[k : k + 2]).norm().clamp_min(1e-30)
-            for factor, part in zip(factors[k : k + 2], parts[k : k + 2], strict=True):
-                factor += part.view_as(factor) * (RHO / norm)
+        clean = perturb(factors, direction, RHO)
         loss = cross_entropy(finetune.logits_of(config, model, batch[0]), batch[1])
         torch._foreach_copy_(factors, clean)
         return float(loss)
@@ -85,22 +75,28 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
         free = [i for i in order if tuple(task.train.inputs[i]["input_ids"]) not in taken]
         return finetune.collate(task, task.train, free[: config.batch_size])
 
-    last, average = torch.zeros(sum(sizes)), torch.zeros(sum(sizes))
-    memory: dict[Any, Tensor] = {}
+    last = torch.zeros(sum(factor.numel() for factor in factors))
+    average = last
     batches = finetune._shuffled_batches(task, config.batch_size, seed)
     for step, batch in zip(range(task.steps), batches, strict=False):
         known = examples_of(batch[0])
         if step % EVERY == EVERY - 1:
-            model.eval()  # dropout would hide the rises
-            own = backward(batch)
+            model.train()
             four = [backward(fresh(batch)) for _ in range(4)]
-            found = {"another batch": four[0], "four batches": sum(four)}
-            found |= {"last step": last, "average": average}
-            found["remembered"] = sum((memory[e] for e in known if e in memory), 0 * last)
-            loss = loss_at(batch, 0 * own)
-            for name in DIRECTIONS:
-                direction = found[name]
-                assert isinstance(direction, Tensor)
+            remembered = memory.recall(known)
+            found = {
+                "another batch": four[0],
+                "four batches": torch.stack(four).sum(0),
+                "last step": last,
+                "average": average,
+                "remembered": torch.zeros_like(last) if remembered is None else remembered,
+            }
+            # Dropout would hide the rises; the gradients that methods have at hand are with it.
+            model.eval()
+            own = backward(batch)
+            loss = loss_at(batch, torch.zeros_like(own))
+            own_rise = loss_at(batch, own) - loss
+            for name, direction in found.items():
                 yield {
                     "examples": examples,
                     "seed": seed,
@@ -108,13 +104,13 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
                     "direction": name,
                     "cosine": float(cosine_similarity(own, direction, dim=0)),
                     "rise": loss_at(batch, direction) - loss,
-                    "own rise": loss_at(batch, own) - loss,
+                    "own rise": own_rise,
                 }
         model.train()
         last = backward(batch)
-        rows = torch.cat([one.rows() for one in of_examples], dim=1)
-        memory.update(zip(known, rows.unbind(), strict=True))
+        memory.keep(known)
         average = average.lerp(last, config.beta)
+        torch.nn.utils.clip_grad_norm_(finetune.trainable_parameters(model), config.max_grad_norm)
         optimizer.step()
         schedule.step()
 
@@ -153,11 +149,11 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="repeat the runs that the file holds")
     options = parser.parse_args()
     print(machine())
-    rows = [] if options.again else csv_rows.read(options.csv)
-    done = {(int(row["examples"]), int(row["seed"])) for row in rows}
+    rows = csv_rows.read(options.csv)
     for run in itertools.product(options.examples, options.seeds):
-        if run not in done:
-            rows += rows_of(*run)
+        held = [row for row in rows if (int(row["examples"]), int(row["seed"])) == run]
+        if options.again or not held:
+            rows = [row for row in rows if row not in held] + list(rows_of(*run))
             csv_rows.write(options.csv, rows)
     for name, head, lines in tables(csv_rows.read(options.csv)):
         print(f"\n{name}")

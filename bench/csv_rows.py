@@ -17,11 +17,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of the same names, numbers to four digits."""
+    """Write rows of the same names, numbers to four digits; all of them or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(
             {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
         )
+    partial.replace(path)

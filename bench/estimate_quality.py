@@ -136,14 +136,14 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="repeat the runs that the file holds")
     options = parser.parse_args()
     print(machine())
-    rows = [] if options.again else csv_rows.read(options.csv)
+    rows = csv_rows.read(options.csv)
 
     def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
         return (row["data"], row["adapted"], row["method"]), int(row["seed"])
 
     done = {run_of(r) for r in rows if int(r["step"]) == STEPS[-1]}
     for run, seed in itertools.product(RUNS, options.seeds):
-        if (run, seed) in done:
+        if (run, seed) in done and not options.again:
             continue
         rows = [r for r in rows if run_of(r) != (run, seed)]
 

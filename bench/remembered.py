@@ -11,7 +11,7 @@ its own gradient of the last time can stand in for the one of now:
 An example is known by its tokens. Its gradient of the factors of a linear layer comes from what
 the layer's hooks see, input Z and output gradient D of A's and B's small products: D^T Z per
 example, the same flops as the batch's. It costs r (n + m) numbers of memory per example and layer,
-so it is for few examples and many epochs.
+so it is for few examples and many epochs. A step is one forward and one backward pass.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from eflat_ext.config import FinetuneConfig
+from eflat_ext.data import InputError
 from eflat_ext.finetune import adamw_settings, trainable_parameters
 from eflat_ext.pairs import LoraPair, find_pairs
 
@@ -54,11 +55,56 @@ class FactorGradients:
 
     @torch.no_grad()
     def _keep(self, name: str, Z: Tensor, D: Tensor) -> None:
+        dtype = torch.promote_types(Z.dtype, D.dtype)  # they differ under autocast
+        Z, D = (x.reshape(len(x), -1, x.shape[-1]).to(dtype) for x in (Z, D))
         # The thin matrix first: several times as fast as the other way round.
         if name == "A":
             self._parts[name] = D.transpose(1, 2) @ Z
         else:
             self._parts[name] = (Z.transpose(1, 2) @ D).transpose(1, 2)
+
+
+class Memory:
+    """The gradients of a model's factors by example, as each left them when it was last seen.
+
+    Args:
+        model: a PEFT model with adapters on linear layers only.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        pairs = find_pairs(model)
+        self.factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
+        self._gradients = [FactorGradients(pair) for pair in pairs]
+        self._rows: dict[Example, Tensor] = {}
+
+    def keep(self, examples: list[Example]) -> None:
+        """Remember the last backward pass in training mode, which was of these examples."""
+        rows = torch.cat([gradients.rows() for gradients in self._gradients], dim=1)
+        finite = rows.sum(1).isfinite().tolist()
+        found = zip(examples, rows.unbind(), finite, strict=True)
+        self._rows.update((example, row) for example, row, ok in found if ok)
+
+    def recall(self, examples: list[Example]) -> Tensor | None:
+        """The sum of what these examples left, flat; None if nothing is known of any."""
+        rows = [self._rows[example] for example in examples if example in self._rows]
+        return torch.stack(rows).sum(0) if rows else None
+
+
+@torch.no_grad()
+def perturb(factors: list[Tensor], direction: Tensor, rho: float) -> list[Tensor]:
+    """Move each pair's factors, A before B, by rho along its part of the direction.
+
+    Returns:
+        What the factors were before.
+    """
+    clean = [factor.detach().clone() for factor in factors]
+    parts = direction.split([factor.numel() for factor in factors])
+    norms = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts)).view(-1, 2), dim=1)
+    scales = torch.where(norms > 0, rho / norms, 0).repeat_interleave(2)
+    moves = torch._foreach_mul(parts, list(scales.unbind()))
+    shaped = [move.view_as(factor) for move, factor in zip(moves, factors, strict=True)]
+    torch._foreach_add_(factors, shaped)
+    return clean
 
 
 class RememberedLoRASAM(torch.optim.AdamW):
@@ -73,11 +119,7 @@ class RememberedLoRASAM(torch.optim.AdamW):
     def __init__(self, model: nn.Module, *, rho: float, **adamw: Any) -> None:
         super().__init__(trainable_parameters(model), **adamw)
         self._rho = rho
-        self._pairs = find_pairs(model)
-        self._gradients = [FactorGradients(pair) for pair in self._pairs]
-        self._factors = [p for pair in self._pairs for p in (pair.parameter_A, pair.parameter_B)]
-        self._sizes = [factor.numel() for factor in self._factors]
-        self.memory: dict[Example, Tensor] = {}
+        self._memory = Memory(model)
         self._examples: list[Example] = []
         self._clean: list[Tensor] = []
         model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -88,37 +130,29 @@ class RememberedLoRASAM(torch.optim.AdamW):
             loss = closure()
         finally:
             self._restore()
-        rows = torch.cat([gradients.rows() for gradients in self._gradients], dim=1)
-        self.memory.update(zip(self._examples, rows.unbind(), strict=True))
+        self._memory.keep(self._examples)
         super().step()
         return loss
 
-    @torch.no_grad()
     def _before(self, model: nn.Module, arguments: Any, inputs: dict[str, Tensor]) -> None:
         if not model.training:
             return
+        self._restore()
         self._examples = examples_of(inputs)
-        self._perturb([self.memory[e] for e in self._examples if e in self.memory])
-
-    def _perturb(self, rows: list[Tensor]) -> None:
-        self._clean = [factor.detach().clone() for factor in self._factors]
-        if not rows:
-            return
-        parts = torch.stack(rows).sum(0).split(self._sizes)
-        norms = torch.stack(torch._foreach_norm(parts)).view(-1, 2)
-        norms = torch.linalg.vector_norm(norms, dim=1)
-        scales = torch.where(norms > 0, self._rho / norms, 0).repeat_interleave(2)
-        moves = torch._foreach_mul(parts, list(scales.unbind()))
-        shaped = [move.view_as(f) for move, f in zip(moves, self._factors, strict=True)]
-        torch._foreach_add_(self._factors, shaped)
+        direction = self._memory.recall(self._examples)
+        if direction is not None:
+            self._clean = perturb(self._memory.factors, direction, self._rho)
 
     @torch.no_grad()
     def _restore(self) -> None:
         if self._clean:
-            torch._foreach_copy_(self._factors, self._clean)
+            torch._foreach_copy_(self._memory.factors, self._clean)
         self._clean = []
 
 
 def lora_sam_memory(config: FinetuneConfig, model: Any, steps: int) -> RememberedLoRASAM:
     """Its builder, for bench/experiment.py."""
+    for pair in find_pairs(model):
+        if not isinstance(pair.layer.get_base_layer(), nn.Linear):
+            raise InputError(f"lora-sam-memory: {pair.layer_name} is no linear layer")
     return RememberedLoRASAM(model, rho=config.rho, **adamw_settings(config))

@@ -19,7 +19,7 @@ import cyclopts
 import estimate_quality
 from readme_tables import README, renewed
 from report_figures import draw_figures
-from summary import BASELINE, LEVEL, Comparison, TaskResults, load, pooled
+from summary import BASELINE, LEVEL, Comparison, TaskResults, load, pooled, step_times
 from tables import COMPARED, compared_cells, percent, plain, table, title
 
 from eflat_ext.results import Row
@@ -37,8 +37,8 @@ seed by seed: mean difference, and p of a paired t-test with Holm's correction o
 table. A method *wins* or *loses* where p < {level:g}, else it *ties*. Settings were chosen on
 a validation part with other seeds. The gap is test less training loss. Sharpness is the rise of
 the training loss in the full space of the adapted layers, in the worst direction and under random
-noise. Time is that of a step over {baseline}'s, from `python bench/step.py`; memory is the median
-ratio to {baseline} of the whole process's.
+noise. Time is that of a step over {baseline}'s on the main job's batches, all methods in turn, from
+`python bench/step.py`; memory is the median ratio to {baseline} of the whole process's.
 """
 
 ESTIMATES = """\
@@ -53,8 +53,8 @@ RISES = """\
 How much higher a batch's loss is at LoRA-SAM's radius along other gradients, as a share of the rise
 along its own, and in brackets the cosine of the two; plain LoRA, `python bench/batch_rise.py`.
 Another batch and the sum of four are taken at the same weights; the last step's gradient and the
-average, which EFlat-LoRA is made of, are what one gradient a step has at hand; remembered is the
-sum of what the batch's own examples left in the epoch before.
+moving average are what one gradient a step has at hand; remembered is the sum of what the batch's
+own examples left in the epoch before.
 """
 
 
@@ -284,7 +284,7 @@ def main(results: Path, *, output: Path | None = None, check: bool = False) -> N
     measured = [
         csv_rows.read(results / f"{name}.csv") for name in ("estimate_quality", "batch_rise")
     ]
-    texts = {path: report(tasks, *measured)}
+    texts = {path: report(tasks, *measured, step_times(results))}
     if results.resolve() == RESULTS and output is None:
         texts[README] = renewed(README.read_text(encoding="utf-8"), results)
     if check:

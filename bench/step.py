@@ -2,14 +2,14 @@
 
     python bench/step.py [--steps 60] [--methods NAME ...] [--json FILE] [--plot FILE]
 
-The methods and settings are those of bench/experiments/movies_256.yaml, on longer batches: 1,000
-sentences. Every method takes its step on the same batch, one after another, round by round, so that
-the machine's mood is the same for all of them; the table gives medians of the ratio to plain LoRA's
+The methods are those of bench/experiments/movies_256.yaml, on the sentences and batches of the main
+job. Every method takes its step on the same batch, one after another, round by round, so that the
+machine's mood is the same for all of them; the table gives medians of the ratio to plain LoRA's
 step in the same round. Peak memory is the resident set of a process of its own per method.
 
-The floor: a step's extra work beyond LoRA's is one pass over the factors and gradients,
+The floor: EFlat-LoRA's extra work beyond LoRA's is one pass over the factors and gradients,
 O((n + m) r^2) multiply-adds per pair, beside the O(n m) per token of the layer itself; Flat-LoRA
-and LoRA-SAM take a second gradient. Extra memory of EFlat-LoRA: a clean copy of B and the moving
+and LoRA-SAM take a second gradient. EFlat-LoRA's extra memory: a clean copy of B and the moving
 average, both float32.
 """
 

@@ -97,13 +97,13 @@ def read(
 ) -> Table:
     """Read ``source``: a corpus of a package, a .csv, .tsv or .jsonl file, or a hub data set.
 
-    Corpora are those of :data:`eflat_ext.corpora.CORPORA`.
+    Corpora are those of :data:`eflat_ext.corpora.CORPORA`; they have columns of their own.
     A hub data set is written ``name[:configuration][@split]`` (split "train" by default) and
     needs the ``datasets`` package.
 
     Raises:
         InputError: the source cannot be found or read, lacks a column, or holds an empty
-            text or label.
+            text, second text or label.
     """
     from eflat_ext.corpora import CORPORA  # which needs this module
 
@@ -224,9 +224,9 @@ def split(
 ) -> Splits:
     """Cut ``data`` into disjoint parts in which the classes are mixed as in the whole.
 
-    The same data, sizes and seed give the same parts, on any machine. Of equal texts
-    (letter case and spacing aside) in ``data`` the first is kept. If ``test`` is given, the
-    test part is taken from it, and its texts are left out of the other parts.
+    The same data, sizes and seed give the same parts, on any machine. Of equal texts or
+    pairs (letter case and spacing aside) in ``data`` the first is kept. If ``test`` is given,
+    the test part is taken from it, and its texts or pairs are left out of the other parts.
 
     Args:
         data: at least two classes.

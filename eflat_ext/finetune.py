@@ -57,7 +57,7 @@ class Task:
     steps: int
 
     def text_keys(self) -> list[str]:
-        """What tells the texts of all parts from others."""
+        """The keys of all parts, see :meth:`eflat_ext.data.Texts.text_keys`."""
         parts = (self.splits.train, self.splits.validation, self.splits.test)
         return [key for part in parts for key in part.text_keys()]
 

@@ -90,10 +90,15 @@ def encode(
 ) -> list[dict[str, list[int]]]:
     """The model's inputs for each text, or pair of them, cut off after ``max_length`` tokens.
 
-    Of a pair the longer text is cut first.
+    Of a pair the longer text is cut first. A line break parts the two where the tokenizer, such as
+    a language model's, has no token for it.
     """
+    pairs = data.pairs
+    added = tokenizer.num_special_tokens_to_add
+    if pairs is not None and added(pair=True) == added(pair=False):
+        pairs = [f"\n{text}" for text in pairs]
     try:
-        columns = tokenizer(data.texts, data.pairs, truncation=True, max_length=max_length)
+        columns = tokenizer(data.texts, pairs, truncation=True, max_length=max_length)
     except Exception as error:  # of a vocabulary without the token for unknown words, say
         raise InputError(
             f"the tokenizer of --model {tokenizer.name_or_path} cannot split the texts: "

@@ -312,7 +312,6 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     tokenizer = loading.load_tokenizer(path, settings)
     label_column = config.text_column if causal else config.label_column
     table = read(config.data, config.text_column, label_column, config.text_pair_column)
-    table = table.rows(range(len(table))[: config.examples]) if causal else table
     if causal:
         labels = None
     else:

@@ -58,14 +58,29 @@ def comparison(folder, settings):
 
 
 def test_a_pair_is_one_input_and_what_is_too_long_is_cut_from_the_longer_text(settings):
-    config = FinetuneConfig(**settings)
-    tokenizer = loading.load_tokenizer(config.model, config)
     first, second = "word1 word2", " ".join(f"word{k}" for k in range(3, 43))
-    (whole,) = loading.encode(tokenizer, Part([first], [0], [second]), 64)
-    (alone,) = loading.encode(tokenizer, Part([f"{first} {second}"], [0]), 64)
-    assert whole["input_ids"] == alone["input_ids"] and len(whole["input_ids"]) == 42
-    (cut,) = loading.encode(tokenizer, Part([first], [0], [second]), 12)
-    assert cut["input_ids"] == whole["input_ids"][:12]
+    pair = Part([first], [0], [second])
+    tokenizer = loading.load_tokenizer(settings["model"], FinetuneConfig(**settings))
+    (whole,) = loading.encode(tokenizer, pair, 64)
+    (cut,) = loading.encode(tokenizer, pair, 12)
+    assert len(whole["input_ids"]) == 42 and cut["input_ids"] == whole["input_ids"][:12]
+
+
+def test_the_texts_of_a_pair_are_told_apart(settings, monkeypatch):
+    config = FinetuneConfig()
+    tokenizer = loading.load_tokenizer(loading.find_model(config.model), config)
+    pair = Part(["is it so?"], [0], ["It is."])
+    (row,) = loading.encode(tokenizer, pair, 64)
+    assert tokenizer.decode(row["input_ids"]) == "[CLS] is it so? [SEP] it is. [SEP]"
+    assert row["token_type_ids"] == [0] * 6 + [1] * 4
+    # One without a token for it gets a line break.
+    plain = loading.load_tokenizer(settings["model"], FinetuneConfig(**settings))
+    seen = []
+    monkeypatch.setattr(
+        type(plain), "__call__", lambda self, *texts, **options: seen.append(texts) or {}
+    )
+    loading.encode(plain, pair, 64)
+    assert seen == [(["is it so?"], ["\nIt is."])]
 
 
 def test_a_task_on_pairs_from_training_to_measuring(settings, tmp_path):

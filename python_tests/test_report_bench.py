@@ -216,9 +216,12 @@ def test_the_command_writes_the_same_every_time_and_checks_it(results):
         command = [sys.executable, str(ROOT / "bench" / "report.py"), str(results), *options]
         return subprocess.run(command, capture_output=True, text=True)
 
+    steps = {"results": [{"method": "lora", "step": 1.0}, {"method": "eflat", "step": 1.017}]}
+    (results / "step.json").write_text(json.dumps(steps))
     assert run("--check").returncode == 1
     assert run().returncode == 0
     written = results.parent / "REPORT.md"
+    assert "| 1.02 | 1.00 | 1,234 |" in written.read_text()
     figures = sorted((results.parent / "figures").iterdir())
     assert len(figures) == 3
     for figure in figures:
