@@ -43,6 +43,24 @@ def _movies(results: Path) -> str:
     return table(head, [row(method) for method in task.methods])
 
 
+def _few(results: Path) -> str:
+    """The table of 64 examples in short."""
+    (task,) = [t for t in load(results) if t.name == "movies-64-noise0"]
+    accuracy, loss, typos = (task.comparisons(f) for f in ("accuracy", "loss", "loss@typos"))
+
+    def row(method: str) -> list[str]:
+        return [
+            title(method),
+            *compared_cells(accuracy.get(method), 100, 2)[::3],
+            plain(task.estimate(method, "loss")),
+            *compared_cells(loss.get(method), 1, 3)[::3],
+            *compared_cells(typos.get(method), 1, 3)[::3],
+        ]
+
+    head = ["", "accuracy over LoRA", "", "test loss", "over LoRA", "", "misspelt, over LoRA", ""]
+    return table(head, [row(method) for method in task.methods])
+
+
 def _demo(results: Path) -> str:
     with (results / "demo.csv").open(newline="", encoding="utf-8") as file:
         rows = [
@@ -99,6 +117,7 @@ def _floor(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "movies": _movies,
+    "few": _few,
     "demo": _demo,
     "perturb_cpu": _perturb_cpu,
     "accuracy": _accuracy,
