@@ -149,13 +149,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="repeat the runs that the file holds")
     options = parser.parse_args()
     print(machine())
-    rows = csv_rows.read(options.csv)
-    for run in itertools.product(options.examples, options.seeds):
-        held = [row for row in rows if (int(row["examples"]), int(row["seed"])) == run]
-        if options.again or not held:
-            rows = [row for row in rows if row not in held] + list(rows_of(*run))
-            csv_rows.write(options.csv, rows)
-    for name, head, lines in tables(csv_rows.read(options.csv)):
+    runs = itertools.product(options.examples, options.seeds)
+    rows = csv_rows.complete(options.csv, ("examples", "seed"), runs, rows_of, options.again)
+    for name, head, lines in tables(rows):
         print(f"\n{name}")
         print_table(head, lines)
 

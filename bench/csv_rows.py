@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +27,29 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
         )
     partial.replace(path)
+
+
+def complete(
+    path: Path,
+    columns: Sequence[str],
+    runs: Iterable[tuple[Any, ...]],
+    rows_of: Callable[..., Iterable[dict[str, Any]]],
+    again: bool = False,
+) -> list[dict[str, Any]]:
+    """Measure the runs that a file lacks, writing it after each.
+
+    Args:
+        columns: those that tell one run from another.
+        runs: their values.
+        rows_of: measures one, given these.
+        again: measure those, too, that the file holds.
+
+    Returns:
+        The file's rows.
+    """
+    for run in runs:
+        rows, values = read(path), [str(value) for value in run]
+        others = [row for row in rows if [row[column] for column in columns] != values]
+        if again or len(others) == len(rows):
+            write(path, [*others, *rows_of(*run)])
+    return read(path)

@@ -16,7 +16,7 @@ import argparse
 import itertools
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,8 @@ COLUMNS = [
 ]
 
 
-def rows_of(
-    data: str, layers: str, method: str, seed: int, on_rows: Callable[[list[dict[str, Any]]], None]
-) -> None:
-    """A run with adapters on ``layers``: rows for every cutoff and layer after each step."""
+def rows_of(data: str, layers: str, method: str, seed: int) -> list[dict[str, Any]]:
+    """A run with adapters on ``layers``: rows for every cutoff and layer at each of the steps."""
     from eflat_ext import finetune
     from eflat_ext.config import FinetuneConfig
     from eflat_ext.estimate import ESTIMATES, estimate_quality
@@ -74,9 +72,9 @@ def rows_of(
     batches = make_batches(task.tokenizer, tokens.inputs, tokens.labels, 32, task.device)
     rtols = [None if cutoff == "default" else float(cutoff) for cutoff in CUTOFFS]
     count = itertools.count(1)
+    rows: list[dict[str, Any]] = []
 
     def measure(step: int) -> None:
-        rows: list[dict[str, Any]] = []
         found = estimate_quality(model, loss, batches, rtols=rtols)
         for k in range(0, len(found), len(ESTIMATES)):
             group = {one.estimate: one for one in found[k : k + len(ESTIMATES)]}
@@ -89,7 +87,6 @@ def rows_of(
                 row[name] = one.cosine if name.startswith("cos") else one.norm_ratio
             row |= {"top share": first.top_share, "gradient norm": first.gradient_norm}
             rows.append(row)
-        on_rows(rows)
 
     def on_step(_: float) -> None:
         if (step := next(count)) in STEPS:
@@ -97,6 +94,7 @@ def rows_of(
 
     measure(0)
     finetune.train(config, task, method, seed, model, optimizer, on_step)
+    return rows
 
 
 def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -136,22 +134,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="repeat the runs that the file holds")
     options = parser.parse_args()
     print(machine())
-    rows = csv_rows.read(options.csv)
-
-    def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
-        return (row["data"], row["adapted"], row["method"]), int(row["seed"])
-
-    done = {run_of(r) for r in rows if int(r["step"]) == STEPS[-1]}
-    for run, seed in itertools.product(RUNS, options.seeds):
-        if (run, seed) in done and not options.again:
-            continue
-        rows = [r for r in rows if run_of(r) != (run, seed)]
-
-        def on_rows(new: list[dict[str, Any]], rows: list[dict[str, Any]] = rows) -> None:
-            rows += new
-            csv_rows.write(options.csv, rows)
-
-        rows_of(*run, seed, on_rows)
+    runs = [(*run, seed) for run in RUNS for seed in options.seeds]
+    columns = ("data", "adapted", "method", "seed")
+    rows = csv_rows.complete(options.csv, columns, runs, rows_of, options.again)
     for name, head, lines in tables(rows):
         print(f"\n{name}")
         print_table(head, lines)

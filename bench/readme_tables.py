@@ -6,13 +6,13 @@ bench/report.py writes them with its report, or checks them. A table stands betw
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import csv_rows
 import torch
 from cases import CASES
 from floor import CARDS, floor
@@ -62,15 +62,14 @@ def _few(results: Path) -> str:
 
 
 def _demo(results: Path) -> str:
-    with (results / "demo.csv").open(newline="", encoding="utf-8") as file:
-        rows = [
-            [
-                title(row["method"]),
-                f"{100 * float(row['accuracy']):.2f} %",
-                *(f"{float(row[name]):.4f}" for name in ("loss", "train_loss")),
-            ]
-            for row in csv.DictReader(file)
+    rows = [
+        [
+            title(row["method"]),
+            f"{100 * float(row['accuracy']):.2f} %",
+            *(f"{float(row[name]):.4f}" for name in ("loss", "train_loss")),
         ]
+        for row in csv_rows.read(results / "demo.csv")
+    ]
     return table(["", "accuracy", "test loss", "training loss"], rows)
 
 

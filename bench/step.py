@@ -23,13 +23,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from experiment import METHODS as BUILDERS
+from experiment import METHODS as OF_BENCH
 from timing import arguments, machine, new_plot, print_table, write_json
 
 from eflat_ext import finetune, plan
 from eflat_ext.config import FinetuneConfig
 
-BUILDERS = {**finetune.METHODS, **BUILDERS}
+BUILDERS = {**finetune.METHODS, **OF_BENCH}
 PLAN = plan.load(Path(__file__).parent / "experiments" / "movies_256.yaml", BUILDERS)
 METHODS = {method.name: method for method in PLAN.methods}
 CONFIG = FinetuneConfig(train_size=1000, test_size=100)

@@ -7,7 +7,6 @@ one task and figure are one family, corrected by Holm's method.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import csv_rows
 from scipy import stats
 
 from eflat_ext.results import KEY, Row
@@ -192,11 +192,10 @@ def load(folder: Path) -> list[TaskResults]:
     """
     tasks = []
     for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if not set(KEY) <= set(reader.fieldnames or ()):
-                continue
-            rows = {tuple(row[name] for name in KEY): row for row in reader}
+        found = csv_rows.read(path)
+        if not found or not set(KEY) <= set(found[0]):
+            continue
+        rows = {tuple(row[name] for name in KEY): row for row in found}
         for task in dict.fromkeys(row["task"] for row in rows.values()):
             own = [row for row in rows.values() if row["task"] == task]
             tasks.append(TaskResults(path.stem, task, own))

@@ -55,11 +55,9 @@ class Texts:
 
     def text_keys(self) -> list[str]:
         """What equal texts, or pairs, have in common: all but letter case and spacing."""
-        keys = [" ".join(text.split()).casefold() for text in self.texts]
-        if self.pairs is None:
-            return keys
-        seconds = (" ".join(text.split()).casefold() for text in self.pairs)
-        return [f"{key}\n{second}" for key, second in zip(keys, seconds, strict=True)]
+        columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
+        rows = zip(*columns, strict=True)
+        return ["\n".join(" ".join(text.split()).casefold() for text in row) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,16 @@ def comparison(folder, settings):
 
 
 def test_a_pair_is_one_input_and_what_is_too_long_is_cut_from_the_longer_text(settings):
-    first, second = "word1 word2", " ".join(f"word{k}" for k in range(3, 43))
-    pair = Part([first], [0], [second])
+    long, short = " ".join(f"word{k}" for k in range(40)), "word50 word51"
     tokenizer = loading.load_tokenizer(settings["model"], FinetuneConfig(**settings))
-    (whole,) = loading.encode(tokenizer, pair, 64)
-    (cut,) = loading.encode(tokenizer, pair, 12)
-    assert len(whole["input_ids"]) == 42 and cut["input_ids"] == whole["input_ids"][:12]
+    for texts in ((long, short), (short, long)):
+        pair = Part([texts[0]], [0], [texts[1]])
+        (whole,) = loading.encode(tokenizer, pair, 64)
+        (cut,) = loading.encode(tokenizer, pair, 12)
+        words = [tokenizer.decode(row["input_ids"]).split() for row in (whole, cut)]
+        assert words[0] == " ".join(texts).split()
+        kept = [" ".join(long.split()[:10]) if text is long else text for text in texts]
+        assert words[1] == " ".join(kept).split()
 
 
 def test_the_texts_of_a_pair_are_told_apart(settings, monkeypatch):

@@ -13,6 +13,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
+import csv_rows  # noqa: E402
 import readme_tables  # noqa: E402
 import report  # noqa: E402
 import summary  # noqa: E402
@@ -190,6 +191,33 @@ def test_a_run_that_was_tried_again_counts_once(results):
     (task,) = summary.load(results)
     assert len(failed) == 1 and task.failures() == []
     assert len(task.runs("flat")) == 6
+
+
+def test_runs_that_a_file_holds_are_not_repeated(tmp_path):
+    path = tmp_path / "new" / "runs.csv"
+    asked = []
+
+    def rows_of(size, seed):
+        asked.append((size, seed))
+        return [{"size": size, "seed": seed, "value": len(asked) / 3} for _ in range(2)]
+
+    def complete(runs, **options):
+        return csv_rows.complete(path, ("size", "seed"), runs, rows_of, **options)
+
+    assert [row["value"] for row in complete([(64, 0)])] == ["0.3333"] * 2
+    rows = complete([(64, 0), (64, 1)])
+    assert asked == [(64, 0), (64, 1)] and [row["seed"] for row in rows] == ["0", "0", "1", "1"]
+    rows = complete([(64, 0)], again=True)
+    assert asked[2:] == [(64, 0)] and len(rows) == 4
+    assert {(row["seed"], row["value"]) for row in rows} == {("1", "0.6667"), ("0", "1")}
+    before = path.read_bytes()
+
+    def fails(size, seed):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        csv_rows.complete(path, ("size", "seed"), [(64, 2)], fails)
+    assert path.read_bytes() == before
 
 
 def test_the_report_says_who_wins_and_shows_what_failed(results, task):
