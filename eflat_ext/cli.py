@@ -68,7 +68,7 @@ def experiment(
 
 @app.command
 def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = None) -> None:
-    """Fine-tune a text classifier with several methods on equal terms and compare them.
+    """Fine-tune a model with several methods on equal terms and compare them.
 
     Without options: plain LoRA and EFlat-LoRA on a small pretrained model and 10,000 sentences
     of movie reviews, in three to four minutes on two CPU cores. Results go to a new run folder.

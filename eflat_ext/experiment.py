@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from eflat_ext import finetune
+from eflat_ext import finetune, objective
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Part, flip_labels, mixed_order, read, with_typos, without
+from eflat_ext.data import InputError, Texts, flip_labels, mixed_order, read, with_typos, without
 from eflat_ext.loading import first_line
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
 from eflat_ext.report import experiment_progress, print_failures
@@ -200,20 +199,22 @@ class Runner:
         return self._prepared[name]
 
 
-def _further_test(config: FinetuneConfig, task: finetune.Task, data: str) -> Part:
+def _further_test(config: FinetuneConfig, task: finetune.Task, data: str) -> Texts:
     """What ``also_test`` names, in the task's classes and without its texts."""
     if data == TYPOS:
         test = task.splits.test
         pairs = None if test.pairs is None else with_typos(test.pairs, _TYPOS_SHARE, seed=1)
-        return Part(with_typos(test.texts, _TYPOS_SHARE, seed=0), test.labels, pairs)
+        return Texts(with_typos(test.texts, _TYPOS_SHARE, seed=0), test.labels, pairs)
     columns = config.text_column, config.label_column, config.text_pair_column
     rows = without(read(data, *columns), task.text_keys())
     if rows.kind != task.splits.train.kind:
         raise InputError(f"{data} holds {rows.kind}, but the task {task.splits.train.kind}")
+    if config.task_type == "CAUSAL_LM":
+        return rows
     numbers = {label: k for k, label in enumerate(task.splits.classes)}
     if unknown := set(rows.labels) - set(numbers):
         raise InputError(f"{data} has the label {min(unknown)!r}, which the task lacks")
-    return Part(rows.texts, [numbers[label] for label in rows.labels], rows.pairs)
+    return Texts(rows.texts, [numbers[label] for label in rows.labels], rows.pairs)
 
 
 def draw(pool: finetune.Task, size: int | None, label_noise: float, seed: int) -> finetune.Task:
@@ -221,16 +222,17 @@ def draw(pool: finetune.Task, size: int | None, label_noise: float, seed: int) -
 
     Args:
         pool: the task with all sentences to draw from.
-        size: sentences to draw, classes in about their overall shares; None for all.
+        size: sentences to draw, labels in about their overall shares; None for all.
         label_noise: share of the labels that are changed to another class.
         seed: the same for all methods, so that they train on the same.
     """
     available = len(pool.train)
     if size is not None and size > available:
         raise InputError(f"train_size is {size}, but {available} sentences are left for training")
-    rows = mixed_order(pool.train.labels, seed)[:size]
+    rows = mixed_order(pool.splits.train.labels, seed)[:size]
     labels = [pool.train.labels[i] for i in rows]
-    labels = flip_labels(labels, label_noise, len(pool.splits.classes), seed)
+    if label_noise:
+        labels = flip_labels(labels, label_noise, len(pool.splits.classes), seed)
     train = finetune.Tokens([pool.train.inputs[i] for i in rows], labels)
     return dataclasses.replace(pool, train=train)
 
@@ -248,7 +250,7 @@ def measure_sharpness(
 
     def loss(model: Any, batch: Batch) -> torch.Tensor:
         logits = finetune.logits_of(config, model, batch.inputs)
-        return cross_entropy(logits, batch.labels) * batch.weight
+        return objective.loss_of(logits, batch.labels) * batch.weight
 
     options: dict[str, Any] = {
         "norm_scope": settings.norm_scope,

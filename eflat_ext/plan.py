@@ -267,7 +267,9 @@ def _tasks(name: str, entry: Any, shared: Mapping[str, Any]) -> Iterator[Task]:
             full += f"-{size}" if isinstance(sizes, list) else ""
             full += f"-noise{100 * noise:g}" if isinstance(noises, list) else ""
             own = {**settings, "train_size": size}
-            _config(own, f"task {name!r}", "test")
+            config = _config(own, f"task {name!r}", "test")
+            if noise and config.task_type != "SEQ_CLS":
+                raise InputError(f"task {name!r}: label_noise needs labels that are classes")
             yield Task(full, own, noise, also)
 
 

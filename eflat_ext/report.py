@@ -48,9 +48,10 @@ def announce(config: FinetuneConfig, task: Task) -> None:
     from rich.console import Console
 
     splits = task.splits
+    learnt = f"{len(splits.classes)} classes" if splits.classes else "to write the label"
     Console().print(
         f"{config.model} on {config.data}: {len(splits.train):,} training sentences, "
-        f"{len(task.held_out):,} for {config.evaluate_on}, {len(splits.classes)} classes; "
+        f"{len(task.held_out):,} for {config.evaluate_on}, {learnt}; "
         f"{task.steps:,} steps of {config.batch_size} on {task.device}",
         highlight=False,
     )

@@ -7,15 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from eflat_ext import loading
-from eflat_ext.config import FinetuneConfig, Method
-from eflat_ext.data import InputError, Part, read, split
+from eflat_ext import loading, objective
+from eflat_ext.config import FinetuneConfig, Method, TaskType
+from eflat_ext.data import InputError, Texts, read, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +78,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs and labels, and the batch's size over the mean size of all batches."""
+    """Model inputs and labels, and the batch's predictions over the mean number of all batches."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -98,13 +97,10 @@ class Loaded:
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy (nats), weighted so that the mean over batches is that over all texts.
 
-    Of classes, or of the next token where the labels are tokens (-100: left out).
+    See :func:`eflat_ext.objective.loss_of`.
     """
     logits = model(**batch.inputs).logits.float()
-    labels = batch.labels
-    if labels.dim() == 2:
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return cross_entropy(logits, labels) * batch.weight
+    return objective.loss_of(logits, batch.labels) * batch.weight
 
 
 def check_output(path: Path) -> None:
@@ -159,7 +155,7 @@ def load(trained: Trained, config: MeasureConfig) -> Loaded:
 def make_batches(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Sequence[dict[str, list[int]]],
-    labels: Sequence[int] | None,
+    labels: Sequence[objective.Label],
     size: int,
     device: torch.device,
 ) -> list[Batch]:
@@ -167,24 +163,17 @@ def make_batches(
 
     Args:
         tokenizer: to pad with.
-        inputs: the model's inputs for each text.
-        labels: their classes; None to predict the next token.
+        inputs, labels: as :func:`eflat_ext.objective.encode` gives them.
         size: texts of a batch.
         device: for the batches.
     """
     order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]["input_ids"]))
     chosen = [order[start : start + size] for start in range(0, len(order), size)]
-    batches, counts = [], []
-    for rows in chosen:
-        padded = tokenizer.pad([inputs[i] for i in rows], return_tensors="pt")
-        tensors = {name: cast(Tensor, tensor).to(device) for name, tensor in padded.items()}
-        if labels is None:
-            target = tensors["input_ids"].masked_fill(tensors["attention_mask"] == 0, -100)
-            counts.append(int((target[:, 1:] != -100).sum()))
-        else:
-            target = torch.tensor([labels[i] for i in rows], device=device)
-            counts.append(len(rows))
-        batches.append((tensors, target))
+    batches = [
+        objective.collate(tokenizer, [inputs[i] for i in rows], [labels[i] for i in rows], device)
+        for rows in chosen
+    ]
+    counts = [objective.count(target) for _, target in batches]
     mean = sum(counts) / len(counts)
     return [Batch(*batch, n / mean) for batch, n in zip(batches, counts, strict=True) if n]
 
@@ -250,13 +239,11 @@ def named_errors(trained: Trained) -> Iterator[None]:
 
 
 def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
-    from transformers import AutoModelForSequenceClassification
-
     settings = cast(FinetuneConfig, trained.config)
     settings.device = config.device
     device = loading.find_device(settings)
     splits = loading.read_splits(settings)
-    part: Part = getattr(splits, config.part)
+    part: Texts = getattr(splits, config.part)
     if not len(part):
         raise InputError(f"--part names the {config.part} part of {trained.folder}, which is empty")
     path = loading.find_model(settings.model)
@@ -264,9 +251,8 @@ def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
     method = cast(Method, trained.method)
     layers = config.layers
     if method == "full":
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-            trained.folder, dtype=torch.float32
-        )
+        auto = loading.auto_model(settings)
+        model: nn.Module = auto.from_pretrained(trained.folder, dtype=torch.float32)
         layers = layers or _layers_of_adapter(settings, path, splits.classes)
     else:
         base, _ = loading.load_model(
@@ -275,8 +261,8 @@ def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
         # In bfloat16 the loss would be rounded by more than it rises.
         model = _with_adapter(base.float(), trained.folder)
     part = part.rows(range(len(part))[: config.examples])
-    inputs = loading.encode(tokenizer, part, settings.max_length)
-    batches = make_batches(tokenizer, inputs, part.labels, config.batch_size, device)
+    inputs, labels = objective.encode(settings, tokenizer, part)
+    batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
     return Loaded(model.to(device), layers, batches)
 
 
@@ -290,7 +276,6 @@ def _layers_of_adapter(settings: FinetuneConfig, path: str, classes: list[str]) 
 
 def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     from peft import PeftConfig
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if config.data is None:
         raise InputError(f"{trained.folder} is no run of eflat finetune: give its --data")
@@ -299,7 +284,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"cannot load {trained.folder}: {loading.first_line(error)}") from None
     kind = str(getattr(adapter.task_type, "value", adapter.task_type))
-    if kind not in ("SEQ_CLS", "CAUSAL_LM"):
+    if kind not in get_args(TaskType):
         raise InputError(
             f"{trained.folder} is an adapter for {kind}; the command takes SEQ_CLS and CAUSAL_LM, "
             "the functions of eflat_ext.sharpness take every model"
@@ -307,26 +292,32 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     causal = kind == "CAUSAL_LM"
     options: dict[str, Any] = {"dtype": torch.float32}  # as above
     path = str(adapter.base_model_name_or_path)
-    settings = FinetuneConfig(model=path, max_length=config.max_length, device=config.device)
+    settings = FinetuneConfig(
+        model=path,
+        task_type=cast(TaskType, kind),
+        max_length=config.max_length,
+        device=config.device,
+    )
     device = loading.find_device(settings)
     tokenizer = loading.load_tokenizer(path, settings)
     label_column = config.text_column if causal else config.label_column
     table = read(config.data, config.text_column, label_column, config.text_pair_column)
-    if causal:
-        labels = None
-    else:
+    if not causal:
         names = split(table, validation_size=0, test_size=0).classes
-        labels = [names.index(label) for label in table.labels][: config.examples]
         options["num_labels"] = len(names)
-    auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     try:
-        base = auto.from_pretrained(path, **options)
+        base = loading.auto_model(settings).from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot load the model {path}: {loading.first_line(error)}") from None
     base.config.pad_token_id = tokenizer.pad_token_id
     model = _with_adapter(base, trained.folder)
     table = table.rows(range(len(table))[: config.examples])
     inputs = loading.encode(tokenizer, table, config.max_length)
+    labels: list[Any] = (
+        [row["input_ids"] for row in inputs]  # of the whole text, nothing is asked of a label
+        if causal
+        else [names.index(label) for label in table.labels]
+    )
     batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
     return Loaded(model.to(device), config.layers, batches)
 

