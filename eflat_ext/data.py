@@ -13,7 +13,7 @@ import os
 import random
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,12 +34,14 @@ _Texts = TypeVar("_Texts", bound="Texts")
 class Texts:
     """Texts with their labels, each with a second text where ``pairs`` is given.
 
-    A label is a class number, or its name, or what is to be written after the text.
+    A label is a class number, or its name, or what is to be written after the text. ``images`` are
+    paths, or images of Pillow.
     """
 
     texts: list[str]
     labels: list[Any]
     pairs: list[str] | None = None
+    images: list[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -47,18 +49,22 @@ class Texts:
     @property
     def kind(self) -> str:
         """What a row holds, in words."""
-        return "single texts" if self.pairs is None else "pairs of texts"
+        texts = "single texts" if self.pairs is None else "pairs of texts"
+        return texts if self.images is None else f"{texts} with images"
 
     def rows(self: _Texts, indices: Iterable[int]) -> _Texts:
         """The rows at ``indices``, in that order."""
         indices = list(indices)
-        texts, labels = ([column[i] for i in indices] for column in (self.texts, self.labels))
-        pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
-        return replace(self, texts=texts, labels=labels, pairs=pairs)
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen: dict[str, Any] = {
+            n: c if c is None else [c[i] for i in indices] for n, c in columns.items()
+        }
+        return replace(self, **chosen)
 
     def text_keys(self) -> list[str]:
-        """What equal texts, or pairs, have in common: all but letter case and spacing."""
-        columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
+        """What equal texts, pairs or images have in common: of texts, all but case and spacing."""
+        images = None if self.images is None else [_image_key(image) for image in self.images]
+        columns = [column for column in (self.texts, self.pairs, images) if column is not None]
         rows = zip(*columns, strict=True)
         return ["\n".join(" ".join(text.split()).casefold() for text in row) for row in rows]
 
@@ -83,6 +89,10 @@ class Splits:
     classes: list[str]
 
 
+def _image_key(image: Any) -> str:
+    return os.path.realpath(image) if isinstance(image, str) else str(id(image))
+
+
 # --- files and the hub -------------------------------------------------------------------
 
 
@@ -91,12 +101,14 @@ def read(
     text_column: str = "text",
     label_column: str = "label",
     text_pair_column: str | None = None,
+    image_column: str | None = None,
 ) -> Table:
     """Read ``source``: a corpus of a package, a .csv, .tsv or .jsonl file, or a hub data set.
 
     Corpora are those of :data:`eflat_ext.corpora.CORPORA`; they have columns of their own.
     A hub data set is written ``name[:configuration][@split]`` (split "train" by default) and
-    needs the ``datasets`` package.
+    needs the ``datasets`` package. An image is a path, from the folder of the file if it is
+    relative, or an image of a hub data set.
 
     Raises:
         InputError: the source cannot be found or read, lacks a column, or holds an empty
@@ -125,7 +137,16 @@ def read(
         rows, where = _read_hub(source), "row"
     names = [text_column, label_column, *([text_pair_column] if text_pair_column else [])]
     texts, labels, *pairs = _columns(rows, names, source, where)
-    return Table(texts, labels, *pairs)
+    table = Table(texts, labels, *pairs)
+    if image_column is not None:
+        images: list[Any] = [row.get(image_column) for _, row in rows]
+        if any(image is None or isinstance(image, str) for image in images):
+            (names,) = _columns(rows, [image_column], source, where)
+            images = [str(path.parent / name) for name in names]
+            if missing := [image for image in images if not os.path.isfile(image)]:
+                raise InputError(f"{source}: there is no image {missing[0]}")
+        table = replace(table, images=images)
+    return table
 
 
 def _read_csv(file: Iterable[str], source: str, delimiter: str) -> list[tuple[int, dict]]:
@@ -285,7 +306,8 @@ def split(
                 raise InputError(
                     f"the label {label!r} occurs in the {name} data but not in the training data"
                 )
-        return Texts(part.texts, [number[label] for label in part.labels], part.pairs)
+        labels = [number[label] for label in part.labels]
+        return Texts(part.texts, labels, part.pairs, part.images)
 
     return Splits(
         numbered("training", train),

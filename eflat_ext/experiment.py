@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eflat_ext import finetune, objective
+from eflat_ext import finetune, loading, objective
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Texts, flip_labels, mixed_order, read, with_typos, without
+from eflat_ext.data import InputError, Texts, flip_labels, mixed_order, with_typos, without
 from eflat_ext.loading import first_line
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
 from eflat_ext.report import experiment_progress, print_failures
@@ -204,9 +204,9 @@ def _further_test(config: FinetuneConfig, task: finetune.Task, data: str) -> Tex
     if data == TYPOS:
         test = task.splits.test
         pairs = None if test.pairs is None else with_typos(test.pairs, _TYPOS_SHARE, seed=1)
-        return Texts(with_typos(test.texts, _TYPOS_SHARE, seed=0), test.labels, pairs)
-    columns = config.text_column, config.label_column, config.text_pair_column
-    rows = without(read(data, *columns), task.text_keys())
+        texts = with_typos(test.texts, _TYPOS_SHARE, seed=0)
+        return dataclasses.replace(test, texts=texts, pairs=pairs)
+    rows = without(loading.read_table(config, data), task.text_keys())
     if rows.kind != task.splits.train.kind:
         raise InputError(f"{data} holds {rows.kind}, but the task {task.splits.train.kind}")
     if config.task_type == "CAUSAL_LM":
@@ -214,7 +214,8 @@ def _further_test(config: FinetuneConfig, task: finetune.Task, data: str) -> Tex
     numbers = {label: k for k, label in enumerate(task.splits.classes)}
     if unknown := set(rows.labels) - set(numbers):
         raise InputError(f"{data} has the label {min(unknown)!r}, which the task lacks")
-    return Texts(rows.texts, [numbers[label] for label in rows.labels], rows.pairs)
+    labels = [numbers[label] for label in rows.labels]
+    return Texts(rows.texts, labels, rows.pairs, rows.images)
 
 
 def draw(pool: finetune.Task, size: int | None, label_noise: float, seed: int) -> finetune.Task:

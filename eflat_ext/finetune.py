@@ -25,9 +25,7 @@ from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, Splits, Texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from eflat_ext.loading import Model
+    from eflat_ext.loading import Model, Tokenizer
 
 TRAIN_LOSS_SENTENCES = 1000
 
@@ -36,7 +34,7 @@ TRAIN_LOSS_SENTENCES = 1000
 class Tokens:
     """Texts as model inputs, and their labels, see :mod:`eflat_ext.objective`."""
 
-    inputs: list[dict[str, list[int]]]
+    inputs: list[dict[str, Any]]
     labels: list[Any]
 
     def __len__(self) -> int:
@@ -48,7 +46,7 @@ class Task:
     """What all runs of a comparison share."""
 
     model_path: str
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     splits: Splits
     train: Tokens
     held_out: Tokens
@@ -111,7 +109,7 @@ def build(
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        classes, pad = task.splits.classes, task.tokenizer.pad_token_id
+        classes, pad = task.splits.classes, loading.of_texts(task.tokenizer).pad_token_id
         base, new_modules = loading.load_model(task.model_path, config, classes, pad, method)
         full = method == "full"
         model: Model = base if full else loading.add_adapter(config, base, new_modules)
@@ -329,7 +327,7 @@ def _warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], f
 # --- batches -----------------------------------------------------------------------------
 
 
-def encode(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, part: Texts) -> Tokens:
+def encode(config: FinetuneConfig, tokenizer: Tokenizer, part: Texts) -> Tokens:
     """The texts as the model's inputs."""
     return Tokens(*objective.encode(config, tokenizer, part))
 

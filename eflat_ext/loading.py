@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -14,9 +14,11 @@ from eflat_ext.data import InputError, Splits, Table, Texts, read, split
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     Model = PreTrainedModel | PeftModel
+    # What turns rows of data into inputs: a processor where there are images.
+    Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
 
 
 def find_device(config: FinetuneConfig) -> torch.device:
@@ -42,18 +44,21 @@ def find_model(name: str) -> str:
     return str(folder)
 
 
-def load_tokenizer(path: str, config: FinetuneConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, able to pad; --max-length is checked against the model."""
-    from transformers import AutoConfig, AutoTokenizer
+def load_tokenizer(path: str, config: FinetuneConfig) -> Tokenizer:
+    """The model's tokenizer, able to pad, or its processor; --max-length is checked."""
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        positions = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+        auto: Any = AutoTokenizer if config.image_column is None else AutoProcessor
+        loaded: Tokenizer = auto.from_pretrained(path)
+        whole = AutoConfig.from_pretrained(path)
+        positions = getattr(whole.get_text_config(), "max_position_embeddings", None)
     except Exception as error:  # those of damaged files are many and change by version
         raise InputError(f"cannot load --model {config.model}: {first_line(error)}") from None
+    tokenizer = of_texts(loaded)
     limit = min(tokenizer.model_max_length, positions or math.inf)
     if config.max_length > limit:
         raise InputError(
@@ -63,18 +68,30 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> PreTrainedTokenizerBase
         tokenizer.pad_token = tokenizer.eos_token
     if config.task_type == "CAUSAL_LM":
         tokenizer.padding_side = "right"  # as the labels are padded
-    return tokenizer
+    return loaded
+
+
+def of_texts(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or the processor's."""
+    inner: Any = getattr(tokenizer, "tokenizer", tokenizer)
+    return cast("PreTrainedTokenizerBase", inner)
+
+
+def read_table(config: FinetuneConfig, source: str) -> Table:
+    """The rows of ``source``, with the columns that ``config`` names."""
+    columns = config.text_column, config.label_column, config.text_pair_column
+    table = read(source, *columns, config.image_column)
+    if (table.images is None) != (config.image_column is None):
+        given = "not " if table.images is None else ""
+        raise InputError(f"{source} holds {table.kind}: --image-column must {given}be given")
+    return table
 
 
 def read_splits(config: FinetuneConfig) -> Splits:
     """The parts of ``config.data``, with ``config.test_data`` as the test part if it is given."""
-
-    def table(source: str) -> Table:
-        return read(source, config.text_column, config.label_column, config.text_pair_column)
-
     return split(
-        table(config.data),
-        None if config.test_data is None else table(config.test_data),
+        read_table(config, config.data),
+        None if config.test_data is None else read_table(config, config.test_data),
         train_size=config.train_size,
         validation_size=config.validation_size,
         test_size=config.test_size,
@@ -136,8 +153,14 @@ def load_model(
 
 def auto_model(config: FinetuneConfig) -> Any:
     """The class of transformers that loads a model for the task."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
+    if config.image_column is not None:
+        return AutoModelForImageTextToText
     causal = config.task_type == "CAUSAL_LM"
     return AutoModelForCausalLM if causal else AutoModelForSequenceClassification
 

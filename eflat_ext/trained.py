@@ -17,7 +17,7 @@ from eflat_ext.config import FinetuneConfig, Method, TaskType
 from eflat_ext.data import InputError, Texts, read, split
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from eflat_ext.loading import Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -153,8 +153,8 @@ def load(trained: Trained, config: MeasureConfig) -> Loaded:
 
 
 def make_batches(
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Sequence[dict[str, list[int]]],
+    tokenizer: Tokenizer,
+    inputs: Sequence[dict[str, Any]],
     labels: Sequence[objective.Label],
     size: int,
     device: torch.device,
@@ -256,7 +256,7 @@ def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
         layers = layers or _layers_of_adapter(settings, path, splits.classes)
     else:
         base, _ = loading.load_model(
-            path, settings, splits.classes, int(tokenizer.pad_token_id), method
+            path, settings, splits.classes, loading.of_texts(tokenizer).pad_token_id, method
         )
         # In bfloat16 the loss would be rounded by more than it rises.
         model = _with_adapter(base.float(), trained.folder)
@@ -299,7 +299,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
         device=config.device,
     )
     device = loading.find_device(settings)
-    tokenizer = loading.load_tokenizer(path, settings)
+    tokenizer = loading.of_texts(loading.load_tokenizer(path, settings))
     label_column = config.text_column if causal else config.label_column
     table = read(config.data, config.text_column, label_column, config.text_pair_column)
     if not causal:

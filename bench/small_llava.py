@@ -1,0 +1,142 @@
+"""Pretrain a small vision-language model, for bench/experiments/easy_vqa.yaml to start from.
+
+    python bench/small_llava.py runs/small-llava
+
+A LLaVA of 64 x 64 pixels learns all of its weights on the questions of easy-vqa that are answered
+by yes or no; those on shapes and colours, which the experiment is about, it has not seen answered.
+No checkpoint of a vision-language model comes in a package. Minutes on one core.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import cyclopts
+import torch
+from rich.progress import track
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from eflat_ext import finetune
+from eflat_ext.config import FinetuneConfig
+from eflat_ext.corpora import easy_vqa
+from eflat_ext.data import Splits
+
+PIXELS, PATCH, WIDTH, LAYERS = 64, 8, 64, 2
+SPECIAL = ["<pad>", "<unk>", "<image>", "<ask>", "<answer>", "<end>"]
+CHAT_TEMPLATE = """\
+{%- for message in messages %}<ask>
+{%- for part in message.content %}
+{%- if part.type == 'image' %}<image>{% else %} {{ part.text }}{% endif %}
+{%- endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %} <answer>{% endif %}"""
+
+
+def make_processor(texts: list[str]) -> LlavaProcessor:
+    """Whole words of these texts, and the images as they are."""
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    vocabulary = {word: k for k, word in enumerate([*SPECIAL, *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = split
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<end>",
+        additional_special_tokens=["<image>", "<ask>", "<answer>"],
+        model_max_length=128,
+    )
+    size = {"height": PIXELS, "width": PIXELS}
+    images = CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=size)
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """Two layers each of vision and language, random."""
+    shape = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+    }
+    token = tokenizer.convert_tokens_to_ids
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(image_size=PIXELS, patch_size=PATCH, **shape),
+            text_config=LlamaConfig(
+                vocab_size=len(tokenizer),
+                max_position_embeddings=128,
+                initializer_range=0.05,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=token("<end>"),
+                pad_token_id=token("<pad>"),
+                **shape,
+            ),
+            image_token_id=token("<image>"),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+        )
+    )
+
+
+def main(output: Path, *, steps: int = 4000, batch_size: int = 32, lr: float = 2e-3) -> None:
+    """Pretrain and save.
+
+    Args:
+        output: the model's folder.
+        steps: of training.
+        batch_size: questions of a step.
+        lr: peak learning rate.
+    """
+    torch.manual_seed(0)
+    train, test = easy_vqa("train", yes_no=True), easy_vqa("test", yes_no=True)
+    others = easy_vqa("train")
+    processor = make_processor([*train.texts, *train.labels, *others.texts, *others.labels])
+    config = FinetuneConfig(
+        model=str(output),
+        task_type="CAUSAL_LM",
+        image_column="image",
+        full_lr=lr,
+        batch_size=batch_size,
+        device="cpu",
+    )
+    test = test.rows(range(1000))
+    parts = [
+        finetune.encode(config, processor, part)
+        for part in (train.rows(range(steps * batch_size)[: len(train)]), test)
+    ]
+    splits = Splits(train, test, test, [])
+    task = finetune.Task(str(output), processor, splits, *parts, torch.device("cpu"), steps)
+    model = make_model(processor.tokenizer)
+    optimizer = finetune.METHODS["full"](config, model, steps)
+    count = itertools.count()
+    bar = iter(track(count, "pretraining", total=steps))
+    result = finetune.train(config, task, "full", 0, model, optimizer, lambda loss: next(bar))
+    print({name: result.metrics[name] for name in ("accuracy", "loss", "train_loss")})
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
