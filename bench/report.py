@@ -17,6 +17,7 @@ import batch_rise
 import csv_rows
 import cyclopts
 import estimate_quality
+import landscapes
 from readme_tables import README, renewed
 from report_figures import draw_figures
 from summary import BASELINE, LEVEL, Comparison, TaskResults, load, pooled, step_times
@@ -57,12 +58,20 @@ moving average are what one gradient a step has at hand; remembered is the sum o
 own examples left in the epoch before.
 """
 
+LANDSCAPES = "figures/landscapes.svg"
+SLICES = """\
+The rise of the training loss of movies-256 along random directions in the full space of the adapted
+layers, every row as long as the weight's: mean and range over three directions and three seeds,
+from `python bench/landscapes.py`. Full fine-tuning moves other layers, too, but is shown in these.
+"""
+
 
 def report(
     tasks: Sequence[TaskResults],
     estimates: Sequence[Row] = (),
     rises: Sequence[Row] = (),
     times: Mapping[str, float] | None = None,
+    slices: bool = False,
 ) -> str:
     """The whole report as Markdown.
 
@@ -70,6 +79,7 @@ def report(
         tasks: from :func:`summary.load`.
         times: from :func:`summary.step_times`.
         estimates, rises: rows of the files of bench/estimate_quality.py and bench/batch_rise.py.
+        slices: whether there is a figure of bench/landscapes.py.
     """
     if not tasks:
         raise SystemExit("there is no CSV file of an experiment")
@@ -89,6 +99,8 @@ def report(
         "The estimate of the full-space gradient", ESTIMATES, estimate_quality, estimates
     )
     parts += _section("What other gradients know of a batch", RISES, batch_rise, rises)
+    if slices:
+        parts += ["## Slices of the loss", SLICES, f"![Slices of the loss]({LANDSCAPES})"]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -284,7 +296,8 @@ def main(results: Path, *, output: Path | None = None, check: bool = False) -> N
     measured = [
         csv_rows.read(results / f"{name}.csv") for name in ("estimate_quality", "batch_rise")
     ]
-    texts = {path: report(tasks, *measured, step_times(results))}
+    slices = csv_rows.read(results / "landscapes.csv")
+    texts = {path: report(tasks, *measured, step_times(results), slices=bool(slices))}
     if results.resolve() == RESULTS and output is None:
         texts[README] = renewed(README.read_text(encoding="utf-8"), results)
     if check:
@@ -294,6 +307,8 @@ def main(results: Path, *, output: Path | None = None, check: bool = False) -> N
         return
     for file, text in texts.items():
         file.write_text(text, encoding="utf-8")
+    if slices:
+        landscapes.draw_figure(slices, path.parent / LANDSCAPES)
     for task in tasks:
         draw_figures(task, {k: path.parent / p for k, p in figure_paths(task).items()}, title)
     print(path)

@@ -1,0 +1,98 @@
+"""The loss around what the methods of the main table have found, for the figure of the report.
+
+    python bench/landscapes.py [--csv bench/results/landscapes.csv] [--again]
+
+Three seeds of each method are trained as in bench/experiments/movies_256.yaml, with the settings
+that were chosen there. Then the training loss is taken along three random directions in the full
+space of the adapted layers, every row of them as long as the weight's (eflat_ext.landscape). Six
+minutes on one core for each method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import csv_rows
+import cyclopts
+from experiment import METHODS as OF_BENCH
+from tables import title
+
+from eflat_ext import finetune, landscape, plan
+from eflat_ext.experiment import draw
+from eflat_ext.full_space import adapted_layers
+from eflat_ext.landscape_figure import LandscapeConfig
+from eflat_ext.landscape_figure import draw as draw_slices
+from eflat_ext.plan import Run
+from eflat_ext.results import Results, columns_of
+from eflat_ext.trained import Trained, loss, make_batches
+
+METHODS = {**finetune.METHODS, **OF_BENCH}
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "landscapes.csv"
+EXPERIMENT = HERE / "experiments" / "movies_256.yaml"
+SHOWN = ("lora", "full", "lora-sam", "eflat", "eflat-A", "lora-sam-memory")
+SEEDS, DIRECTIONS, SENTENCES = (0, 1, 2), 3, 128
+XS = [round(-1 + k / 7, 6) for k in range(15)]
+
+
+def rows_of(method: str, seed: int, file: Path = EXPERIMENT) -> Iterator[dict[str, Any]]:
+    """One training run: a row for each direction and point."""
+    grid = plan.load(file, METHODS)
+    task = grid.tasks[0]
+    tuned = Results(grid.results, columns_of(grid)).chosen(grid, task, grid.method(method))
+    if tuned is None:
+        raise SystemExit(f"{grid.results} lacks tuning runs of {method}")
+    run = Run("final", task, grid.method(method), seed, tuned)
+    config = run.config()
+    pool = finetune.prepare(dataclasses.replace(config, train_size=None))
+    drawn = draw(pool, config.train_size, task.label_noise, seed)
+    drawn = dataclasses.replace(drawn, steps=finetune.count_steps(config, len(drawn.train)))
+    model, optimizer = finetune.build(config, drawn, run.method.builder, seed, METHODS)
+    finetune.train(config, drawn, run.method.builder, seed, model, optimizer)
+    some = slice(SENTENCES)
+    tokens = drawn.train.inputs[some], drawn.train.labels[some]
+    batches = make_batches(drawn.tokenizer, *tokens, 32, drawn.device)
+    assert grid.sharpness is not None
+    layers = adapted_layers(model.eval(), grid.sharpness.layers)
+    for k in range(DIRECTIONS):
+        direction = landscape.random_direction(layers, seed=k)
+        losses = landscape.slice_1d(
+            model, loss, batches, direction, XS, layers=grid.sharpness.layers
+        )
+        for x, value in zip(XS, losses, strict=True):
+            yield {"method": method, "seed": seed, "direction": k, "x": x, "loss": value}
+
+
+def draw_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The rise of the loss over the middle, a curve for each method."""
+    numbers = [
+        {
+            "run": title(row["method"]),
+            "method": "",
+            "sample": f"{row['seed']}, {row['direction']}",
+            "x": float(row["x"]),
+            "y": 0.0,
+            "loss": float(row["loss"]),
+        }
+        for row in rows
+    ]
+    draw_slices(numbers, LandscapeConfig(rise=True, output=path), Trained(path, "", ""))
+
+
+def main(*, csv: Path = RESULTS, again: bool = False) -> None:
+    """Measure what the file lacks.
+
+    Args:
+        csv: where the numbers are and go.
+        again: repeat the runs that the file holds.
+    """
+    runs = [(method, seed) for seed in SEEDS for method in SHOWN]
+    csv_rows.complete(csv, ("method", "seed"), runs, rows_of, again)
+    print(f"{csv}: python bench/report.py bench/results draws the figure")
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
