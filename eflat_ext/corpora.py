@@ -242,11 +242,12 @@ def finance_questions() -> Table:
     return Table(texts, answers)
 
 
-def easy_vqa(part: str, yes_no: bool = False) -> Table:
-    """Questions on drawings of 64 x 64 pixels, from easy-vqa 1.0: what shape, or what colour.
+def easy_vqa(part: str, topic: str) -> Table:
+    """Questions on drawings of 64 x 64 pixels, from easy-vqa 1.0.
 
-    About 10,200 on 4,000 images (part "train"), 2,500 on 1,000 others ("test"); with ``yes_no``
-    the 28,400 and 7,100 questions that have yes or no for an answer in their place.
+    Args:
+        part: "train", 4,000 drawings, or "test", 1,000 others.
+        topic: "shape" or "color", about 5,000 training questions each, or "yes or no", 28,400.
     """
     try:
         import easy_vqa as package
@@ -257,7 +258,9 @@ def easy_vqa(part: str, yes_no: bool = False) -> Table:
     texts, answers, numbers = getattr(package, f"get_{part}_questions")()
     paths = getattr(package, f"get_{part}_image_paths")()
     table = Table(texts, answers, images=[str(Path(paths[k]).resolve()) for k in numbers])
-    return table.rows(k for k, a in enumerate(answers) if (a in ("yes", "no")) == yes_no)
+    topics = {"yes": "yes or no", "no": "yes or no"}
+    topics |= dict.fromkeys(("circle", "rectangle", "triangle"), "shape")
+    return table.rows(k for k, a in enumerate(answers) if topics.get(a, "color") == topic)
 
 
 def spam_assassin() -> Table:
@@ -289,8 +292,8 @@ CORPORA: dict[str, Callable[[], Table]] = {
     "spam-assassin": spam_assassin,
     "math-problems": math_problems,
     "finance-questions": finance_questions,
-    "easy-vqa": lambda: easy_vqa("train"),
-    "easy-vqa-test": lambda: easy_vqa("test"),
+    "easy-vqa-shapes": lambda: easy_vqa("train", "shape"),
+    "easy-vqa-shapes-test": lambda: easy_vqa("test", "shape"),
 }
 
 

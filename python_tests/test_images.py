@@ -10,7 +10,7 @@ import torch
 import yaml
 from tiny_model import save_tiny_language_model
 
-from eflat_ext import cli, experiment, finetune, objective, trained
+from eflat_ext import cli, corpora, experiment, finetune, objective, trained
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, read
 
@@ -161,10 +161,14 @@ def test_an_experiment_with_images(settings, tmp_path):
     assert all(float(row["sharpness_worst"]) > 0 for row in rows)
 
 
-def test_drawings_with_questions(capsys):
-    table = read("easy-vqa-test", image_column="image")
-    assert len(table) > 2000 and Path(table.images[0]).is_file()
-    assert not {"yes", "no"} & set(table.labels)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_drawings_with_questions(part):
+    answers = {"shape": {"circle", "rectangle", "triangle"}, "yes or no": {"yes", "no"}}
+    tables = {topic: corpora.easy_vqa(part, topic) for topic in (*answers, "color")}
+    assert all(set(tables[topic].labels) == answers[topic] for topic in answers)
+    assert {"red", "teal"} < set(tables["color"].labels)
+    assert sum(map(len, tables.values())) == {"train": 38575, "test": 9673}[part]
+    assert all(Path(table.images[-1]).is_file() for table in tables.values())
 
 
 # --- what goes wrong ---------------------------------------------------------------------
@@ -183,7 +187,7 @@ def test_wrong_input_is_named(settings, tmp_path, folder):
     with pytest.raises(InputError, match="--image-column must not be given"):
         prepare(data="movie-reviews")
     with pytest.raises(InputError, match="--image-column must be given"):
-        prepare(data="easy-vqa", image_column=None)
+        prepare(data="easy-vqa-shapes", image_column=None)
     with pytest.raises(InputError, match="has no image processor"):
         prepare(model=save_tiny_language_model(tmp_path / "text"), max_length=60)
     with pytest.raises(InputError, match="there is no image"):
