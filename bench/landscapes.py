@@ -10,7 +10,6 @@ minutes on one core for each method.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from experiment import METHODS as OF_BENCH
 from tables import title
 
 from eflat_ext import finetune, landscape, plan
-from eflat_ext.experiment import draw
+from eflat_ext.experiment import Runner
 from eflat_ext.full_space import adapted_layers
 from eflat_ext.landscape_figure import LandscapeConfig
 from eflat_ext.landscape_figure import draw as draw_slices
@@ -41,20 +40,14 @@ XS = [round(-1 + k / 7, 6) for k in range(15)]
 def rows_of(method: str, seed: int, file: Path = EXPERIMENT) -> Iterator[dict[str, Any]]:
     """One training run: a row for each direction and point."""
     grid = plan.load(file, METHODS)
-    task = grid.tasks[0]
-    tuned = Results(grid.results, columns_of(grid)).chosen(grid, task, grid.method(method))
+    tuned = Results(grid.results, columns_of(grid)).chosen(grid, grid.tasks[0], grid.method(method))
     if tuned is None:
         raise SystemExit(f"{grid.results} lacks tuning runs of {method}")
-    run = Run("final", task, grid.method(method), seed, tuned)
-    config = run.config()
-    pool = finetune.prepare(dataclasses.replace(config, train_size=None))
-    drawn = draw(pool, config.train_size, task.label_noise, seed)
-    drawn = dataclasses.replace(drawn, steps=finetune.count_steps(config, len(drawn.train)))
-    model, optimizer = finetune.build(config, drawn, run.method.builder, seed, METHODS)
-    finetune.train(config, drawn, run.method.builder, seed, model, optimizer)
+    run = Run("final", grid.tasks[0], grid.method(method), seed, tuned)
+    task, model, _ = Runner(grid, METHODS).train(run)
     some = slice(SENTENCES)
-    tokens = drawn.train.inputs[some], drawn.train.labels[some]
-    batches = make_batches(drawn.tokenizer, *tokens, 32, drawn.device)
+    tokens = task.train.inputs[some], task.train.labels[some]
+    batches = make_batches(task.tokenizer, *tokens, 32, task.device)
     assert grid.sharpness is not None
     layers = adapted_layers(model.eval(), grid.sharpness.layers)
     for k in range(DIRECTIONS):

@@ -32,7 +32,13 @@ Example = tuple[int, ...]  # its tokens
 
 
 def examples_of(inputs: dict[str, Tensor]) -> list[Example]:
-    """What a batch holds, without its padding."""
+    """What a batch holds, without its padding.
+
+    Raises:
+        InputError: it has images, which tokens do not tell apart.
+    """
+    if "pixel_values" in inputs:
+        raise InputError("lora-sam-memory knows examples by their tokens, not by images")
     rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
     return [tuple(t for t, on in zip(*row, strict=True) if on) for row in rows]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from eflat_ext.corpora import CORPORA
 from eflat_ext.data import MOVIE_REVIEWS, InputError
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
@@ -167,7 +168,7 @@ class FinetuneConfig:
         settings = dataclasses.asdict(self)
         del settings["output_dir"]
         for name in ("model", "data", "test_data"):
-            own = settings[name] in (None, MINILM, SMOLLM2, MOVIE_REVIEWS)
+            own = settings[name] in (None, MINILM, SMOLLM2, *CORPORA)
             if not own and os.path.exists(settings[name]):  # False for an impossible name, too
                 settings[name] = str(Path(settings[name]).resolve())
         return settings

@@ -8,6 +8,7 @@ is wrong with a source raises :class:`InputError` with one sentence that names i
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import random
@@ -63,10 +64,14 @@ class Texts:
 
     def text_keys(self) -> list[str]:
         """What equal texts, pairs or images have in common: of texts, all but case and spacing."""
-        images = None if self.images is None else [_image_key(image) for image in self.images]
-        columns = [column for column in (self.texts, self.pairs, images) if column is not None]
-        rows = zip(*columns, strict=True)
-        return ["\n".join(" ".join(text.split()).casefold() for text in row) for row in rows]
+        columns = [
+            [" ".join(text.split()).casefold() for text in column]
+            for column in (self.texts, self.pairs)
+            if column is not None
+        ]
+        if self.images is not None:
+            columns.append([_image_key(image) for image in self.images])
+        return ["\n".join(row) for row in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,9 @@ class Splits:
 
 
 def _image_key(image: Any) -> str:
-    return os.path.realpath(image) if isinstance(image, str) else str(id(image))
+    if isinstance(image, str):
+        return os.path.realpath(image)
+    return f"{image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
 
 
 # --- files and the hub -------------------------------------------------------------------
@@ -145,6 +152,13 @@ def read(
             images = [str(path.parent / name) for name in names]
             if missing := [image for image in images if not os.path.isfile(image)]:
                 raise InputError(f"{source}: there is no image {missing[0]}")
+        for (number, _), image in zip(rows, images, strict=True):
+            if not isinstance(image, str) and not hasattr(image, "convert"):
+                kind = type(image).__name__
+                raise InputError(
+                    f"{source}, {where} {number}: column {image_column!r} is a {kind}, "
+                    "but must be the path of an image, or one of Pillow"
+                )
         table = replace(table, images=images)
     return table
 
@@ -272,12 +286,13 @@ def split(
             seen.add(key)
             kept.append(index)
     data = data.rows(kept)
-    data = data.rows(mixed_order(data.labels, seed))
+    order = mixed_order if classify else random_order
+    data = data.rows(order(data.labels, seed))
     if test is None:
         size = min(2000, len(data) // 5) if test_size is None else test_size
         test, data = data.rows(range(len(data))[:size]), data.rows(range(len(data))[size:])
     else:
-        test = test.rows(mixed_order(test.labels, seed))
+        test = test.rows(order(test.labels, seed))
         size = len(test) if test_size is None else test_size
         test = test.rows(range(len(test))[:size])
     _check_size("test", size, len(test))
@@ -327,6 +342,11 @@ def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
         rank[index] = count.get(labels[index], 0)
         count[labels[index]] = rank[index] + 1
     return sorted(shuffled, key=lambda index: (rank[index] + 0.5) / count[labels[index]])
+
+
+def random_order(labels: Sequence[Hashable], seed: int) -> list[int]:
+    """A shuffle; what is to be written is rarely the same twice, which makes no shares."""
+    return mixed_order([None] * len(labels), seed)
 
 
 def flip_labels(labels: Sequence[int], share: float, classes: int, seed: int) -> list[int]:

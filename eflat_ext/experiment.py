@@ -26,7 +26,15 @@ import torch
 
 from eflat_ext import finetune, loading, objective
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Texts, flip_labels, mixed_order, with_typos, without
+from eflat_ext.data import (
+    InputError,
+    Texts,
+    flip_labels,
+    mixed_order,
+    random_order,
+    with_typos,
+    without,
+)
 from eflat_ext.loading import first_line
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
 from eflat_ext.report import experiment_progress, print_failures
@@ -160,25 +168,32 @@ class Runner:
         """The columns of its row; whatever goes wrong is a failed run."""
         start = time.perf_counter()
         try:
-            figures = {"status": "ok", **self._train(run)}
+            figures = {"status": "ok", **self._figures(run)}
         except Exception as error:
             figures = {"status": "failed", "error": f"{type(error).__name__}: {first_line(error)}"}
         return {**figures, "run_seconds": round(time.perf_counter() - start, 3)}
 
-    def _train(self, run: Run) -> dict[str, Any]:
+    def train(self, run: Run) -> tuple[finetune.Task, Model, finetune.Result]:
+        """The task with its drawn sentences, the model as it was trained, and its figures."""
         config = run.config()
-        pool, also = self._prepare(run)
+        pool, _ = self._prepare(run)
         task = draw(pool, config.train_size, run.task.label_noise, run.seed)
         task = dataclasses.replace(task, steps=finetune.count_steps(config, len(task.train)))
         builder = run.method.builder
         model, optimizer = finetune.build(config, task, builder, run.seed, self._methods)
         with _peak_memory() as memory:
             result = finetune.train(config, task, builder, run.seed, model, optimizer)
-        metrics = {**memory, **result.metrics}
+        result.metrics.update({**memory, **result.metrics})  # a GPU's own figure comes first
+        return task, model, result
+
+    def _figures(self, run: Run) -> dict[str, Any]:
+        config = run.config()
+        task, model, result = self.train(run)
+        metrics = result.metrics
         if not torch.tensor([metrics["loss"], metrics["train_loss"]]).isfinite().all():
             raise FloatingPointError("the loss after training is not finite")
         if run.stage == "final":
-            for name, tokens in also.items():
+            for name, tokens in self._prepare(run)[1].items():
                 loss, accuracy = finetune.evaluate(config, task, model, tokens)
                 metrics |= {f"loss@{name}": loss, f"accuracy@{name}": accuracy}
             if self._experiment.sharpness is not None:
@@ -223,14 +238,15 @@ def draw(pool: finetune.Task, size: int | None, label_noise: float, seed: int) -
 
     Args:
         pool: the task with all sentences to draw from.
-        size: sentences to draw, labels in about their overall shares; None for all.
+        size: sentences to draw, classes in about their overall shares; None for all.
         label_noise: share of the labels that are changed to another class.
         seed: the same for all methods, so that they train on the same.
     """
     available = len(pool.train)
     if size is not None and size > available:
         raise InputError(f"train_size is {size}, but {available} sentences are left for training")
-    rows = mixed_order(pool.splits.train.labels, seed)[:size]
+    order = mixed_order if pool.splits.classes else random_order
+    rows = order(pool.splits.train.labels, seed)[:size]
     labels = [pool.train.labels[i] for i in rows]
     if label_noise:
         labels = flip_labels(labels, label_noise, len(pool.splits.classes), seed)

@@ -313,10 +313,11 @@ METHODS: dict[str, Builder] = {
 def logits_of(
     config: FinetuneConfig, model: Model, inputs: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """The model's logits, in float32, shape (texts, classes) or (texts, tokens, vocabulary)."""
+    """The model's logits, shape (texts, classes) or (texts, tokens, vocabulary)."""
     device = next(iter(inputs.values())).device.type
     with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return model(**inputs).logits.float()
+        logits: torch.Tensor = model(**inputs).logits
+        return logits
 
 
 def _warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], float]:

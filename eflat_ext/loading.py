@@ -66,6 +66,8 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> Tokenizer:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError(f"the tokenizer of --model {config.model} has no token to pad with")
     if config.task_type == "CAUSAL_LM":
         tokenizer.padding_side = "right"  # as the labels are padded
     return loaded
@@ -146,9 +148,24 @@ def load_model(
         )
     except Exception as error:  # those of damaged files are many and change by version
         raise InputError(f"cannot load --model {config.model}: {first_line(error)}") from None
+    if config.task_type == "CAUSAL_LM" and _sees_ahead(model):
+        raise InputError(
+            f"--model {config.model} sees the tokens that it is to write: --task-type CAUSAL_LM "
+            "needs a causal language model, such as smollm2"
+        )
     model.config.pad_token_id = pad_token_id
     keys = [*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])]
     return model, sorted({key.rpartition(".")[0] for key in keys} - {""})
+
+
+@torch.no_grad()
+def _sees_ahead(model: Any) -> bool:
+    """Whether a token changes what the model makes of the token before."""
+    token = model.get_input_embeddings().num_embeddings // 2  # special ones are at the ends
+    tokens = torch.tensor([[token, token], [token, token + 1]])
+    first, second = model(input_ids=tokens).logits[:, 0]
+    rounding = min(100 * torch.finfo(first.dtype).eps, 0.05)
+    return bool((first - second).abs().max() > rounding * first.abs().max())
 
 
 def auto_model(config: FinetuneConfig) -> Any:

