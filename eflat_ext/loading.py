@@ -83,9 +83,8 @@ def read_table(config: FinetuneConfig, source: str) -> Table:
     """The rows of ``source``, with the columns that ``config`` names."""
     columns = config.text_column, config.label_column, config.text_pair_column
     table = read(source, *columns, config.image_column)
-    if (table.images is None) != (config.image_column is None):
-        given = "not " if table.images is None else ""
-        raise InputError(f"{source} holds {table.kind}: --image-column must {given}be given")
+    if config.image_column is not None and table.images is None:
+        raise InputError(f"--image-column must not be given: {source} has no images")
     return table
 
 

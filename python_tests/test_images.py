@@ -12,7 +12,7 @@ import yaml
 from tiny_model import save_tiny_language_model
 from tokenizers import processors
 
-from eflat_ext import cli, corpora, experiment, finetune, loading, objective, trained
+from eflat_ext import cli, experiment, finetune, loading, objective, trained
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, Texts, read
 
@@ -194,14 +194,25 @@ def test_an_experiment_with_images(settings, tmp_path):
     assert all(float(row["sharpness_worst"]) > 0 for row in rows)
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_drawings_with_questions(part):
-    answers = {"shape": {"circle", "rectangle", "triangle"}, "yes or no": {"yes", "no"}}
-    tables = {topic: corpora.easy_vqa(part, topic) for topic in (*answers, "color")}
-    assert all(set(tables[topic].labels) == answers[topic] for topic in answers)
-    assert {"red", "teal"} < set(tables["color"].labels)
-    assert sum(map(len, tables.values())) == {"train": 38575, "test": 9673}[part]
-    assert all(Path(table.images[-1]).is_file() for table in tables.values())
+def test_drawings_in_negative(tmp_path):
+    topics = ("yes or no", "shape", "color")
+    for part, count in (("train", 38575), ("test", 9673)):
+        tables = {topic: small_llava.easy_vqa(part, [topic]) for topic in topics}
+        assert set(tables["yes or no"].labels) == {"yes", "no"}
+        assert set(tables["shape"].labels) == {"circle", "rectangle", "triangle"}
+        assert sum(map(len, tables.values())) == count
+    small_llava.write_negatives(tmp_path)
+    for part in ("train", "test"):
+        drawn, negative = (
+            small_llava.easy_vqa(part, ["color"]),
+            read(str(tmp_path / f"{part}.csv"), image_column="image"),
+        )
+        assert (drawn.texts, drawn.labels) == (negative.texts, negative.labels)
+        pixels = [
+            Image.open(table.images[-1]).convert("RGB").getpixel((3, 5))
+            for table in (drawn, negative)
+        ]
+        assert [255 - value for value in pixels[0]] == list(pixels[1])
 
 
 # --- what goes wrong ---------------------------------------------------------------------
@@ -219,8 +230,6 @@ def test_wrong_input_is_named(settings, tmp_path, folder):
         prepare(image_column="picture")
     with pytest.raises(InputError, match="--image-column must not be given"):
         prepare(data="movie-reviews")
-    with pytest.raises(InputError, match="--image-column must be given"):
-        prepare(data="easy-vqa-shapes", image_column=None)
     with pytest.raises(InputError, match="has no image processor"):
         prepare(model=save_tiny_language_model(tmp_path / "text"), max_length=60)
     with pytest.raises(InputError, match="there is no image"):
