@@ -61,8 +61,9 @@ own examples left in the epoch before.
 LANDSCAPES = "figures/landscapes.svg"
 SLICES = """\
 The rise of the training loss of movies-256 along random directions in the full space of the adapted
-layers, every row as long as the weight's: mean and range over three directions and three seeds,
-from `python bench/landscapes.py`. Full fine-tuning moves other layers, too, but is shown in these.
+layers, every row as long as the weight's: mean and range over three directions, for one seed of
+each method, from `python bench/landscapes.py`. Full fine-tuning moves other layers, too, but is shown
+in these.
 """
 
 
