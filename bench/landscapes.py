@@ -4,8 +4,8 @@
 
 One seed of each method is trained as in bench/experiments/movies_256.yaml, with the settings that
 were chosen there. Then the training loss is taken along three random directions in the full space
-of the adapted layers, every row of them as long as the weight's (eflat_ext.landscape). Three minutes
-on one core for each method.
+of the adapted layers, every row of them as long as the weight's (eflat_ext.landscape). Three
+minutes on one core for each method.
 """
 
 from __future__ import annotations

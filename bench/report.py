@@ -62,8 +62,8 @@ LANDSCAPES = "figures/landscapes.svg"
 SLICES = """\
 The rise of the training loss of movies-256 along random directions in the full space of the adapted
 layers, every row as long as the weight's: mean and range over three directions, for one seed of
-each method, from `python bench/landscapes.py`. Full fine-tuning moves other layers, too, but is shown
-in these.
+each method, from `python bench/landscapes.py`. Full fine-tuning moves other layers, too, but is
+shown in these.
 """
 
 
