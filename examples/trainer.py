@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from eflat_ext.corpora import movie_reviews
-from eflat_ext.data import Part, split
+from eflat_ext.data import Texts, split
 from eflat_ext.loading import find_model
 from eflat_ext.trainer import PerturbationMixin, eflat_optimizer, flat_optimizer
 
@@ -41,7 +41,7 @@ def main(method: Literal["eflat", "flat"] = "eflat", steps: int = 24, rho: float
     tokenizer = AutoTokenizer.from_pretrained(path)
     data = split(movie_reviews(), train_size=16 * steps, validation_size=64, test_size=150)
 
-    def rows(part: Part) -> list[dict]:
+    def rows(part: Texts) -> list[dict]:
         encoded = tokenizer(part.texts, truncation=True, max_length=32)["input_ids"]
         return [{"input_ids": i, "labels": k} for i, k in zip(encoded, part.labels, strict=True)]
 
