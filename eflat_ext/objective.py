@@ -178,7 +178,10 @@ def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         reduction: as for :func:`torch.nn.functional.cross_entropy`.
     """
     if labels.dim() == 2:
-        logits, labels = _written(logits, labels)
+        written = (
+            labels[:, 1:] != IGNORED
+        )  # the others' logits, a vocabulary each, stay as they are
+        logits, labels = logits[:, :-1][written], labels[:, 1:][written]
     return cross_entropy(logits.float(), labels, reduction=reduction)
 
 
@@ -191,9 +194,3 @@ def count_right(logits: Tensor, labels: Tensor) -> int:
         return int((logits.argmax(dim=-1) == labels).sum())
     right = (logits[:, :-1].argmax(dim=-1) == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
     return int(right.all(dim=1).sum())
-
-
-def _written(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the tokens to be written the logits, each from the token before, and the numbers."""
-    written = labels[:, 1:] != IGNORED
-    return logits[:, :-1][written], labels[:, 1:][written]

@@ -21,6 +21,7 @@ Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("easy_vqa")
 for name in ("bench", "examples"):
     sys.path.insert(0, str(Path(__file__).parents[1] / name))
+import csv_rows  # noqa: E402
 import small_llava  # noqa: E402
 import vision_language  # noqa: E402
 
@@ -188,8 +189,7 @@ def test_an_experiment_with_images(settings, tmp_path):
     }
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(content))
-    with experiment.run(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows.read(experiment.run(path))
     assert [row["status"] for row in rows] == ["ok"] * 2
     assert all(float(row["sharpness_worst"]) > 0 for row in rows)
 

@@ -1,9 +1,10 @@
 """Fine-tuning a language model to write what follows a text: tokens, loss, accuracy, measuring."""
 
-import csv
 import json
 import random
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from eflat_ext import cli, experiment, finetune, loading, measure, objective, trained
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, Table, Texts, split
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import csv_rows
 
 END = len(WORDS) + 2
 
@@ -225,8 +229,7 @@ def test_an_experiment_of_it(settings, tmp_path):
     }
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(content))
-    with experiment.run(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows.read(experiment.run(path))
     assert [row["status"] for row in rows] == ["ok"] * 6
     final = [row for row in rows if row["stage"] == "final"]
     assert all(float(row["sharpness_worst"]) > 0 for row in final)
