@@ -23,7 +23,7 @@ demo: $(VENV)/built
 	$(BIN)/eflat finetune
 
 test: $(VENV)/tools
-	$(BIN)/python -m pytest python_tests --numprocesses $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest python_tests --numprocesses $(JOBS) --dist worksteal --durations 25
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
