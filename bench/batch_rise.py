@@ -37,6 +37,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from eflat_ext import finetune
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.experiment import draw
+from eflat_ext.optimizer_arguments import trainable_parameters
 
 RESULTS = Path(__file__).parent / "results" / "batch_rise.csv"
 STEPS, EVERY, QUARTERS = 128, 4, 4
@@ -110,7 +111,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
         last = backward(batch)
         memory.keep(known)
         average = average.lerp(last, config.beta)
-        torch.nn.utils.clip_grad_norm_(finetune.trainable_parameters(model), config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trainable_parameters(model), config.max_grad_norm)
         optimizer.step()
         schedule.step()
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
-from eflat_ext.finetune import adamw_settings, trainable_parameters
+from eflat_ext.finetune import adamw_settings
+from eflat_ext.optimizer_arguments import trainable_parameters
 from eflat_ext.pairs import LoraPair, find_pairs
 
 Example = tuple[int, ...]  # its tokens

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.finetune import adamw_settings, trainable_parameters
+from eflat_ext.finetune import adamw_settings
+from eflat_ext.optimizer_arguments import trainable_parameters
 from eflat_ext.pairs import LoraPair, find_pairs
 
 

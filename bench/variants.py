@@ -36,8 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from eflat_ext.config import FinetuneConfig
-from eflat_ext.finetune import Builder, adamw_settings, trainable_parameters
+from eflat_ext.finetune import Builder, adamw_settings
 from eflat_ext.ops import perturb
+from eflat_ext.optimizer_arguments import trainable_parameters
 from eflat_ext.pairs import LoraPair, find_pairs
 from eflat_ext.reference import default_rtol
 

@@ -87,11 +87,31 @@ inline void check_like(const Tensor& t, const std::string& name, const Tensor& l
                   shape_of(t));
 }
 
+inline std::string device_name(const Tensor& t) {
+  const auto device = t.device();
+  switch (device.type()) {
+    case torch::headeronly::DeviceType::CPU:
+      return "cpu";
+    case torch::headeronly::DeviceType::CUDA:
+      return "cuda:" + std::to_string(int(device.index()));
+    case torch::headeronly::DeviceType::Meta:
+      return "meta";
+    default:
+      return "a device that is none of cpu, cuda, meta";
+  }
+}
+
+inline void check_device(const Tensor& t, const std::string& name, const Tensor& like,
+                         const std::string& like_name) {
+  STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of ", like_name, ", ",
+                  device_name(like), ", got ", device_name(t));
+}
+
 inline void check_dtype_and_device(const Tensor& t, const std::string& name, const Tensor& like,
                                    const std::string& like_name) {
   STD_TORCH_CHECK(type_of(t) == type_of(like), name, " must have the dtype of ", like_name, ", ",
                   dtype_name(type_of(like)), ", got ", dtype_name(type_of(t)));
-  STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of ", like_name);
+  check_device(t, name, like, like_name);
 }
 
 // Whether the storage still holds the tensor: it may have been freed, as FSDP does between uses.
@@ -201,8 +221,7 @@ struct Arguments {
     const int64_t count = A.size();
     kept.reserve(4 * count);
     for (int64_t l = 0; l < count; ++l) {
-      STD_TORCH_CHECK(A[l].device() == A[0].device(), argument("A", l),
-                      " must be on the device of A[0]: one call, one device");
+      check_device(A[l], argument("A", l), A[0], "A[0]");
       add(A[l], B[l], grad_A[l], grad_B[l], scaling[l], rtol, l);
     }
     return new_norms(A[0], {count});
@@ -225,7 +244,7 @@ struct Arguments {
     }
     check_memory(skipped, true, "skipped");
     const Tensor norms = add_all(A, B, grad_A, grad_B, scaling, rtol);
-    STD_TORCH_CHECK(skipped.device() == A[0].device(), "skipped must be on the device of A[0]");
+    check_device(skipped, "skipped", A[0], "A[0]");
     for (size_t l = 0; l < A.size(); ++l) {
       check_average(ema[l], l, onto_B ? B[l] : A[l], onto_B ? "B" : "A");
       pairs[l].out = written(ema[l], argument("ema", l));
@@ -244,8 +263,8 @@ struct Arguments {
     const int64_t r = ema.size(0);
     STD_TORCH_CHECK(r >= 1 && r <= kMaxRank, "the rank of ", e, " must be 1 to ", kMaxRank,
                     ", got ", r);
-    STD_TORCH_CHECK(ema.device() == first.device() && B.device() == first.device(), e, " and ", b,
-                    " must be on the device of ema[0]");
+    check_device(ema, e, first, "ema[0]");
+    check_device(B, b, first, "ema[0]");
     check_scaling(scaling, index);
     Pair p{};
     p.rank = int(r);
@@ -281,7 +300,7 @@ struct Arguments {
                             const char* target_name) {
     const std::string name = argument("ema", index), like = argument(target_name, index);
     check_like(ema, name, target, like);
-    STD_TORCH_CHECK(ema.device() == target.device(), name, " must be on the device of ", like);
+    check_device(ema, name, target, like);
     const ScalarType expected =
         type_of(target) == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     STD_TORCH_CHECK(type_of(ema) == expected, name, " must be ", dtype_name(expected), " for ",

@@ -23,6 +23,7 @@ import torch
 from eflat_ext import loading, objective, report
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, Splits, Texts
+from eflat_ext.optimizer_arguments import trainable_parameters
 
 if TYPE_CHECKING:
     from eflat_ext.loading import Model, Tokenizer
@@ -264,11 +265,6 @@ Builder = Callable[[FinetuneConfig, "Model", int], torch.optim.Optimizer]
 def adamw_settings(config: FinetuneConfig) -> dict[str, Any]:
     """The base optimizer's settings, the same for every method with an adapter."""
     return {"lr": config.lr, "weight_decay": config.weight_decay}
-
-
-def trainable_parameters(model: Model) -> list[torch.nn.Parameter]:
-    """What the base optimizer steps."""
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _lora(config: FinetuneConfig, model: Model, steps: int) -> torch.optim.Optimizer:

@@ -125,7 +125,9 @@ def _(A, B, grad_A, grad_B, scaling, rho, onto="B", norm_scope="layer", rtol=Non
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
     targets = B if onto == "B" else A
-    norms = A[0].new_empty(len(A), dtype=_norm_dtype(A)) if A else torch.empty(0)
+    norms = (
+        A[0].new_empty(len(A), dtype=_norm_dtype(A)) if A else torch.empty(0, dtype=torch.float32)
+    )
     return [t.new_empty(t.shape) for t in targets], norms
 
 
@@ -206,7 +208,11 @@ def _(ema, B, scaling, rho, norm_scope="layer"):
             raise ValueError(f"{name} must have one entry per pair, {len(ema)}, got {len(values)}")
     for name, tensors in (("ema", ema), ("B", B)):
         check_devices(name, tensors, ema[0].device if ema else torch.device("meta"))
-    return ema[0].new_empty(len(ema), dtype=_norm_dtype(ema)) if ema else torch.empty(0)
+    return (
+        ema[0].new_empty(len(ema), dtype=_norm_dtype(ema))
+        if ema
+        else torch.empty(0, dtype=torch.float32)
+    )
 
 
 # Autograd: the derivative of the same algebra in plain torch, recomputed in the backward pass.

@@ -6,7 +6,6 @@ are perturbed, the perturbation's life cycle, its radius, its counters and its c
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from torch.optim import Optimizer
 from .additions import Addition
 from .dtensors import fsdp_modules, laid_out_as, local, refuse_flat_parameters, reshard
 from .engines import check_own_parameters
-from .pairs import find_pairs, merging_layers, stacklevel_of_user
+from .optimizer_arguments import check_base, check_one_device, number
+from .pairs import adding_modules, find_pairs, merging_layers, stacklevel_of_user
 from .perturbed import PerturbedWeights, Slot
 from .sharded import Sharding
 from .targets import parameters_of, perturbed_pairs
@@ -68,21 +68,22 @@ class PerturbingOptimizer(Optimizer):
         norm_scope: str,
         factors: Sequence[str],
     ) -> None:
-        _check_base(base)
+        if isinstance(base, PerturbingOptimizer):
+            raise TypeError(f"base: expected a plain optimizer, got {type(base).__name__}")
+        check_base(base)
         if norm_scope not in ("layer", "global"):
             raise ValueError(f'norm_scope: expected "layer" or "global", got {norm_scope!r}')
         if isinstance(model, nn.Module):
             refuse_flat_parameters(model)
             reshard(fsdp_modules(model))
         self.base = base
-        self.norm_scope = norm_scope
+        self._norm_scope = norm_scope
         self.pairs, slots, self._target_of = perturbed_pairs(find_pairs(model), base, factors)
+        check_one_device(self.pairs)
         Sharding.of(self.pairs)  # refuses what it cannot handle
         # Optimizer.__init__ would make groups and state of its own; this sets the hooks alone.
         self.__setstate__({})
         self._targets: list[Slot] = slots
-        positions = {id(p): i for i, p in enumerate(parameters_of(base.param_groups))}
-        self._positions = [positions[id(getattr(*slot))] for slot in slots]
         self._steps = 0
         device = getattr(*slots[0]).device
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -95,10 +96,22 @@ class PerturbingOptimizer(Optimizer):
 
     def _perturb_with(self, model: nn.Module, perturbation: Addition) -> None:
         merging = merging_layers(model)
-        layers = dict.fromkeys([*(pair.layer for pair in self.pairs), *merging])
-        guarded = [(layer, name) for layer in layers for name in ("merge", "unmerge")]
+        layers = list(dict.fromkeys(pair.layer for pair in self.pairs))
+        guarded = [
+            (layer, name)
+            for layer in dict.fromkeys([*layers, *merging])
+            for name in ("merge", "unmerge")
+        ]
+        guarded += [(tuner, "add_weighted_adapter") for tuner in adding_modules(model)]
         self._weights = PerturbedWeights(
-            model, self._targets, perturbation, self, guarded, merging, perturbation.idle
+            model,
+            self._targets,
+            perturbation,
+            self,
+            guarded,
+            merging,
+            perturbation.idle,
+            layers,
         )
 
     # The base optimizer's own groups, state and defaults: it rebinds them when it loads.
@@ -152,6 +165,11 @@ class PerturbingOptimizer(Optimizer):
         self._rho_changed()
 
     @property
+    def norm_scope(self) -> str:
+        """Whether rho is the radius of every pair, "layer", or of all together, "global"."""
+        return self._norm_scope
+
+    @property
     def skipped_perturbations(self) -> Tensor:
         """How many times a layer got no new perturbation: its norm was zero or not finite.
 
@@ -199,10 +217,7 @@ class PerturbingOptimizer(Optimizer):
     def _rho_now(self, rho: Rho | None = None) -> float:
         rho = self._rho if rho is None else rho
         value = rho(self._steps) if callable(rho) else rho
-        try:
-            radius = float(value)
-        except (TypeError, ValueError):
-            radius = math.nan
+        radius = number(value)
         if not math.isfinite(radius) or radius < 0:
             raise ValueError(
                 f"rho: expected a finite number >= 0 or a callable of the step, got {value!r}"
@@ -270,7 +285,8 @@ class PerturbingOptimizer(Optimizer):
             self._warned_clean = True
             warnings.warn(
                 "the gradient of this step was taken without the perturbation: no forward pass of "
-                "the model ran in training mode (model.train()), nor optimizer.train()",
+                "the model ran in training mode (model.train()), nor optimizer.train(), which "
+                "calls of other methods than forward need",
                 UserWarning,
                 stacklevel=stacklevel_of_user(),
             )
@@ -293,9 +309,9 @@ class PerturbingOptimizer(Optimizer):
         counters = {_STEPS: self._steps, _SKIPPED: int(self._skipped)}
         packed["param_groups"] = [{**group, **counters} for group in packed["param_groups"]]
         packed["state"] = dict(packed["state"])
-        keys = parameters_of(packed["param_groups"])
-        for position, average in zip(self._positions, self._averages(), strict=False):
-            key = keys[position]
+        for key, average in zip(self._keys(packed["param_groups"]), self._averages(), strict=False):
+            if key is None:
+                continue  # the base optimizer no longer trains it
             packed["state"][key] = {**packed["state"].get(key, {}), _AVERAGE: average}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             packed = post_hook(self, packed) or packed
@@ -307,7 +323,8 @@ class PerturbingOptimizer(Optimizer):
         A state without averages, such as the plain base optimizer's, loads with zeros.
 
         Raises:
-            ValueError: groups or shapes do not match; nothing has been loaded then.
+            ValueError: groups, shapes or the parameters that have an average do not match, or an
+                average is not finite; nothing has been loaded then.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -328,15 +345,10 @@ class PerturbingOptimizer(Optimizer):
                 if not entry:  # many optimizers take any entry for their own, complete state
                     continue
             state[key] = entry
-        keys = dict(enumerate(parameters_of(groups)))
         averages = self._averages()
-        values = [saved.get(keys.get(at)) for at, _ in zip(self._positions, averages, strict=False)]
-        for average, value in zip(averages, values, strict=True):
-            if value is not None and value.shape != average.shape:
-                raise ValueError(
-                    f"state_dict: expected a {_AVERAGE} of shape {tuple(average.shape)}, "
-                    f"got {tuple(value.shape)}"
-                )
+        values = [saved.get(key) for key in self._keys(groups)[: len(averages)]]
+        if averages and saved:
+            self._check_averages(values, averages, len(saved))
         self.eval()
         self._weights.settle()
         self.base.load_state_dict({**state_dict, "state": state, "param_groups": groups})
@@ -349,6 +361,35 @@ class PerturbingOptimizer(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _keys(self, groups: Sequence[dict[str, Any]]) -> list[Any]:
+        """The targets' keys in the groups of a state; None where they have no such parameter."""
+        trained = parameters_of(self.param_groups)
+        keys = dict(zip(map(id, trained), parameters_of(groups), strict=False))
+        return [keys.get(id(target)) for target in self._weights.targets()]
+
+    def _check_averages(
+        self, values: Sequence[Tensor | None], averages: Sequence[Tensor], saved: int
+    ) -> None:
+        """ValueError unless there is a finite value for each average, and none besides."""
+        found = [value for value in values if value is not None]
+        if len(found) != len(averages) or saved != len(averages):
+            raise ValueError(
+                f"state_dict: expected a {_AVERAGE} of each of the {len(averages)} perturbed "
+                f"factors, got {saved}, {len(found)} of them of these; was it saved with another "
+                "onto?"
+            )
+        for average, value in zip(averages, found, strict=True):
+            if value.shape != average.shape:
+                raise ValueError(
+                    f"state_dict: expected a {_AVERAGE} of shape {tuple(average.shape)}, "
+                    f"got {tuple(value.shape)}"
+                )
+            if not bool(torch.linalg.vector_norm(value).isfinite()):
+                raise ValueError(
+                    f"state_dict: expected a finite {_AVERAGE}, got one of shape "
+                    f"{tuple(value.shape)} that holds NaN or infinity"
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled, it is tied to its model: save its "
@@ -357,24 +398,3 @@ class PerturbingOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rho={self._rho!r}, pairs={len(self.pairs)}, {self.base!r})"
-
-
-def _check_base(base: Optimizer) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base: expected a torch.optim.Optimizer, got {type(base).__name__}")
-    if isinstance(base, PerturbingOptimizer):
-        raise TypeError(f"base: expected a plain optimizer, got {type(base).__name__}")
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"base: {type(base).__name__} evaluates a closure at several points in one step, the "
-            "perturbation belongs to one point; expected an optimizer whose step needs no closure"
-        )
-
-
-def check_transfer(onto: str, rtol: float | None) -> None:
-    """ValueError unless ``onto`` is "A" or "B" and ``rtol`` is None or in [1e-7, 1)."""
-    if onto not in ("A", "B"):
-        raise ValueError(f'onto: expected "A" or "B", got {onto!r}')
-    if rtol is not None and not 1e-7 <= rtol < 1:
-        raise ValueError(f"rtol: expected None or a number in [1e-7, 1), got {rtol!r}")

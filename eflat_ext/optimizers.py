@@ -16,7 +16,8 @@ from .additions import Addition, BoundedAverages
 from .dtensors import is_dtensor, local
 from .engines import initialises_state
 from .fused_step import adamw_lists, without_gradients
-from .optimizer_base import PerturbingOptimizer, Rho, check_transfer
+from .optimizer_arguments import check_operable, check_transfer, number, trainable_parameters
+from .optimizer_base import PerturbingOptimizer, Rho
 from .sharded import Sharding
 from .two_gradients import FlatLoRA, LoRASAM
 
@@ -78,12 +79,11 @@ class EFlatLoRA(PerturbingOptimizer):
         fused_step: bool = True,
     ) -> None:
         check_transfer(onto, rtol)
-        if not 0 < beta <= 1:
+        if not 0 < number(beta) <= 1:
             raise ValueError(f"beta: expected a number in (0, 1], got {beta!r}")
         super().__init__(model, base, rho=rho, norm_scope=norm_scope, factors=[onto])
-        self.beta = float(beta)
-        self.onto = onto
-        self.rtol = rtol
+        check_operable(self.pairs)
+        self._beta, self._onto, self._rtol = float(beta), onto, rtol
         self.fused_step = fused_step
         targets = [getattr(*slot) for slot in self._targets]
         averages = [
@@ -97,6 +97,21 @@ class EFlatLoRA(PerturbingOptimizer):
         )
         self._rho_changed()
         self._perturb_with(model, self._perturbation)
+
+    @property
+    def beta(self) -> float:
+        """Weight of the newest perturbation in the average."""
+        return self._beta
+
+    @property
+    def onto(self) -> str:
+        """The factor that carries the perturbation, "B" or "A"."""
+        return self._onto
+
+    @property
+    def rtol(self) -> float | None:
+        """Relative cut-off of a factor's singular values; None for the operators' default."""
+        return self._rtol
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -247,7 +262,7 @@ def create_eflat_optimizer(
         params: parameters, named parameters or groups for it, in place of all trainable ones.
         **optimizer_kwargs: passed on to it (``lr`` and so on).
     """
-    base = optimizer_cls(_trainable(model, params), **optimizer_kwargs)
+    base = optimizer_cls(trainable_parameters(model, params), **optimizer_kwargs)
     return EFlatLoRA(
         model,
         base,
@@ -272,7 +287,7 @@ def create_flat_optimizer(
     **optimizer_kwargs: Any,
 ) -> FlatLoRA:
     """A :class:`FlatLoRA` over a new base optimizer; see :func:`create_eflat_optimizer`."""
-    base = optimizer_cls(_trainable(model, params), **optimizer_kwargs)
+    base = optimizer_cls(trainable_parameters(model, params), **optimizer_kwargs)
     return FlatLoRA(model, base, rho=rho, onto=onto, norm_scope=norm_scope, rtol=rtol)
 
 
@@ -286,14 +301,8 @@ def create_lora_sam_optimizer(
     **optimizer_kwargs: Any,
 ) -> LoRASAM:
     """A :class:`LoRASAM` over a new base optimizer; see :func:`create_eflat_optimizer`."""
-    base = optimizer_cls(_trainable(model, params), **optimizer_kwargs)
+    base = optimizer_cls(trainable_parameters(model, params), **optimizer_kwargs)
     return LoRASAM(model, base, rho=rho, norm_scope=norm_scope)
-
-
-def _trainable(model: nn.Module, params: Any) -> Any:
-    if params is not None:
-        return params
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def average_dtype(dtype: torch.dtype) -> torch.dtype:

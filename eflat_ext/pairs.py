@@ -193,6 +193,12 @@ def merging_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, attention_class)]
 
 
+def adding_modules(model: nn.Module) -> list[nn.Module]:
+    """PEFT's tuners, which make an adapter of the weights of others."""
+    # Asked of the class: a PeftModel hands on every attribute of its tuner.
+    return [module for module in model.modules() if hasattr(type(module), "add_weighted_adapter")]
+
+
 def _peft_classes() -> tuple[type, type]:
     try:
         from peft.tuners.lora import LoraLayer

@@ -8,8 +8,8 @@ graphs and sharded modules that hold the storage.
 Between training forward passes the parameters themselves stay perturbed, since gradients of
 accumulated micro-batches belong to one point and autograd forbids writing to them. So everything
 that reads weights for keeps gets the clean values: ``state_dict`` a copy of them, loading and
-guarded methods (merging) a real restore first. A deep copy or a pickle of the model carries an
-inert object, which restores at the first occasion and never perturbs.
+guarded methods (merging) a real restore first. A copy of the model, deep or from a pickle, is clean
+and carries an inert object.
 
 ``torch.compile`` traces the change of the weights into the forward pass and sets the flag that
 records it after that pass: if the compiled code itself fails half way (out of memory), the
@@ -47,8 +47,8 @@ class PerturbedWeights:
     and its copy is complete; an exception or an interrupt between any two steps loses nothing.
 
     Args:
-        model: whose training flag decides: a forward pass of it, or of a module of it that holds
-            all targets, perturbs in training mode and restores otherwise.
+        model: a forward pass of it, or of a module of it that holds all targets, perturbs in
+            training mode and restores otherwise.
         targets: the parameters as (module, attribute name); looked up when used, since other
             libraries replace parameters.
         perturbation: adds the perturbation in place to the list of target parameters it is given
@@ -58,6 +58,8 @@ class PerturbedWeights:
         guarded: methods as (module, method name) that find clean weights.
         merging: modules whose forward passes call guarded methods for their own use, which then
             find the weights of that pass.
+        layers: modules of which one in training mode makes it training mode, by default the
+            targets'; the model's own flag would miss ``wrapper.module.eval()``.
 
     Attributes:
         enabled: whether training forward passes perturb.
@@ -77,6 +79,7 @@ class PerturbedWeights:
         guarded: Iterable[Slot] = (),
         merging: Iterable[nn.Module] = (),
         idle: Callable[[], bool] = bool,
+        layers: Sequence[nn.Module] = (),
     ) -> None:
         for other in _attached_to(model):
             if other.alive:
@@ -89,6 +92,7 @@ class PerturbedWeights:
         self.visited = False
         self._model: nn.Module | None = model
         self._slots = list(targets)
+        self._layers = list(layers or (module for module, _ in targets))
         self._perturbation: Callable[[list[Tensor]], None] | None = perturbation
         self._suspended = 0
         self.merging = 0  # forward passes under way that merge for their own use
@@ -128,6 +132,8 @@ class PerturbedWeights:
         self.restore()
         with torch.no_grad():
             targets = self.targets()
+            if not all(isinstance(target, Parameter) for target in targets):
+                return  # the caller's own tensors, in torch.func.functional_call
             copies = self._copies(targets)
             _copy(copies, targets)
             self._held, self._clean = targets, copies
@@ -229,12 +235,13 @@ class PerturbedWeights:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.enabled = self.visited = False
         self._model = self._perturbation = self._owner = None
-        self._slots, self._fsdp = [], []
+        self._layers, self._slots, self._fsdp = [], [], []
         self._settled, self._idle = True, bool
         self._suspended = self.merging = 0
         self._held, self._clean = state["held"], state["clean"]
         self._dirty = bool(self._held)
-        self._applied = False
+        self.restore()
+        self._held = self._clean = []
 
     def _disable(self, _: object) -> None:
         self.enabled = False
@@ -276,8 +283,7 @@ class PerturbedWeights:
             _MergesItself(self, module, "forward").install()
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
-        model = self._model
-        if model is not None and model.training and self.enabled and not self._suspended:
+        if self.enabled and not self._suspended and any(one.training for one in self._layers):
             if not self._applied and getattr(module, "_is_replica", False):
                 raise RuntimeError(
                     "torch.nn.DataParallel copied the weights before they were perturbed: use "
@@ -286,7 +292,7 @@ class PerturbedWeights:
             if not self._settled and distributed() and self._sharded_late():
                 return
             self.perturb()
-            self.visited = True
+            self.visited |= self._applied
         else:
             self.restore()
 
@@ -313,8 +319,9 @@ class PerturbedWeights:
         if not self._dirty:
             return
         for name, index in owned:
-            key, parameter = prefix + name, module._parameters[name]
-            if key in state_dict and parameter is self._held[index]:
+            # None where an embedding's adapter was deleted since.
+            key, parameter = prefix + name, module._parameters.get(name)
+            if key in state_dict and parameter is not None and parameter is self._held[index]:
                 value = self._clean[index].to(parameter.device, parameter.dtype, copy=True)
                 if isinstance(state_dict[key], Parameter):  # keep_vars=True
                     value = Parameter(value, parameter.requires_grad)

@@ -231,8 +231,9 @@ def lora_sam_step(
     clean = [(a.detach().clone(), b.detach().clone()) for a, b, _ in pairs]
     with torch.no_grad():
         for (a, b, _), square in zip(pairs, squares, strict=True):
-            a.add_(rho * _gradient(a) / square.sqrt())
-            b.add_(rho * _gradient(b) / square.sqrt())
+            if square > 0:  # no gradient has no direction
+                a.add_(rho * _gradient(a) / square.sqrt())
+                b.add_(rho * _gradient(b) / square.sqrt())
     closure()
     with torch.no_grad():
         for (a, b, _), (clean_a, clean_b) in zip(pairs, clean, strict=True):

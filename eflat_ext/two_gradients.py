@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from .additions import Addition
 from .dtensors import from_local
 from .engines import initialises_state
-from .optimizer_base import PairList, PerturbingOptimizer, Rho, check_transfer
+from .optimizer_arguments import check_operable, check_transfer
+from .optimizer_base import PairList, PerturbingOptimizer, Rho
 from .pairs import LoraPair
 from .sharded import Norms, Sharding
 
@@ -188,9 +189,19 @@ class FlatLoRA(TwoGradients):
     ) -> None:
         check_transfer(onto, rtol)
         super().__init__(model, base, rho=rho, norm_scope=norm_scope, factors=[onto])
-        self.onto = onto
-        self.rtol = rtol
+        check_operable(self.pairs)
+        self._onto, self._rtol = onto, rtol
         self._prepare(model)
+
+    @property
+    def onto(self) -> str:
+        """The factor that carries the perturbation, "B" or "A"."""
+        return self._onto
+
+    @property
+    def rtol(self) -> float | None:
+        """Relative cut-off of a factor's singular values; None for the operators' default."""
+        return self._rtol
 
     def _perturbations(self, rho: float, rows: PairList) -> tuple[dict[int, Tensor], Tensor]:
         E, norms = torch.ops.eflat.foreach_perturb(

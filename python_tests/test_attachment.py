@@ -65,6 +65,20 @@ def test_a_copied_model_is_inert_and_clean(copied_while: str, first: str) -> Non
         case.assert_clean()
 
 
+def test_a_copy_made_while_perturbed_is_clean_at_once_and_keeps_what_is_written_to_it() -> None:
+    case = Case()
+    case.model(X)
+    for other in copies_of(case.model):
+        inner = other[0][0]
+        assert_same_bits(weights(inner), case.before)
+        with torch.no_grad():
+            inner.up.weight.fill_(7.0)
+        assert (other.state_dict()["0.0.up.weight"] == 7).all()
+        other(X)
+        assert (inner.up.weight == 7).all()
+    case.assert_perturbed()
+
+
 def test_copying_one_layer_does_not_drag_the_model_along() -> None:
     case = Case()
     case.model(X)

@@ -192,12 +192,49 @@ def test_what_does_not_fit_changes_nothing() -> None:
     fewer["param_groups"][0]["params"].pop()
     with pytest.raises(ValueError, match="parameter group"):
         optimizer.load_state_dict(fewer)
+    with pytest.raises(ValueError, match="each of the 2 perturbed factors, got 1, 1 of them"):
+        optimizer.load_state_dict(_without_an_average(before))
+    onto_A = create_eflat_optimizer(lora_mlp(), torch.optim.AdamW, lr=1e-2, onto="A")
+    with pytest.raises(ValueError, match="got 2, 0 of them of these; was it saved with another on"):
+        optimizer.load_state_dict(onto_A.state_dict())
+    broken = through_a_file(before)
+    _averages_in(broken)[1][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="expected a finite perturbation_ema"):
+        optimizer.load_state_dict(broken)
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     for key, entry in before["state"].items():
         assert_same_bits(
             {k: v for k, v in after["state"][key].items() if isinstance(v, Tensor)}, entry
         )
+
+
+def _averages_in(state: dict[str, Any]) -> list[Tensor]:
+    entries = state["state"].values()
+    return [entry["perturbation_ema"] for entry in entries if "perturbation_ema" in entry]
+
+
+def _without_an_average(state: dict[str, Any]) -> dict[str, Any]:
+    entries = dict(state["state"])
+    key = next(key for key, entry in entries.items() if "perturbation_ema" in entry)
+    entries[key] = {k: v for k, v in entries[key].items() if k != "perturbation_ema"}
+    return {**state, "state": entries}
+
+
+def test_averages_stay_with_their_factors_where_a_group_is_extended_in_place() -> None:
+    model = lora_mlp()
+    bias = model.base_model.model.up.base_layer.bias
+    factors = {name: [p for n, p in model.named_parameters() if name in n] for name in ("_A", "_B")}
+    groups = [{"params": factors["_A"]}, {"params": factors["_B"]}]
+    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2, params=groups)
+    optimizer.param_groups[0]["params"].append(bias.requires_grad_())
+    train_on(model, optimizer, batches(2))
+    saved = through_a_file(optimizer.state_dict())
+    assert [k for k, v in saved["state"].items() if "perturbation_ema" in v] == [3, 4]
+    before = {name: average.clone() for name, average in optimizer.averages.items()}
+    train_on(model, optimizer, batches(2))
+    optimizer.load_state_dict(saved)
+    assert_same_bits(optimizer.averages, before)
 
 
 def test_loading_while_perturbed_leaves_clean_weights() -> None:

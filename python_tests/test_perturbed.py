@@ -387,3 +387,32 @@ def test_compiled_whole_equals_eager(around: str) -> None:
         results.append([t.detach() for t in outputs + gradients])
     for eager, traced in zip(*results, strict=True):
         assert same_bits(eager, traced)
+
+
+def test_the_mode_of_the_layers_decides_whatever_is_called() -> None:
+    """A wrapper made anew is in training mode, and stays so when what it wraps is put in eval()."""
+    case = Case()
+    case.model[0].eval()
+    assert case.model.training
+    for entry in (case.model, case.model[0], case.inner):
+        entry(X)
+        case.assert_clean()
+    case.inner.up.train()
+    case.model.training = False
+    for entry in (case.model, case.model[0], case.inner):
+        entry(X)
+        case.assert_perturbed()
+        case.weights.restore()
+
+
+def test_a_functional_call_leaves_the_callers_tensors_alone() -> None:
+    case = Case()
+    own = {name: value.detach().clone() for name, value in case.model.named_parameters()}
+    before = {name: value.clone() for name, value in own.items()}
+    expected = torch.func.functional_call(case.model.eval(), own, X)
+    assert torch.equal(torch.func.functional_call(case.model.train(), own, X), expected)
+    assert_same_bits(own, before)
+    case.assert_clean()
+    assert not case.weights.visited
+    case.model(X)
+    case.assert_perturbed()

@@ -1,0 +1,101 @@
+"""What the optimizers are constructed with, checked before anything is hooked to the model."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .arguments import MAX_RANK, MIN_RTOL
+from .pairs import LoraPair
+
+
+def check_base(base: Optimizer) -> None:
+    """TypeError or ValueError unless it is one that a perturbation can be wrapped around."""
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base: expected a torch.optim.Optimizer, got {type(base).__name__}")
+    inner: Any = base
+    while isinstance(getattr(inner, "optimizer", None), Optimizer):  # accelerate's wrapper
+        inner = inner.optimizer
+    if all(callable(getattr(inner, name, None)) for name in ("train", "eval")):
+        raise TypeError(
+            f"base: {type(inner).__name__} moves the weights in train() and eval(), where the "
+            "perturbation is, too; expected an optimizer that changes them in step() alone"
+        )
+    if any(group.get("maximize") for group in base.param_groups):
+        raise ValueError(
+            "base: expected an optimizer that minimises, got maximize=True: the perturbation goes "
+            "where the loss rises; negate the loss"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base: {type(base).__name__} evaluates a closure at several points in one step, the "
+            "perturbation belongs to one point; expected an optimizer whose step needs no closure"
+        )
+
+
+def check_transfer(onto: str, rtol: float | None) -> None:
+    """ValueError unless ``onto`` is "A" or "B" and ``rtol`` is None or in [1e-7, 1)."""
+    if onto not in ("A", "B"):
+        raise ValueError(f'onto: expected "A" or "B", got {onto!r}')
+    if rtol is not None and not MIN_RTOL <= number(rtol) < 1:
+        raise ValueError(f"rtol: expected None or a number in [{MIN_RTOL}, 1), got {rtol!r}")
+
+
+def number(value: Any) -> float:
+    """The value as a float; NaN, which lies in no range, if it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def check_one_device(pairs: Sequence[LoraPair]) -> None:
+    """ValueError unless all factors are on one device: an operator's call is."""
+    first = pairs[0].parameter_A.device
+    for pair in pairs:
+        for factor in (pair.parameter_A, pair.parameter_B):
+            if factor.device != first:
+                raise ValueError(
+                    f"model: expected all LoRA factors on one device, got {first} of "
+                    f"{pairs[0].group} and {factor.device} of {pair.group}"
+                )
+
+
+def check_operable(pairs: Sequence[LoraPair]) -> None:
+    """ValueError or TypeError unless the operators take these factors."""
+    for pair in pairs:
+        A, B, rank = pair.parameter_A, pair.parameter_B, pair.sizes[2]
+        if rank > MAX_RANK:
+            raise ValueError(
+                f"model: expected LoRA factors of a rank of at most {MAX_RANK}, got {rank} of "
+                f"{pair.group}"
+            )
+        if A.dtype != B.dtype:
+            raise TypeError(
+                f"model: expected factors A and B of one dtype, got {A.dtype} and {B.dtype} of "
+                f"{pair.group}"
+            )
+
+
+def trainable_parameters(model: nn.Module, params: Any = None) -> Any:
+    """What a base optimizer is made of: ``params``, or else all that the model trains.
+
+    Raises:
+        TypeError, ValueError: the model is none, or trains nothing.
+    """
+    if params is not None:
+        return params
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"model: expected trainable parameters, got {type(model).__name__} without any"
+        )
+    return trainable
