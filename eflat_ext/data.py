@@ -118,8 +118,8 @@ def read(
     relative, or an image of a hub data set.
 
     Raises:
-        InputError: the source cannot be found or read, lacks a column, or holds an empty
-            text, second text or label.
+        InputError: the source cannot be found or read, lacks a column or has it twice, or holds
+            a row longer than its header, or an empty text, second text or label.
     """
     from eflat_ext.corpora import CORPORA  # which needs this module
 
@@ -168,11 +168,22 @@ def _read_csv(file: Iterable[str], source: str, delimiter: str) -> list[tuple[in
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
-        return list(enumerate(reader, start=1))
+        rows = list(enumerate(reader, start=1))
     except csv.Error as error:
         raise InputError(
             f"{source} is no valid CSV at line {reader.reader.line_num}: {error}"
         ) from None
+    names = list(reader.fieldnames or [])
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise InputError(f"{source} has two columns {twice[0]!r}")
+    for number, row in rows:
+        if surplus := row.get(None):
+            mark = "tab" if delimiter == "\t" else "comma"
+            raise InputError(
+                f"{source}, row {number} has {len(names) + len(surplus)} fields, the header "
+                f"{len(names)}: quote texts that hold a {mark}"
+            )
+    return rows
 
 
 def _read_jsonl(file: Iterable[str], source: str) -> list[tuple[int, dict]]:

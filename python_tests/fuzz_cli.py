@@ -27,6 +27,9 @@ WORDS = [
     *("all-linear", "qurey", "LayerNorm", "[", "{}", "../..", "%s", "{}%n", "*", "\x1b[31mred"),
 ]
 
+# Of the files below: those from which no table may be read, whatever columns are asked for.
+UNREADABLE = ("binary.csv", "latin.csv", "utf16.csv", "quotes.csv", "surplus.csv", "twice.csv")
+
 
 def make_files(folder: Path) -> list[str]:
     """Good and bad models, data, settings; returns the names relative to the folder."""

@@ -72,6 +72,18 @@ def test_labels_may_be_numbers_or_booleans(tmp_path):
         ("t.csv", "text,label\na,1\n  ,0\n", "row 2: column 'text' is empty"),
         ("t.csv", "text,label\na,1\nb\n", "row 2: column 'label' is empty"),
         ("t.csv", 'text,label\n"a,1\n', "no valid CSV at line 2"),
+        (
+            "t.csv",
+            "label,text\nneg,It was bad\nneg,The film, though long, was bad\n",
+            "row 2 has 4 fields, the header 2: quote texts that hold a comma",
+        ),
+        ("t.csv", "text,label\na,1\nb,c,0\n", "row 2 has 3 fields, the header 2"),
+        (
+            "t.tsv",
+            "text\tlabel\na\tb\t1\n",
+            "row 1 has 3 fields, the header 2: quote texts that hol",
+        ),
+        ("t.csv", "text,label,text\na,1,b\n", "has two columns 'text'"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "line 2 is no valid JSON"),
         ("t.jsonl", "[1, 2]\n", "line 1 is no JSON object"),
         ("t.jsonl", '{"text": "a", "label": null}\n', "line 1: column 'label' is empty"),
@@ -88,6 +100,11 @@ def test_bad_files_are_named(tmp_path, name, content, sentence):
     assert sentence in str(error.value)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    (tmp_path / "t.csv").write_text("text,label,,\na,1,,\n")
+    assert read(str(tmp_path / "t.csv")) == Table(["a"], ["1"])
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):

@@ -17,11 +17,11 @@ from functools import cache
 
 import pytest
 import torch
-from fuzz_cli import describe, digest, make_arguments, make_files, state_of
+from fuzz_cli import UNREADABLE, describe, digest, make_arguments, make_files, state_of
 from huggingface_hub import constants
 from peft import PeftModel
 
-from eflat_ext import cli, finetune, report
+from eflat_ext import cli, data, finetune, loading, report
 
 SEED = int(os.environ.get("EFLAT_FUZZ_SEED", "0"))
 CALLS = int(os.environ.get("EFLAT_FUZZ_CALLS", "1000"))
@@ -31,13 +31,12 @@ SECONDS = 30  # that a call may take
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder full of files as the current one; training and drawing are left out."""
-    from eflat_ext import data
-
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # it may have been imported before
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # A name that is no file may be one of the hub's; no network is asked here.
     monkeypatch.setattr(data, "_read_hub", no_hub)
+    monkeypatch.setattr(loading, "read", strict_read)
     monkeypatch.setattr(report, "plot_losses", lambda path, results: path.write_bytes(b""))
     # Each of these takes as long as all the rest of a call.
     monkeypatch.setattr(report, "versions", cache(report.versions))
@@ -51,6 +50,13 @@ def folder(tmp_path, monkeypatch):
 
 def no_hub(source):
     raise finetune.InputError(f"cannot load the hub data set {source!r}: no network")
+
+
+def strict_read(source, *columns):
+    """Reads, and complains of what should have been refused."""
+    table = data.read(source, *columns)
+    assert source not in UNREADABLE, f"{source} was read"
+    return table
 
 
 def pretended(config, task, method, seed, model, optimizer, on_step):
