@@ -37,8 +37,8 @@ from eflat_ext.data import (
 )
 from eflat_ext.loading import first_line
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
-from eflat_ext.report import experiment_progress, print_failures
 from eflat_ext.results import AllFailed, Results, Row, columns_of
+from eflat_ext.screen import experiment_progress, print_failures
 from eflat_ext.trained import Batch, make_batches
 
 if TYPE_CHECKING:

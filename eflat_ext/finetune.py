@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eflat_ext import loading, objective, report
+from eflat_ext import loading, objective, run_folder, screen
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, Splits, Texts
 from eflat_ext.optimizer_arguments import trainable_parameters
@@ -228,17 +228,17 @@ def run(config: FinetuneConfig) -> Path:
         InputError: something in ``config`` cannot be used; the message names it.
     """
     config.check()
-    folder = report.free_folder(config.output_dir)
+    folder = run_folder.free_folder(config.output_dir)
     task = prepare(config)
-    report.announce(config, task)
+    screen.announce(config, task)
     results: list[Result] = []
-    with report.progress() as bars:
+    with screen.progress() as bars:
         for method, seed in itertools.product(config.method, config.seeds):
             model, optimizer = build(config, task, method, seed)
             if not results:
                 # Not before: settings that the model cannot take leave no folder behind.
-                report.create_folder(folder, config, task)
-            on_step = bars.start(f"{report.TITLES[method]}, seed {seed}", task.steps)
+                run_folder.create_folder(folder, config, task)
+            on_step = bars.start(f"{screen.TITLES[method]}, seed {seed}", task.steps)
             try:
                 result = train(config, task, method, seed, model, optimizer, on_step)
             except torch.OutOfMemoryError:
@@ -246,13 +246,14 @@ def run(config: FinetuneConfig) -> Path:
                     f"{task.device} ran out of memory; lower --batch-size or --max-length, "
                     "or take --dtype bfloat16"
                 ) from None
-            with report.writing(folder):
-                report.save_run(folder, result, model, task)
+            with run_folder.writing(folder):
+                run_folder.save_run(folder, result, model, task)
             results.append(result)
             del model, optimizer
             gc.collect()  # hooks may tie the two in a cycle, and the next run needs the memory
-    with report.writing(folder):
-        report.finish(folder, config, results)
+    with run_folder.writing(folder):
+        summary = run_folder.finish(folder, results)
+    screen.show_results(folder, config, summary, [result.metrics for result in results])
     return folder
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from eflat_ext import trained as training
 from eflat_ext.data import InputError
 from eflat_ext.measure import progress
-from eflat_ext.report import TITLES
+from eflat_ext.screen import TITLES
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
 
 if TYPE_CHECKING:

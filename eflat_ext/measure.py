@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from eflat_ext import trained as training
 from eflat_ext.data import InputError
 from eflat_ext.full_space import adapted_layers, gradients, mean_loss
-from eflat_ext.report import versions
+from eflat_ext.run_folder import versions
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
 
 if TYPE_CHECKING:

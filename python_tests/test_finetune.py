@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import make_rows, save_tiny_model, write_csv
 
-from eflat_ext import experiment, finetune, loading, measure, plan, report
+from eflat_ext import experiment, finetune, loading, measure, plan, run_folder
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, Texts
 
@@ -309,21 +309,21 @@ def test_the_summary_is_mean_and_standard_error():
         }
         for accuracy, seconds in ((0.7, 1.0), (0.8, 9.0), (0.9, 2.0))
     ]
-    (row,) = report.summarize(runs)
+    (row,) = run_folder.summarize(runs)
     assert row["accuracy"] == pytest.approx(0.8)
     assert row["accuracy_standard_error"] == pytest.approx(0.1 / math.sqrt(3))
     assert row["loss_standard_error"] == 0.0
     assert row["seconds_per_step"] == 2.0
-    assert "accuracy_standard_error" not in report.summarize(runs[:1])[0]
+    assert "accuracy_standard_error" not in run_folder.summarize(runs[:1])[0]
 
 
 def test_a_loss_that_is_not_finite_still_gives_valid_json(tmp_path):
-    report._write_json(tmp_path / "x.json", {"a": [math.nan, 1.0], "b": -math.inf})
+    run_folder._write_json(tmp_path / "x.json", {"a": [math.nan, 1.0], "b": -math.inf})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.0], "b": None}
 
 
 def test_default_folders_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = report.free_folder(None)
+    first = run_folder.free_folder(None)
     first.mkdir(parents=True)
-    assert report.free_folder(None) != first
+    assert run_folder.free_folder(None) != first

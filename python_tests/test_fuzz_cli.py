@@ -21,7 +21,7 @@ from fuzz_cli import UNREADABLE, describe, digest, make_arguments, make_files, s
 from huggingface_hub import constants
 from peft import PeftModel
 
-from eflat_ext import cli, data, finetune, loading, report
+from eflat_ext import cli, data, finetune, loading, run_folder
 
 SEED = int(os.environ.get("EFLAT_FUZZ_SEED", "0"))
 CALLS = int(os.environ.get("EFLAT_FUZZ_CALLS", "1000"))
@@ -37,9 +37,9 @@ def folder(tmp_path, monkeypatch):
     # A name that is no file may be one of the hub's; no network is asked here.
     monkeypatch.setattr(data, "_read_hub", no_hub)
     monkeypatch.setattr(loading, "read", strict_read)
-    monkeypatch.setattr(report, "plot_losses", lambda path, results: path.write_bytes(b""))
+    monkeypatch.setattr(run_folder, "plot_losses", lambda path, results: path.write_bytes(b""))
     # Each of these takes as long as all the rest of a call.
-    monkeypatch.setattr(report, "versions", cache(report.versions))
+    monkeypatch.setattr(run_folder, "versions", cache(run_folder.versions))
     monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
     inside = tmp_path / "inside"
     inside.mkdir()
