@@ -115,6 +115,8 @@ def finish(folder: Path, results: Sequence[Result]) -> list[dict[str, Any]]:
 def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per method: mean and standard error over the seeds, seconds as a median.
 
+    Both are NaN of a figure that is not finite in some run; ``diverged`` counts such runs, if any.
+
     Args:
         results: ``Result.metrics`` of each run.
     """
@@ -122,11 +124,15 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for method in dict.fromkeys(result["method"] for result in results):
         runs = [result for result in results if result["method"] == method]
         row: dict[str, Any] = {"method": method, "seeds": len(runs)}
+        if diverged := sum(not math.isfinite(run["loss"] + run["train_loss"]) for run in runs):
+            row["diverged"] = diverged
         for name in ("accuracy", "loss", "train_loss"):
             values = [run[name] for run in runs]
-            row[name] = statistics.fmean(values)
+            finite = all(map(math.isfinite, values))
+            row[name] = statistics.fmean(values) if finite else math.nan
             if len(runs) > 1:
-                row[f"{name}_standard_error"] = statistics.stdev(values) / math.sqrt(len(runs))
+                deviation = statistics.stdev(values) if finite else math.nan
+                row[f"{name}_standard_error"] = deviation / math.sqrt(len(runs))
         row["seconds_per_step"] = statistics.median(run["seconds_per_step"] for run in runs)
         if "peak_memory_mib" in runs[0]:
             row["peak_memory_mib"] = max(run["peak_memory_mib"] for run in runs)

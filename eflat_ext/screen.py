@@ -116,13 +116,18 @@ def make_table(rows: Sequence[dict[str, Any]], part: str) -> Table:
         table.add_column("peak MiB", justify="right")
 
     def figure(row: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
+        if not math.isfinite(row[name]):
+            return "not finite"
         text = f"{row[name] * scale:.{digits}f}"
         if (error := row.get(f"{name}_standard_error")) is not None:
             text += f" ± {error * scale:.{digits}f}"
         return text
 
     for row in rows:
-        cells = [TITLES[row["method"]], figure(row, "accuracy", 2, 100) + " %"]
+        title = TITLES[row["method"]]
+        if "diverged" in row:
+            title += f" ({row['diverged']} of {row['seeds']} diverged)"
+        cells = [title, figure(row, "accuracy", 2, 100) + " %"]
         cells += [figure(row, "loss", 4), figure(row, "train_loss", 4)]
         cells += [f"{row['seconds_per_step']:.3f}"]
         if memory:

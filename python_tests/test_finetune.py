@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -317,7 +318,31 @@ def test_the_summary_is_mean_and_standard_error():
     assert "accuracy_standard_error" not in run_folder.summarize(runs[:1])[0]
 
 
-def test_a_loss_that_is_not_finite_still_gives_valid_json(tmp_path):
+def test_a_run_that_diverges_leaves_all_files_and_is_marked(settings, tmp_path, capsys):
+    given = {**settings, "rho": 1e30, "method": ["lora", "eflat"], "seeds": [0, 1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        folder = finetune.run(FinetuneConfig(**given, output_dir=tmp_path / "run"))
+    assert {"results.json", "results.csv", "loss.png"} < {path.name for path in folder.iterdir()}
+    plain, ours = json.loads((folder / "results.json").read_text())["summary"]
+    assert "diverged" not in plain and math.isfinite(plain["loss_standard_error"])
+    assert (ours["seeds"], ours["diverged"]) == (2, 2)
+    assert ours["loss"] is None and ours["loss_standard_error"] is None
+    shown = capsys.readouterr().out
+    assert "EFlat-LoRA (2 of 2 diverged)" in shown and "not finite" in shown
+    assert f"run folder: {folder}" in shown
+
+
+def test_one_diverged_seed_of_two_is_no_mean_of_the_other():
+    common = {"method": "lora", "accuracy": 0.5, "train_loss": 0.4, "seconds_per_step": 1.0}
+    for loss in (math.nan, math.inf):
+        (row,) = run_folder.summarize([{**common, "loss": 0.5}, {**common, "loss": loss}])
+        assert row["diverged"] == 1
+        assert math.isnan(row["loss"]) and math.isnan(row["loss_standard_error"])
+        assert row["train_loss"] == 0.4 and row["train_loss_standard_error"] == 0.0
+
+
+def test_json_knows_no_infinity(tmp_path):
     run_folder._write_json(tmp_path / "x.json", {"a": [math.nan, 1.0], "b": -math.inf})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.0], "b": None}
 
