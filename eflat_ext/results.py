@@ -1,6 +1,7 @@
 """The CSV file of an experiment: one row for each run, written as soon as the run has ended.
 
-A row cut off by a crash or a full disk is dropped when the file is read.
+A row cut off by a crash or a full disk is dropped when the file is read. A file that is not an
+experiment's own stays as it is.
 """
 
 from __future__ import annotations
@@ -163,16 +164,23 @@ def _mean(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _read(path: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a file; one cut off is dropped, once the header has shown whose file it is."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    reader = csv.DictReader(io.StringIO(content[:whole].decode()))
-    if whole and list(reader.fieldnames or []) != list(columns):
+    if not content:
+        return []
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        reader = csv.DictReader(io.StringIO(whole.decode()))
+        header, rows = list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error):
+        raise InputError(f"{path} holds no results of an experiment: rename or delete it") from None
+    if header != list(columns):
         raise InputError(f"{path} has other columns than this experiment: rename or delete it")
-    return list(reader)
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return rows

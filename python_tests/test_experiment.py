@@ -1,6 +1,5 @@
 """What eflat_ext.experiment promises: a grid on equal terms, tuned on validation, resumable."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -12,55 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_model import make_rows, save_tiny_model, write_csv
+from experiment_case import SHARPNESS, make_content, rows_of, write
+from tiny_model import make_rows, write_csv
 
-from eflat_ext import cli, experiment, finetune, plan
+from eflat_ext import experiment, finetune, plan
 from eflat_ext.data import InputError, flip_labels, with_typos
 from eflat_ext.results import Results, columns_of
-
-SHARPNESS = {"worst_rho": 0.1, "random_rho": 0.5, "layers": ["query", "value"], "sentences": 32}
 
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory):
-    """An experiment whose every run takes a fraction of a second."""
-    folder = tmp_path_factory.mktemp("experiment")
-    return {
-        "settings": {
-            "model": save_tiny_model(folder / "model"),
-            "data": write_csv(folder / "data.csv", make_rows(400)),
-            "max_length": 32,
-            "validation_size": 60,
-            "test_size": 80,
-            "steps": 12,
-            "rank": 4,
-            "device": "cpu",
-        },
-        "tasks": {"words": {"train_size": 48}},
-        "methods": {
-            "lora": {"tune": {"lr": [1e-3, 1e-2]}},
-            "eflat-global": {
-                "method": "eflat",
-                "norm_scope": "global",
-                "like": "lora",
-                "tune": {"rho": [0.05, 0.5]},
-            },
-        },
-        "tuning": {"seeds": [100, 101]},
-        "seeds": [0, 1, 2],
-    }
-
-
-def write(folder, content, **changes):
-    """The experiment's file, with some of its sections replaced."""
-    path = folder / "grid.yaml"
-    path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
-    return path
-
-
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return make_content(tmp_path_factory.mktemp("experiment"))
 
 
 def figures(path):
@@ -198,51 +159,18 @@ def test_killed_processes_go_on_where_they_were(finished, content, tmp_path):
     assert figures(csv_file) == figures(finished)
 
 
-def failing(config, model, steps):
-    if config.rho > 0.1:
-        raise RuntimeError("out of\nluck")
-    return finetune.METHODS["eflat"](config, model, steps)
-
-
-def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_path, capsys):
-    methods = {
-        "lora": {},
-        "bad": {"method": "failing", "tune": {"rho": [0.05, 0.5]}},
-        "hopeless": {"method": "failing", "tune": {"rho": [0.5]}},
-    }
-    path = write(tmp_path, content, methods=methods)
-    file = experiment.run(path, methods={"failing": failing})
-    rows = rows_of(file)
-    failed = [row for row in rows if row["status"] == "failed"]
-    assert {row["error"] for row in failed} == {"RuntimeError: out of"}
-    assert [row["method"] for row in failed] == ["bad"] * 2 + ["hopeless"] * 2
-    assert {r["tuned"] for r in rows if (r["stage"], r["method"]) == ("final", "bad")} == {
-        '{"rho": 0.05}'
-    }
-    out = capsys.readouterr().out
-    assert out.count("failed: tuning words") == 4 and "not run: hopeless on words" in out
-    before = len(rows)
-    experiment.run(path, methods={"failing": failing})
-    assert len(rows_of(file)) == before
-    experiment.run(path, methods={"failing": finetune.METHODS["eflat"]}, retry_failed=True)
-    assert "hopeless" in {row["method"] for row in rows_of(file) if row["stage"] == "final"}
-
-
-def test_a_loss_that_is_not_finite_is_a_failed_run(content, tmp_path):
-    path = write(tmp_path, content, methods={"lora": {"lr": 1e30}}, seeds=[0])
-    (row,) = rows_of(experiment.run(path))
-    assert row["status"] == "failed" and "not finite" in row["error"]
-
-
 def test_other_settings_than_the_rows_have_are_refused(finished, content, tmp_path):
-    (tmp_path / "grid.csv").write_bytes(finished.read_bytes())
+    before = finished.read_bytes()[:-9]  # a row cut off
+    (tmp_path / "grid.csv").write_bytes(before)
     settings = {**content["settings"], "steps": 5}
     path = write(tmp_path, content, sharpness=SHARPNESS, settings=settings)
     with pytest.raises(InputError, match="with other settings"):
         experiment.run(path)
     path = write(tmp_path, content, tasks={"words": {"train_size": 48, "also_test": ["a.csv"]}})
+    (tmp_path / "grid.csv").write_bytes(before)
     with pytest.raises(InputError, match="other columns"):
         experiment.run(path)
+    assert (tmp_path / "grid.csv").read_bytes() == before
 
 
 # --- equal terms -------------------------------------------------------------------------
@@ -315,58 +243,6 @@ def test_lists_of_sizes_and_noise_are_tasks_of_their_own(content, tmp_path):
         ("w-32-noise25", 32, 0.25),
     ]
     assert grid.count() == 4 * 2 * (2 * 2 + 3)
-
-
-# --- what goes wrong ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"methods": {"lora": {"tune": {"rhoo": [1]}}}}, ["lora", "rhoo"]),
-        ({"methods": {"lora": {"tune": {"rho": 1}}}}, ["lora", "rho", "list"]),
-        ({"methods": {"lora": {"rho": "wide"}}}, ["rho", "wide"]),
-        ({"methods": {"lora": {"lr": -1}}}, ["--lr"]),
-        ({"methods": {"sam": {}}}, ["sam", "lora-sam"]),
-        ({"methods": {"lora": {"like": "flat"}}}, ["flat"]),
-        ({"methods": {}}, ["no methods"]),
-        ({"tasks": {"t": {"train_sizes": 3}}}, ["train_sizes"]),
-        ({"tasks": {"t": {"label_noise": 2}}}, ["label_noise", "2"]),
-        ({"seeds": [100]}, ["100", "fresh"]),
-        ({"seeds": [3, 4, 3]}, ["seeds", "twice"]),
-        ({"tuning": {"seeds": [9, 9]}}, ["tuning", "twice"]),
-        ({"seeds": 3}, ["seeds", "list"]),
-        ({"tuning": {}}, ["lora", "tuning"]),
-        ({"tuning": {"seeds": [9], "choose_by": "test"}}, ["choose_by", "test"]),
-        ({"sharpness": {"worst_rho": 1}}, ["sharpness", "random_rho"]),
-        ({"sharpness": {**SHARPNESS, "worst_rho": "wide"}}, ["worst_rho", "wide", "number"]),
-        ({"sharpness": {**SHARPNESS, "layers": "query"}}, ["layers", "query", "list"]),
-        ({"sharpness": {**SHARPNESS, "radius": "row"}}, ["radius", "row", "filter"]),
-        ({"sharpness": {**SHARPNESS, "samples": 1}}, ["samples", "1"]),
-        ({"results": 5}, ["results", "5"]),
-        ({"seeds": ["first"]}, ["seeds", "first", "whole number"]),
-        ({"tuning": {"seeds": [0.5]}}, ["tuning", "0.5"]),
-        ({"tasks": {"t": {"label_noise": "some"}}}, ["label_noise", "some"]),
-        ({"tasks": {"t": {"also_test": [1]}}}, ["also_test", "1"]),
-        ({"methods": {"lora": {"steps": "many"}}}, ["steps", "many"]),
-        ({"methods": {"eflat": {"onto": "C"}}}, ["onto", "C"]),
-        ({"surplus": 1}, ["surplus"]),
-    ],
-)
-def test_wrong_files_are_one_sentence_that_names_it(content, tmp_path, capsys, changes, words):
-    path = write(tmp_path, content, **changes)
-    assert cli.main(["experiment", str(path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    for word in words:
-        assert word in line
-    assert not (tmp_path / "grid.csv").exists()
-
-
-def test_yaml_numbers_without_a_dot_are_numbers(content, tmp_path):
-    path = write(tmp_path, content)
-    path.write_text(path.read_text().replace("0.001", "1e-3"))
-    grid = plan.load(path, finetune.METHODS)
-    assert grid.methods[0].tune["lr"] == [1e-3, 1e-2]
 
 
 def test_peak_memory_is_of_the_block_alone():

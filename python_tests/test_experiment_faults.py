@@ -1,0 +1,118 @@
+"""What eflat_ext.experiment does with runs that fail and files that cannot be used."""
+
+import pytest
+from experiment_case import SHARPNESS, make_content, rows_of, write
+
+from eflat_ext import cli, experiment, finetune, plan
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    return make_content(tmp_path_factory.mktemp("experiment"))
+
+
+def failing(config, model, steps):
+    if config.rho > 0.1:
+        raise RuntimeError("out of\nluck")
+    return finetune.METHODS["eflat"](config, model, steps)
+
+
+def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_path, capsys):
+    methods = {
+        "lora": {},
+        "bad": {"method": "failing", "tune": {"rho": [0.05, 0.5]}},
+        "hopeless": {"method": "failing", "tune": {"rho": [0.5]}},
+    }
+    path = write(tmp_path, content, methods=methods)
+    file = experiment.run(path, methods={"failing": failing})
+    rows = rows_of(file)
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert {row["error"] for row in failed} == {"RuntimeError: out of"}
+    assert [row["method"] for row in failed] == ["bad"] * 2 + ["hopeless"] * 2
+    assert {r["tuned"] for r in rows if (r["stage"], r["method"]) == ("final", "bad")} == {
+        '{"rho": 0.05}'
+    }
+    out = capsys.readouterr().out
+    assert out.count("failed: tuning words") == 4 and "not run: hopeless on words" in out
+    before = len(rows)
+    experiment.run(path, methods={"failing": failing})
+    assert len(rows_of(file)) == before
+    experiment.run(path, methods={"failing": finetune.METHODS["eflat"]}, retry_failed=True)
+    assert "hopeless" in {row["method"] for row in rows_of(file) if row["stage"] == "final"}
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_run(content, tmp_path):
+    path = write(tmp_path, content, methods={"lora": {"lr": 1e30}}, seeds=[0])
+    (row,) = rows_of(experiment.run(path))
+    assert row["status"] == "failed" and "not finite" in row["error"]
+
+
+# --- files that cannot be used ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b"one line",
+        b"word,count\na,1\nb,2",
+        b"\x89PNG\r\n\x1a\n\xff\xfe",
+        b"stage,task\n\0,\n",
+        b"\n",
+    ],
+)
+def test_files_of_others_are_refused_and_stay_as_they_are(content, tmp_path, capsys, foreign):
+    path = write(tmp_path, content, results="mine")
+    (tmp_path / "mine").write_bytes(foreign)
+    assert cli.main(["experiment", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'mine'} h" in line and "rename or delete it" in line
+    assert (tmp_path / "mine").read_bytes() == foreign
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": {"lora": {"tune": {"rhoo": [1]}}}}, ["lora", "rhoo"]),
+        ({"methods": {"lora": {"tune": {"rho": 1}}}}, ["lora", "rho", "list"]),
+        ({"methods": {"lora": {"rho": "wide"}}}, ["rho", "wide"]),
+        ({"methods": {"lora": {"lr": -1}}}, ["--lr"]),
+        ({"methods": {"sam": {}}}, ["sam", "lora-sam"]),
+        ({"methods": {"lora": {"like": "flat"}}}, ["flat"]),
+        ({"methods": {}}, ["no methods"]),
+        ({"tasks": {"t": {"train_sizes": 3}}}, ["train_sizes"]),
+        ({"tasks": {"t": {"label_noise": 2}}}, ["label_noise", "2"]),
+        ({"seeds": [100]}, ["100", "fresh"]),
+        ({"seeds": [3, 4, 3]}, ["seeds", "twice"]),
+        ({"tuning": {"seeds": [9, 9]}}, ["tuning", "twice"]),
+        ({"seeds": 3}, ["seeds", "list"]),
+        ({"tuning": {}}, ["lora", "tuning"]),
+        ({"tuning": {"seeds": [9], "choose_by": "test"}}, ["choose_by", "test"]),
+        ({"sharpness": {"worst_rho": 1}}, ["sharpness", "random_rho"]),
+        ({"sharpness": {**SHARPNESS, "worst_rho": "wide"}}, ["worst_rho", "wide", "number"]),
+        ({"sharpness": {**SHARPNESS, "layers": "query"}}, ["layers", "query", "list"]),
+        ({"sharpness": {**SHARPNESS, "radius": "row"}}, ["radius", "row", "filter"]),
+        ({"sharpness": {**SHARPNESS, "samples": 1}}, ["samples", "1"]),
+        ({"results": 5}, ["results", "5"]),
+        ({"seeds": ["first"]}, ["seeds", "first", "whole number"]),
+        ({"tuning": {"seeds": [0.5]}}, ["tuning", "0.5"]),
+        ({"tasks": {"t": {"label_noise": "some"}}}, ["label_noise", "some"]),
+        ({"tasks": {"t": {"also_test": [1]}}}, ["also_test", "1"]),
+        ({"methods": {"lora": {"steps": "many"}}}, ["steps", "many"]),
+        ({"methods": {"eflat": {"onto": "C"}}}, ["onto", "C"]),
+        ({"surplus": 1}, ["surplus"]),
+    ],
+)
+def test_wrong_files_are_one_sentence_that_names_it(content, tmp_path, capsys, changes, words):
+    path = write(tmp_path, content, **changes)
+    assert cli.main(["experiment", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "grid.csv").exists()
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(content, tmp_path):
+    path = write(tmp_path, content)
+    path.write_text(path.read_text().replace("0.001", "1e-3"))
+    grid = plan.load(path, finetune.METHODS)
+    assert grid.methods[0].tune["lr"] == [1e-3, 1e-2]
