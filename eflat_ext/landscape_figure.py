@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eflat_ext import trained as training
 from eflat_ext.data import InputError
-from eflat_ext.measure import progress
+from eflat_ext.each_run import ABOUT, measure_each, named_errors
+from eflat_ext.measured_files import check_files, write_csv, writing
 from eflat_ext.screen import TITLES
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
+_NUMBERS = (*ABOUT, "sample", "x", "y", "loss")
 _WIDTH = 6.75  # inches: two columns of a paper
 _STYLE: Any = {
     "font.size": 9,
@@ -62,7 +61,7 @@ class LandscapeConfig(MeasureConfig):
     product: Literal["exact", "finite-difference"] = "exact"
     """How the Hessian is multiplied with."""
     output: Path = Path("landscape.png")
-    """The figure, .png, .svg or .pdf; the numbers go beside it as .csv."""
+    """The figure, NAME.png, .svg or .pdf; its numbers go beside it as NAME.csv."""
 
     def check(self) -> None:
         """Raise :class:`InputError` naming the first setting that is out of range."""
@@ -94,34 +93,26 @@ def run(places: Sequence[Path], config: LandscapeConfig) -> list[dict[str, Any]]
 
     config.check()
     runs = training.find(places)
-    if config.directions == "line" and len(runs) < 2:
+    config.check_use(runs)
+    along_line = config.directions == "line"
+    if along_line and len(runs) < 2:
         raise InputError("--directions line needs two adapters or more")
-    training.check_output(config.output)
-    rows: list[dict[str, Any]] = []
+    figure, numbers = config.output, config.output.with_suffix(".csv")
+    check_files({figure: (), numbers: _NUMBERS}, training.data_of(runs, config))
     first: Loaded | None = None
-    with progress() as bars:
-        for one in runs:
-            loaded = training.load(one, config)
-            if config.directions == "line" and first is None:
-                first = loaded
-                continue
-            bar = bars.add_task(one.name, total=_work(config))
-            with training.named_errors(one):
-                numbers = _slices(loaded, first, config, partial(bars.advance, bar))
-            about = {"run": one.name, "method": one.method, "seed": one.seed}
-            rows += [about | number for number in numbers]
-            del loaded
-            gc.collect()
-    try:
-        path = config.output.with_suffix(".csv")
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    if along_line:
+        with named_errors(runs[0]):
+            first = training.load(runs[0], config)
+
+    def slices_of(_: Trained, loaded: Loaded, tick: Callable[[], None]) -> list[dict[str, Any]]:
+        return _slices(loaded, first, config, tick)
+
+    rows = measure_each(runs[1:] if along_line else runs, config, _work(config), slices_of)
+    with writing(numbers, figure):
+        write_csv(numbers, _NUMBERS, rows)
+    with writing(figure, figure):
         draw(rows, config, runs[0])
-    except OSError as error:
-        raise training.cannot_write(config.output, error) from None
-    Console().print(f"figure: {config.output}\nnumbers: {path}", highlight=False, soft_wrap=True)
+    Console().print(f"figure: {figure}\nnumbers: {numbers}", highlight=False, soft_wrap=True)
     return rows
 
 
@@ -303,8 +294,9 @@ def _maps(kind: Any, rows: Sequence[dict[str, Any]], config: LandscapeConfig) ->
 
 
 def _loss(config: LandscapeConfig) -> str:
-    part = {"train": "training", "validation": "validation", "test": "test"}[config.part]
-    return f"rise of the {part} loss (nats)" if config.rise else f"{part} loss (nats)"
+    part = {"train": "training ", "validation": "validation ", "test": "test "}[config.part]
+    part = "" if config.data else part  # an adapter of its own has no parts
+    return f"rise of the {part}loss (nats)" if config.rise else f"{part}loss (nats)"
 
 
 def _axis(config: LandscapeConfig, k: int) -> str:

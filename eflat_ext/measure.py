@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import gc
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eflat_ext import trained as training
 from eflat_ext.data import InputError
+from eflat_ext.each_run import ABOUT, about, measure_each
 from eflat_ext.full_space import adapted_layers, gradients, mean_loss
+from eflat_ext.measured_files import Columns, check_files, write_csv, writing
 from eflat_ext.run_folder import versions
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from rich.table import Table
 
 ITERATIONS = 20
 TRACE_PRODUCTS = 30
+_NUMBERS = (*ABOUT, "measure", "rho", "value", "standard_error")
 
 
 @dataclass(kw_only=True)
@@ -51,7 +50,8 @@ class SharpnessConfig(MeasureConfig):
     """Cutoffs of the pseudo-inverses: the first for the transfer, all for --estimate; the default
     follows from a layer's type and shape."""
     output: Path | None = None
-    """Write all numbers to this file, .csv or .json."""
+    """Write all numbers to this file, .csv or .json; those of --estimate go beside a NAME.csv as
+    NAME-estimate.csv."""
 
     def check(self) -> None:
         """Raise :class:`InputError` naming the first setting that is out of range."""
@@ -83,32 +83,27 @@ def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]
 
     config.check()
     runs = training.find(places)
-    if config.output is not None:
-        training.check_output(config.output)
-    rows: list[dict[str, Any]] = []
+    config.check_use(runs)
+    files = _files(config)
+    if files:
+        check_files(files, training.data_of(runs, config))
     qualities: list[dict[str, Any]] = []
-    with progress() as bars:
-        for one in runs:
-            bar = bars.add_task(one.name, total=_work(config))
-            loaded = training.load(one, config)
-            about = {"run": one.name, "method": one.method, "seed": one.seed}
-            with training.named_errors(one):
-                numbers = measure(one, loaded, config, partial(bars.advance, bar))
-            rows += [about | number for number in numbers]
-            if config.estimate and one.method != "full":
-                qualities += [about | row for row in _estimates(loaded, config)]
-            bars.update(bar, completed=_work(config))  # some have less to measure
-            del loaded
-            gc.collect()
+
+    def numbers_of(one: Trained, loaded: Loaded, tick: Callable[[], None]) -> list[dict[str, Any]]:
+        numbers = measure(one, loaded, config, tick)
+        if config.estimate and one.method != "full":
+            qualities.extend(about(one) | row for row in _estimates(loaded, config))
+        return numbers
+
+    rows = measure_each(runs, config, _work(config), numbers_of)
     console = Console()
     console.print(_rises(rows, config))
     if config.hessian:
         console.print(_spectra(rows))
     for name in dict.fromkeys(row["run"] for row in qualities):
         console.print(_qualities([row for row in qualities if row["run"] == name]))
-    if config.output is not None:
-        _write(config, rows, qualities)
-        console.print(f"numbers: {config.output}", highlight=False, soft_wrap=True)
+    for path in _write(files, config, rows, qualities):
+        console.print(f"numbers: {path}", highlight=False, soft_wrap=True)
     return rows
 
 
@@ -180,21 +175,6 @@ def measure(
     return rows
 
 
-def progress() -> Progress:
-    """Progress bars on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    return Bars(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-
-
 def _work(config: SharpnessConfig) -> int:
     count = 4 + 2 * len(config.rho) + config.samples * len(config.rho)
     return count + (ITERATIONS + TRACE_PRODUCTS) * len(config.hessian)
@@ -217,8 +197,10 @@ def _rises(rows: Sequence[dict[str, Any]], config: SharpnessConfig) -> Table:
     from rich.table import Table
 
     unit = {"absolute": "", "layer": " of each layer's norm", "filter": " of each row's norm"}
+    kinds = sorted({row["method"] == training.ADAPTER for row in rows})
+    where = [str(config.data) if own else f"the {config.part} part" for own in kinds]
     table = Table(
-        title=f"rise of the loss (nats) on the {config.part} part, "
+        title=f"rise of the loss (nats) on {' and '.join(where)}, "
         f"radius{unit[config.radius]} per {'model' if config.norm_scope == 'global' else 'layer'}"
     )
     table.add_column("run", no_wrap=True)
@@ -290,30 +272,45 @@ def _figure(row: dict[str, Any]) -> str:
     return text
 
 
-def _write(
-    config: SharpnessConfig, rows: Sequence[dict[str, Any]], qualities: Sequence[dict[str, Any]]
-) -> None:
+def _files(config: SharpnessConfig) -> dict[Path, Columns]:
+    """The files to write, ``config.output`` first, and the columns of those in CSV."""
     path = config.output
-    assert path is not None
-    try:
-        if path.suffix.lower() == ".csv":
-            _write_csv(path, rows)
-            if qualities:
-                _write_csv(path.with_name(f"{path.stem}-estimate.csv"), qualities)
-            return
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-        content: dict[str, Any] = {"versions": versions(), "settings": settings}
-        content |= {"numbers": _plain(rows), "estimates": _plain(qualities)}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise training.cannot_write(path, error) from None
+    if path is None:
+        return {}
+    if path.suffix.lower() != ".csv":
+        return {path: ()}
+    files: dict[Path, Columns] = {path: _NUMBERS}
+    if config.estimate:
+        from eflat_ext.estimate import Quality
+
+        of_estimate = tuple(one.name for one in fields(Quality))
+        files[path.with_name(f"{path.stem}-estimate.csv")] = (*ABOUT, *of_estimate)
+    return files
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(_plain(rows))
+def _write(
+    files: Mapping[Path, Columns],
+    config: SharpnessConfig,
+    rows: Sequence[dict[str, Any]],
+    qualities: Sequence[dict[str, Any]],
+) -> Iterator[Path]:
+    """Write the files; each one's path, once it is written."""
+    for (path, columns), numbers in zip(files.items(), (rows, qualities), strict=False):
+        with writing(path, next(iter(files))):
+            if columns:
+                write_csv(path, columns, _plain(numbers))
+            else:
+                path.write_text(_json(config, rows, qualities), encoding="utf-8")
+        yield path
+
+
+def _json(
+    config: SharpnessConfig, rows: Sequence[dict[str, Any]], qualities: Sequence[dict[str, Any]]
+) -> str:
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    content: dict[str, Any] = {"versions": versions(), "settings": settings}
+    content |= {"numbers": _plain(rows), "estimates": _plain(qualities)}
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _plain(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -19,27 +18,33 @@ from eflat_ext.data import InputError, Texts, split
 if TYPE_CHECKING:
     from eflat_ext.loading import Tokenizer
 
+ADAPTER = "adapter"
+"""In place of a method, for an adapter that is not in a run folder."""
+# Settings that a run folder has of its own.
+_OF_DATA = ("data", "text_column", "text_pair_column", "label_column", "max_length")
+
 
 @dataclass(kw_only=True)
 class MeasureConfig:
     """On what a loss is measured."""
 
     part: Literal["train", "validation", "test"] = "train"
-    """Part of a run's data. An adapter of its own has none: --data is taken from its start."""
+    """Part of a run folder's data; for an adapter of its own --data is taken from its start."""
     examples: int = 256
     """Number of texts, or all if there are fewer."""
     batch_size: int = 32
     """Texts of a batch."""
     data: str | None = None
-    """Data for an adapter that is not in a run folder, as for eflat finetune."""
+    """Data for an adapter that is not in a run folder, as for eflat finetune; a run folder has
+    its own, and the columns and length."""
     text_column: str = "text"
-    """Column of the texts."""
+    """Column of the texts of --data."""
     text_pair_column: str | None = None
     """Column of the second texts, where a task is on pairs of them."""
     label_column: str = "label"
     """Column of the labels; a causal language model needs none."""
     max_length: int = 128
-    """Tokens of a text; a run folder has its own."""
+    """Tokens of a text of --data."""
     layers: list[str] | None = None
     """Measure these layers only (the ends of their names); by default all with an adapter."""
     seed: int = 0
@@ -57,6 +62,19 @@ class MeasureConfig:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"the seed {self.seed} does not lie in 0 to 2^32 - 1")
 
+    def check_use(self, runs: Sequence[Trained]) -> None:
+        """Raise :class:`InputError` naming a setting that none of the runs has a use for."""
+        given = [f.name for f in fields(MeasureConfig) if getattr(self, f.name) != f.default]
+        if useless := [name for name in _OF_DATA if name in given and all(r.config for r in runs)]:
+            raise InputError(
+                f"--{useless[0].replace('_', '-')} is for an adapter that is not in a run folder; "
+                f"{runs[0].folder} has its own"
+            )
+        if "part" in given and not any(run.config for run in runs):
+            raise InputError(
+                f"--part is for run folders; {runs[0].folder} is none and is measured on --data"
+            )
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -65,7 +83,7 @@ class Trained:
     Attributes:
         folder: with the adapter, or the model of the method "full".
         name: what a table calls it.
-        method, seed: of the run; "adapter" and None outside of a run folder.
+        method, seed: of the run; :data:`ADAPTER` and None outside of a run folder.
         config: the comparison's settings; None outside of a run folder.
     """
 
@@ -103,23 +121,6 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return objective.loss_of(logits, batch.labels) * batch.weight
 
 
-def check_output(path: Path) -> None:
-    """Raise :class:`InputError` if ``--output`` cannot be written: before measuring, not after."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        path.open("ab").close()
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """The error to raise."""
-    return InputError(f"cannot write --output {path}: {error.strerror or error}")
-
-
 def find(places: Iterable[Path]) -> list[Trained]:
     """Everything trained that these folders hold.
 
@@ -136,6 +137,14 @@ def find(places: Iterable[Path]) -> list[Trained]:
     if len({trained.name for trained in found}) < len(found):
         found = [replace(trained, name=str(trained.folder)) for trained in found]
     return found
+
+
+def data_of(runs: Iterable[Trained], config: MeasureConfig) -> list[str]:
+    """What the runs are measured on, as ``--data`` and ``--test-data`` named it."""
+    given = [config.data]
+    for settings in (run.config for run in runs if run.config):
+        given += [settings.data, settings.test_data]
+    return [source for source in given if source is not None]
 
 
 def load(trained: Trained, config: MeasureConfig) -> Loaded:
@@ -207,7 +216,7 @@ def _find(place: Path) -> list[Trained]:
             order = {method: k for k, method in enumerate(config.method)}
             return sorted(trained, key=lambda t: (order.get(cast(Method, t.method), 99), t.seed))
     if (place / "adapter_config.json").is_file():
-        return [Trained(place, place.name, "adapter")]
+        return [Trained(place, place.name, ADAPTER)]
     raise InputError(f"{place} holds neither a run of eflat finetune nor a PEFT adapter")
 
 
@@ -222,25 +231,8 @@ def _read_config(path: Path) -> FinetuneConfig:
     return config
 
 
-@contextmanager
-def named_errors(trained: Trained) -> Iterator[None]:
-    """What cannot be measured there as an :class:`InputError` that names the folder.
-
-    A missing library is not the folder's fault and goes on as it is.
-    """
-    try:
-        yield
-    except ModuleNotFoundError:
-        raise
-    except (ValueError, NotImplementedError, ImportError) as error:
-        raise InputError(f"{trained.folder}: {loading.first_line(error)}") from None
-    except torch.OutOfMemoryError:
-        raise InputError(f"{trained.folder}: out of memory; lower --batch-size") from None
-
-
 def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
-    settings = cast(FinetuneConfig, trained.config)
-    settings.device = config.device
+    settings = replace(cast(FinetuneConfig, trained.config), device=config.device)
     device = loading.find_device(settings)
     splits = loading.read_splits(settings)
     part: Texts = getattr(splits, config.part)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_model import make_rows, save_tiny_model, write_csv
 
-from eflat_ext import cli, finetune, sharpness, trained
+from eflat_ext import cli, each_run, finetune, sharpness, trained
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
 from eflat_ext.full_space import mean_loss
@@ -47,7 +47,8 @@ def test_a_loaded_run_is_what_was_trained(folder):
     runs = trained.find([folder / "run"])
     assert [run.name for run in runs] == ["lora, seed 0", "eflat, seed 0", "full, seed 0"]
     for run in runs:
-        loaded = trained.load(run, MeasureConfig(part="test", examples=1000, device="cpu"))
+        loaded = trained.load(run, MeasureConfig(part="test", examples=1000, device="cpu:0"))
+        assert run.config.device == "cpu"  # of the run, not of the measuring
         with torch.no_grad():
             values = [float(trained.loss(loaded.model, batch)) for batch in loaded.batches]
         expected = json.loads((run.folder / "metrics.json").read_text())["loss"]
@@ -122,13 +123,23 @@ def test_the_hessian_of_a_run_as_csv(folder, tmp_path):
     assert own["loss"]["rho"] == "" and own["loss"]["standard_error"] == ""
 
 
-def test_an_adapter_of_its_own(folder, tmp_path):
+def test_an_adapter_of_its_own(folder, tmp_path, capsys):
     adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
     output = tmp_path / "s.csv"
-    given = ["sharpness", str(adapter), *SMALL, "--samples", "0", "--output", str(output)]
-    assert cli.main([*given, "--data", str(folder / "data.csv"), "--max-length", "32"]) == 0
+    data = ["--data", str(folder / "data.csv"), "--max-length", "32"]
+    given = [str(adapter), *SMALL, *data, "--output"]
+    assert cli.main(["sharpness", *given, str(output), "--samples", "0"]) == 0
     own = {row["measure"]: float(row["value"]) for row in read_csv(output)}
     assert own["worst"] > own["onto B"] > 0
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "data.csv" in screen and "the train part" not in screen
+    assert cli.main(["landscape", *given, str(tmp_path / "l.svg"), "--points", "3"]) == 0
+    assert ">loss (nats)<" in (tmp_path / "l.svg").read_text()
+    # Beside a run folder, which has its own data.
+    given[1:1] = [str(folder / "run" / "lora"), "--part", "test"]
+    assert cli.main(["sharpness", *given, str(output), "--samples", "0"]) == 0
+    assert "the test part and " in " ".join(capsys.readouterr().out.split())
+    assert {row["method"] for row in read_csv(output)} == {"lora", "adapter"}
 
 
 def test_a_language_model(tmp_path):
@@ -181,6 +192,13 @@ WRONG = {
     "no folder": (["sharpness", "{folder}/missing"], ["missing"]),
     "no run": (["sharpness", "{folder}/model"], ["model", "neither"]),
     "no data": (["sharpness", "{adapter}"], ["--data"]),
+    "data": (["sharpness", "{folder}/run", "--data", "none.csv"], ["--data", "run"]),
+    "column": (["landscape", "{folder}/run", "--text-column", "zzz"], ["--text-column", "run"]),
+    "length": (["sharpness", "{folder}/run", "--max-length", "9"], ["--max-length", "run"]),
+    "part": (
+        ["sharpness", "{adapter}", "--data", "{folder}/data.csv", "--part", "test"],
+        ["--part", "mine"],
+    ),
     "rho": (["sharpness", "{folder}/run", "--rho", "-1"], ["--rho", "-1"]),
     "radius": (["sharpness", "{folder}/run", "--radius", "row"], ["row"]),
     "samples": (["sharpness", "{folder}/run", "--samples", "1"], ["--samples"]),
@@ -228,6 +246,66 @@ def test_output_that_cannot_be_written_is_named_before_measuring(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken.csv", "taken.png"]
 
 
+LANDSCAPE_COLUMNS = "run,method,seed,sample,x,y,loss"
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "taken"),
+    [
+        (["landscape"], "taken.png", "taken.csv"),
+        (["sharpness"], "taken.csv", "taken.csv"),
+        (["sharpness", "--estimate"], "taken.csv", "taken-estimate.csv"),
+    ],
+)
+def test_no_file_of_others_is_overwritten(
+    folder, tmp_path, capsys, monkeypatch, command, output, taken
+):
+    monkeypatch.setattr(trained, "load", lambda *_: pytest.fail("measured"))
+    adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
+    for text in ("text,label\nword1,0\n", LANDSCAPE_COLUMNS + ",more\n", "\nnotes\n"):
+        (tmp_path / taken).write_text(text)
+        path = tmp_path / output
+        assert cli.main([command[0], str(folder / "run"), *command[1:], "--output", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert str(tmp_path / taken) in error and f"--output {path}" in error
+        assert (tmp_path / taken).read_text() == text
+    assert {p.name for p in tmp_path.iterdir()} == {"mine", taken}
+    # Data are never overwritten, whatever their columns.
+    data = tmp_path / "x" / ".." / taken
+    (tmp_path / "x").mkdir()
+    for columns in (LANDSCAPE_COLUMNS, "run,method,seed,measure,rho,value,standard_error"):
+        (tmp_path / taken).write_text(columns + "\n")
+        given = [command[0], str(adapter), *command[1:], "--data", str(data), "--output"]
+        assert cli.main([*given, str(tmp_path / output)]) == 2
+        assert "would overwrite" in capsys.readouterr().err
+
+
+def test_the_data_of_a_run_are_not_overwritten(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    text = "run,method,seed,measure,rho,value,standard_error\n"
+    (tmp_path / "test.csv").write_text(text)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        config.replace("test_data: null", f"test_data: {tmp_path}/test.csv")
+    )
+    given = ["sharpness", str(run), "--output", str(tmp_path / "test.csv")]
+    assert cli.main(given) == 2
+    assert "would overwrite the data" in capsys.readouterr().err
+    assert (tmp_path / "test.csv").read_text() == text
+
+
+def test_every_file_is_named_and_may_be_written_again(folder, tmp_path, capsys):
+    path = tmp_path / "s.csv"
+    given = ["sharpness", str(folder / "run" / "lora"), *SMALL, "--samples", "0", "--rho", "0.1"]
+    for _ in range(2):
+        assert cli.main([*given, "--estimate", "--output", str(path)]) == 0
+        screen = capsys.readouterr().out
+        assert f"numbers: {path}\n" in screen
+        assert f"numbers: {tmp_path / 's-estimate.csv'}\n" in screen
+    columns = ["run", "method", "seed", "layer", "estimate", "rtol", "cosine", "norm_ratio"]
+    assert list(read_csv(tmp_path / "s-estimate.csv")[0])[:8] == columns
+
+
 def test_a_damaged_run_is_named(folder, tmp_path):
     run = shutil.copytree(folder / "run", tmp_path / "run")
     (run / "config.yaml").write_text("method: [lora]\nrnak: 3\n")
@@ -242,7 +320,7 @@ def test_what_cannot_be_measured_names_its_folder(tmp_path):
         (NotImplementedError("no such layer"), "no such layer"),
         (torch.OutOfMemoryError("on the device"), "lower --batch-size"),
     ]:
-        with pytest.raises(InputError, match=f"here: .*{says}"), trained.named_errors(one):
+        with pytest.raises(InputError, match=f"here: .*{says}"), each_run.named_errors(one):
             raise error
-    with pytest.raises(ModuleNotFoundError, match="a library"), trained.named_errors(one):
+    with pytest.raises(ModuleNotFoundError, match="a library"), each_run.named_errors(one):
         raise ModuleNotFoundError("a library")

@@ -1,0 +1,72 @@
+"""The files that a measuring command writes, checked before it measures."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from eflat_ext.data import InputError
+
+Columns = tuple[str, ...]
+
+
+def check_files(files: Mapping[Path, Columns], read: Iterable[str]) -> None:
+    """Raise :class:`InputError` if a file cannot be written or holds what nobody asked to lose.
+
+    Args:
+        files: all that will be written, ``--output`` first, with the columns of a CSV file. One
+            with other columns is not overwritten.
+        read: names of files that are read.
+    """
+    output = next(iter(files))
+    sources = [source for name in read if (source := Path(name)).exists()]
+    for path, columns in files.items():
+        for source in sources:
+            if path.exists() and path.samefile(source):
+                raise InputError(f"{_named(path, output)} would overwrite the data, {source}")
+        with writing(path, output):
+            if columns and path.is_file() and not _holds(path, columns):
+                raise InputError(
+                    f"{_named(path, output)} would overwrite a file whose columns are not "
+                    f"{','.join(columns)}"
+                )
+    for path in files:
+        with writing(path, output):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            path.open("ab").close()
+            if new:
+                path.unlink()
+
+
+@contextmanager
+def writing(path: Path, output: Path) -> Iterator[None]:
+    """Within, an OSError becomes an InputError on ``path``, --output or a file beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {_named(path, output)}: {error.strerror or error}"
+        ) from None
+
+
+def write_csv(path: Path, columns: Columns, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, each with a value for every column."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _named(path: Path, output: Path) -> str:
+    return f"--output {path}" if path == output else f"{path} beside --output {output}"
+
+
+def _holds(path: Path, columns: Columns) -> bool:
+    """Whether the file is empty or starts with these columns, as :func:`write_csv` writes them."""
+    expected = ",".join(columns).encode()
+    with path.open("rb") as file:
+        return file.readline(len(expected) + 2).rstrip(b"\r\n") == expected or not file.tell()
