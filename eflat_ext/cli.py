@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 try:
     import cyclopts
@@ -132,12 +132,28 @@ def _launch(
         config: YAML file of settings, such as the config.yaml of a run folder; options on
             the command line win over it.
     """
-    app.config = ()
+    app.config = (_check_whole_numbers,)
     if config is not None:
-        app.config = cyclopts.config.Dict(
+        settings = cyclopts.config.Dict(
             _read_config(config), source=str(config), use_commands_as_keys=False
         )
+        app.config = (settings, _check_whole_numbers)
     app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def _check_whole_numbers(
+    _app: App, _commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
+) -> None:
+    """Refuse fractions for whole numbers, which cyclopts would round."""
+    for argument in arguments:
+        if int not in (argument.hint, *get_args(argument.hint)):  # of int, int | None, list[int]
+            continue
+        for token in argument.tokens:
+            if "." in token.value:
+                where = "" if token.source == "cli" else f" in {token.source}"
+                raise InputError(
+                    f"{argument.name} is {token.value!r}{where}, but must be a whole number"
+                )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -125,6 +125,11 @@ WRONG = {
     "rank negative": (["--rank", "-3"], ["--rank", "-3"]),
     "rank too large": (["--rank", "257"], ["--rank", "257", "256"]),
     "rank no number": (["--rank", "many"], ["--rank", "many"]),
+    "rank no whole number": (["--rank", "8.5"], ["--rank is '8.5'", "must be a whole number"]),
+    "rank with a point": (["--rank", "8."], ["--rank is '8.'", "must be a whole number"]),
+    "steps no whole number": (["--steps", "2.7"], ["--steps", "2.7", "whole number"]),
+    "a seed no whole number": (["--seeds", "3", "1.9"], ["--seeds", "1.9", "whole number"]),
+    "batch size no whole number": (["--batch-size", "0.6"], ["--batch-size", "whole number"]),
     "rtol": (["--rtol", "1e-9"], ["--rtol", "1e-09"]),
     "device": (["--device", "abacus"], ["--device abacus"]),
     "device that is not there": (["--device", "cuda:99"], ["--device cuda:99"]),
@@ -177,6 +182,9 @@ def test_wrong_input_is_one_sentence_that_names_it(tiny, capsys, monkeypatch, tm
         ("rnak: 3\n", ["rnak"]),
         ("rank: high\n", ["rank", "high"]),
         ("rank: 0\n", ["--rank"]),
+        ("rank: 8.5\n", ["--rank is '8.5' in ", "c.yaml", "must be a whole number"]),
+        ("seeds: [1, 2.0]\n", ["--seeds is '2.0'", "must be a whole number"]),
+        ("steps: 2.5\n", ["--steps", "must be a whole number"]),
         ("method: [lora, sam]\n", ["sam"]),
         ("rank: [3\n", ["no valid YAML"]),
         ("just words\n", ["holds no settings"]),
@@ -210,6 +218,16 @@ def test_wrong_labels_and_texts_are_named(tiny, capsys, tmp_path, rows, test_row
     if test_rows:
         given += ["--test-data", write_csv(tmp_path / "test.csv", test_rows)]
     fails_with_one_sentence(capsys, ["finetune", *options(*given)], words)
+
+
+def test_other_commands_round_no_whole_number_either(capsys):
+    for arguments in (
+        ["experiment", "plan.yaml", "--jobs", "1.5"],
+        ["sharpness", "run", "--samples", "2.5"],
+        ["landscape", "run", "--points", "21.5"],
+    ):
+        words = [f"{arguments[-2]} is '{arguments[-1]}', but must be a whole number"]
+        fails_with_one_sentence(capsys, arguments, words)
 
 
 def test_a_damaged_model_is_named(tiny, capsys, tmp_path):
