@@ -109,7 +109,13 @@ def foreach_perturb(
 
 
 def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if all(t.dtype == torch.float64 for t in tensors) else torch.float32
+    double = bool(tensors) and all(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def _norms_like(tensors: Sequence[Tensor]) -> Tensor:
+    like = tensors[0] if tensors else torch.empty(0)
+    return like.new_empty(len(tensors), dtype=_norm_dtype(tensors))
 
 
 @torch.library.register_fake("eflat::perturb")
@@ -125,10 +131,7 @@ def _(A, B, grad_A, grad_B, scaling, rho, onto="B", norm_scope="layer", rtol=Non
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
     targets = B if onto == "B" else A
-    norms = (
-        A[0].new_empty(len(A), dtype=_norm_dtype(A)) if A else torch.empty(0, dtype=torch.float32)
-    )
-    return [t.new_empty(t.shape) for t in targets], norms
+    return [t.new_empty(t.shape) for t in targets], _norms_like(A)
 
 
 @torch.library.register_fake("eflat::foreach_perturb_ema_")
@@ -149,7 +152,7 @@ def _(
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
     check_averages(ema, skipped, B if onto == "B" else A, beta)
-    return skipped.new_empty(len(A), dtype=_norm_dtype(A) if A else torch.float32)
+    return skipped.new_empty(len(A), dtype=_norm_dtype(A))
 
 
 @torch.library.register_fake("eflat::foreach_adamw_step_")
@@ -198,7 +201,7 @@ def _(
             raise ValueError(
                 f"{name} must have two entries per pair, {len(factors)}, got {len(values)}"
             )
-    return skipped.new_empty(len(A), dtype=_norm_dtype(A) if A else torch.float32)
+    return skipped.new_empty(len(A), dtype=_norm_dtype(A))
 
 
 @torch.library.register_fake("eflat::foreach_bound")
@@ -208,11 +211,7 @@ def _(ema, B, scaling, rho, norm_scope="layer"):
             raise ValueError(f"{name} must have one entry per pair, {len(ema)}, got {len(values)}")
     for name, tensors in (("ema", ema), ("B", B)):
         check_devices(name, tensors, ema[0].device if ema else torch.device("meta"))
-    return (
-        ema[0].new_empty(len(ema), dtype=_norm_dtype(ema))
-        if ema
-        else torch.empty(0, dtype=torch.float32)
-    )
+    return _norms_like(ema)
 
 
 # Autograd: the derivative of the same algebra in plain torch, recomputed in the backward pass.

@@ -95,6 +95,25 @@ def accumulation(method: str) -> None:
     assert max(errors_against(model, optimizer, one, single).values()) < 1e-9
 
 
+def evaluation_of_the_inner_model() -> None:
+    """On one rank alone, within a step, while the wrapper stays in training mode."""
+    model, data = lora_mlp(), batches(4)
+    net = DistributedDataParallel(model)
+    optimizer = optimizer_of(net)
+    train(net, optimizer, data[:3])
+    x = data[3][0]
+    with optimizer.clean(), torch.no_grad():
+        expected = model(x)
+    loss_of(net, own_part(data[3])).backward()
+    assert optimizer._weights.applied and net.training
+    if dist.get_rank() == 0:
+        net.module.eval()
+        assert torch.equal(net.module(x), expected)
+        net.module.train()
+    optimizer.step()
+    assert_same_on_all_ranks(named(model))
+
+
 def bad_gradient_on_one_rank(value: float, **options: Any) -> None:
     """All ranks skip alike; nothing of it is in the average."""
     model = lora_mlp()

@@ -127,6 +127,21 @@ def test_saved_weights_are_clean(method: str, moment: Callable, tmp_path: Path) 
     assert_same_bits(weights(model), held)  # saving left the model alone
 
 
+@pytest.mark.proves("Plain loops", "nothing to remember: adapters are combined of clean weights")
+@every_method
+def test_an_adapter_made_of_others_is_made_of_clean_weights(method: str) -> None:
+    model, optimizer, clean = trained(method)
+    mid_accumulation(model, optimizer)
+    assert optimizer._weights.applied
+    model.base_model.add_weighted_adapter(["default"], [1.0], "copy", combination_type="linear")
+    now = weights(model)
+    for name in clean:
+        if "lora_B" in name:
+            copied = now[name.replace(".default", ".copy")]
+            # Each factor takes the root of the weight times the scaling.
+            torch.testing.assert_close(copied / copied.norm(), clean[name] / clean[name].norm())
+
+
 def merged_reference(clean: dict[str, Tensor]) -> dict[str, Tensor]:
     other = lora_gpt2()
     other.load_state_dict(clean, strict=False)

@@ -38,6 +38,11 @@ def test_accumulation(method: str) -> None:
     together(2, "ddp_cases:accumulation", method)
 
 
+@pytest.mark.proves("Several devices", "DDP: the inner model in eval() is clean on one rank alone")
+def test_evaluation_of_the_inner_model() -> None:
+    together(2, "ddp_cases:evaluation_of_the_inner_model")
+
+
 @pytest.mark.proves("Several devices", "DDP: NaN on one rank, all skip alike")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("fused", [True, False])

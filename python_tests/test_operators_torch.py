@@ -19,6 +19,7 @@ from strategies import (
     sides,
 )
 from strategies import make_pair_on_device as make_pair
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import eflat_ext
@@ -79,6 +80,18 @@ def test_opcheck_with_gradients(dtype):
     ):
         result = torch.library.opcheck(op.default, arguments)
         assert set(result.values()) == {"SUCCESS"}, result
+
+
+def test_empty_lists_give_the_same_type_of_norms_traced_and_not():
+    empty = [[], [], [], [], []]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with FakeTensorMode():
+            fake = [ops.foreach_perturb(*empty, RHO)[1], ops.foreach_bound([], [], [], RHO)]
+        real = [ops.foreach_perturb(*empty, RHO)[1], ops.foreach_bound([], [], [], RHO)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [norms.dtype for norms in fake] == [norms.dtype for norms in real]
 
 
 def test_meta_tensors_give_shapes_and_dtypes():

@@ -262,6 +262,21 @@ def test_lora_sam_step_by_hand(scalar_problem):
     assert float(b) == pytest.approx(B0 - LR * S * a1 * w1)
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_lora_sam_step_without_a_gradient_leaves_the_pair_alone(scope):
+    a, b = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1, requires_grad=True)
+    base = torch.optim.SGD([a, b], lr=LR)
+
+    def closure():
+        base.zero_grad()
+        loss = (0 * a * b).sum()
+        loss.backward()
+        return loss
+
+    reference.lora_sam_step([(a, b, S)], base, closure, RHO1, scope)
+    assert float(a) == float(b) == 1
+
+
 @given(seeds, scopes)
 def test_bounded_averages_stay_within_the_radius(seed, scope):
     g = make_generator(seed)
