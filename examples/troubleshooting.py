@@ -95,6 +95,30 @@ def wrapped_twice() -> None:
     EFlatLoRA(model, create_eflat_optimizer(model, ADAMW))
 
 
+def base_that_moves_weights_by_itself() -> None:
+    class ScheduleFree(torch.optim.SGD):  # the two methods of schedule-free optimizers
+        def train(self) -> None: ...
+
+        def eval(self) -> None: ...
+
+    create_eflat_optimizer(make_model(), ScheduleFree, lr=0.1)
+
+
+def base_that_maximises() -> None:
+    create_eflat_optimizer(make_model(), ADAMW, maximize=True)
+
+
+def several_devices_in_one_model() -> None:
+    model = make_model()
+    model.base_model.model.head.to("meta")
+    create_eflat_optimizer(model, ADAMW)
+
+
+def rank_beyond_the_kernels() -> None:
+    config = LoraConfig(r=300, target_modules=["head"])
+    create_eflat_optimizer(get_peft_model(Net(), config), ADAMW)
+
+
 def data_parallel() -> None:
     model = make_model()
     optimizer = create_eflat_optimizer(model, ADAMW)
@@ -106,13 +130,24 @@ def copied_optimizer() -> None:
     copy.deepcopy(create_eflat_optimizer(make_model(), ADAMW))
 
 
-def checkpoint_of_another_rank() -> None:
-    def optimizer(r: int) -> EFlatLoRA:
-        config = LoraConfig(r=r, target_modules=["head"])
-        model = get_peft_model(Net(), config)
-        return create_eflat_optimizer(model, torch.optim.SGD, lr=0.1)
+def small_optimizer(r: int = 4, onto: str = "B") -> EFlatLoRA:
+    config = LoraConfig(r=r, target_modules=["head"])
+    return create_eflat_optimizer(get_peft_model(Net(), config), torch.optim.SGD, lr=0.1, onto=onto)
 
-    optimizer(4).load_state_dict(optimizer(8).state_dict())
+
+def checkpoint_of_another_rank() -> None:
+    small_optimizer().load_state_dict(small_optimizer(r=8).state_dict())
+
+
+def checkpoint_of_the_other_factor() -> None:
+    small_optimizer().load_state_dict(small_optimizer(onto="A").state_dict())
+
+
+def damaged_checkpoint() -> None:
+    state = small_optimizer().state_dict()
+    for entry in state["state"].values():
+        entry["perturbation_ema"].fill_(float("nan"))
+    small_optimizer().load_state_dict(state)
 
 
 def radius_out_of_range() -> None:
@@ -130,9 +165,15 @@ REMEDIES: dict[Callable[[], None], str] = {
     grouped_convolution: "nothing: the layer trains as with plain LoRA",
     base_needs_a_closure: "take an optimizer of one gradient: AdamW, SGD, Adafactor",
     wrapped_twice: "wrap the plain optimizer, once",
+    base_that_moves_weights_by_itself: "take an optimizer that changes weights in step() alone",
+    base_that_maximises: "negate the loss",
+    several_devices_in_one_model: "one device, or DistributedDataParallel, or FSDP2",
+    rank_beyond_the_kernels: "a smaller rank, or LoRA-SAM, which has no kernel of its own",
     data_parallel: "use DistributedDataParallel",
     copied_optimizer: "make a new one on the other model, then load_state_dict",
     checkpoint_of_another_rank: "resume with the LoraConfig that the checkpoint was made with",
+    checkpoint_of_the_other_factor: "resume with the options that the checkpoint was made with",
+    damaged_checkpoint: "resume from an earlier checkpoint",
     radius_out_of_range: "give a number >= 0, or a function of the step that returns such",
 }
 
