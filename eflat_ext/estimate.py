@@ -43,7 +43,8 @@ class Quality:
     Attributes:
         layer: its name. estimate: one of ``ESTIMATES``.
         rtol: the cutoff of the pseudo-inverses.
-        cosine: between the estimate and G; 0 for an estimate that is zero, NaN if G is.
+        cosine: between the estimate and G; 0 for an estimate that is zero, NaN if G is, or if G or
+            a factor is not finite.
         norm_ratio: its norm over that of G; over the radius for "onto B" and "onto A".
         gradient_norm: ||G||.
         top_share: the part of ||G||^2 in the largest singular value of G.
@@ -93,10 +94,13 @@ def estimate_quality(
     for layer, pair, (grad_A, grad_B) in zip(found, pairs, factors, strict=True):
         G = whole.pop(layer.name).to(layer.device).double()
         norm = float(G.norm())
-        share = _top_share(G)
+        finite = all(bool(x.isfinite().all()) for x in (G, pair.A, pair.B, grad_A, grad_B))
+        share = _top_share(G) if finite else math.nan
         for rtol in rtols:
             cutoff = default_rtol(pair.A, pair.B) if rtol is None else rtol
-            for name, X in _estimates(pair, grad_A, grad_B, cutoff).items():
+            nothing = dict.fromkeys(ESTIMATES, torch.full_like(G, math.nan))
+            estimates = _estimates(pair, grad_A, grad_B, cutoff) if finite else nothing
+            for name, X in estimates.items():
                 size = float(X.norm())
                 inner = float((X * G).sum()) / size if size else 0.0
                 ratio = size if name.startswith("onto") else _over(size, norm)

@@ -19,6 +19,7 @@ from .full_space import (
     adapted_layers,
     check_batches,
     evaluating,
+    mean_loss,
     requiring_gradients,
     shifted,
 )
@@ -65,7 +66,8 @@ def hessian(
 ) -> Spectrum:
     """The largest eigenvalues and the trace of the Hessian of the mean loss, in eval mode.
 
-    It keeps one vector of N float32 numbers for each iteration or a third of the products.
+    It keeps one vector of N float32 numbers for each iteration or a third of the products. A loss
+    that is not finite gives NaN.
 
     Args:
         model, loss_fn, batches, layers: as for :func:`eflat_ext.sharpness.worst_case`.
@@ -100,6 +102,10 @@ def hessian(
     if steps < eigenvalues:
         raise ValueError(f"iterations must be at least {eigenvalues}, got {iterations}")
     things = _library()
+    if not math.isfinite(mean_loss(model, loss_fn, batches)):  # no decomposition takes NaN
+        none = [math.nan] * eigenvalues
+        vectors = parameters[0].new_full((eigenvalues, size), math.nan)
+        return Spectrum(size, none, none, vectors, math.nan, math.nan)
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))

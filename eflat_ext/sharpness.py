@@ -125,6 +125,9 @@ def average_case(
         model, loss_fn, batches, rho, norm_scope, radius, layers: as for :func:`worst_case`.
         samples: at least 2, for the standard error. seed: of the noise.
         clean_loss: L(W), if known. on_sample: called after each sample.
+
+    Returns:
+        Both NaN where a loss is not finite.
     """
     check_options(rho, "B", norm_scope, None)
     _check_count("samples", samples, 2)
@@ -142,6 +145,8 @@ def average_case(
         ]
         rises.append(statistics.fmean(both))
         on_sample()
+    if not all(math.isfinite(value) for value in rises):  # statistics.stdev takes none of these
+        return Average(math.nan, math.nan)
     return Average(statistics.fmean(rises), statistics.stdev(rises) / math.sqrt(samples))
 
 

@@ -101,6 +101,16 @@ def test_the_hessian_against_curvlinops():
     assert found.trace == pytest.approx(trace, abs=8 * found.trace_standard_error)
 
 
+@needs_library
+@pytest.mark.parametrize("space", ["full", "lora"])
+def test_a_loss_that_is_not_finite_has_no_spectrum(space):
+    model = trained_mlp()
+    found = hessian(model, lambda *_: torch.tensor(math.inf), DATA, space=space, eigenvalues=2)
+    numbers = [*found.eigenvalues, *found.residuals, found.trace, found.trace_standard_error]
+    assert len(numbers) == 6 and all(map(math.isnan, numbers))
+    assert found.vectors.shape == (2, found.size) and bool(found.vectors.isnan().all())
+
+
 def test_the_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "hessian_eigenthings", None)
     with pytest.raises(ImportError, match=r"eflat_ext\[sharpness\]"):

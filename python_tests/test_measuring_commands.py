@@ -123,6 +123,27 @@ def test_the_hessian_of_a_run_as_csv(folder, tmp_path):
     assert own["loss"]["rho"] == "" and own["loss"]["standard_error"] == ""
 
 
+def test_a_diverged_run_has_numbers_that_are_none(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(run / "full")
+    file = run / "lora" / "seed-0" / "adapter_model.safetensors"
+    save_file({name: math.nan * x for name, x in load_file(file).items()}, file)
+    with_library = importlib.util.find_spec("hessian_eigenthings") is not None
+    more = ["--hessian", "full"] if with_library else []
+    given = [*SMALL, "--rho", "0.1", "--samples", "2", "--estimate", *more, "--layers", "query"]
+    output = tmp_path / "s.json"
+    assert cli.main(["sharpness", str(run), *given, "--output", str(output)]) == 0
+    numbers = json.loads(output.read_text())["numbers"]
+    for method in ("lora", "eflat"):
+        own = [row for row in numbers if row["method"] == method]
+        assert {row["measure"] for row in own} >= {"loss", "worst", "onto B", "random"}
+        assert all((row["value"] is None) == (method == "lora") for row in own)
+    given = ["landscape", str(run), *SMALL, "--points", "3", "--output", str(tmp_path / "l.png")]
+    assert cli.main(given) == 0
+
+
 def test_an_adapter_of_its_own(folder, tmp_path, capsys):
     adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
     output = tmp_path / "s.csv"

@@ -241,7 +241,10 @@ def test_zero_and_broken_gradients():
         assert worst_case(model, constant, DATA, 0.1, radius=radius) == 0
     assert worst_case(model, constant, DATA, 0.1, transfer="B") == 0
     assert math.isnan(worst_case(model, broken, DATA, 0.1))
-    assert all(math.isnan(row.cosine) for row in estimate_quality(model, constant, DATA))
+    for value in (math.nan, math.inf):
+        assert all(map(math.isnan, average_case(model, broken, DATA, 0.1, clean_loss=value)))
+    for loss_fn in (constant, broken):
+        assert all(math.isnan(row.cosine) for row in estimate_quality(model, loss_fn, DATA))
 
 
 def test_a_model_without_lora_by_names():
