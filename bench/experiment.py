@@ -28,7 +28,8 @@ def main(*arguments: Any, **settings: Any) -> None:
     try:
         cli.experiment(*arguments, **settings, methods=METHODS)
     except InputError as error:
-        sys.exit(str(error))
+        print(f"eflat: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

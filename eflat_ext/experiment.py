@@ -14,8 +14,10 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +41,7 @@ from eflat_ext.loading import first_line
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
 from eflat_ext.results import AllFailed, Results, Row, columns_of
 from eflat_ext.screen import experiment_progress, print_failures
+from eflat_ext.sources import check_sources
 from eflat_ext.trained import Batch, make_batches
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ def run(
 
     Raises:
         InputError: something in the file cannot be used, or the CSV file belongs to another one.
+        SystemExit: with code 1, after all is shown, if one of these runs has failed.
     """
     extra = methods or {}
     if jobs < 1:
@@ -82,6 +86,7 @@ def run(
     results = Results(experiment.results, columns_of(experiment))
     experiment = experiment.only(task, method)
     retried: set[tuple[str, ...]] = set()
+    check_sources(_pending(experiment, results, retried if retry_failed else None))
     with _workers(jobs, experiment, extra) as submit, experiment_progress(experiment) as show:
         while todo := _pending(experiment, results, retried if retry_failed else None):
             show.start(left=_count_left(experiment, results))
@@ -94,7 +99,10 @@ def run(
                     ) from None
                 retried.add(job.key())
                 show.done(job, results.append(job, figures))
-    print_failures(experiment, _rows(experiment, results), _without_choice(experiment, results))
+    rows = _rows(experiment, results)
+    print_failures(experiment, rows, _without_choice(experiment, results))
+    if errors := [row["error"] for row in rows if row["status"] != "ok"]:
+        sys.exit(f"eflat: {len(errors)} of {len(rows)} runs failed, the first with {errors[0]}")
     return experiment.results
 
 
@@ -163,6 +171,7 @@ class Runner:
         self._experiment = experiment
         self._methods = {**finetune.METHODS, **methods}
         self._prepared: dict[str, tuple[finetune.Task, dict[str, finetune.Tokens]]] = {}
+        self._errors: set[str] = set()
 
     def __call__(self, run: Run) -> dict[str, Any]:
         """The columns of its row; whatever goes wrong is a failed run."""
@@ -170,7 +179,11 @@ class Runner:
         try:
             figures = {"status": "ok", **self._figures(run)}
         except Exception as error:
-            figures = {"status": "failed", "error": f"{type(error).__name__}: {first_line(error)}"}
+            text = f"{type(error).__name__}: {first_line(error)}"
+            figures = {"status": "failed", "error": text}
+            if not isinstance(error, (InputError, FloatingPointError)) and text not in self._errors:
+                self._errors.add(text)
+                traceback.print_exc()
         return {**figures, "run_seconds": round(time.perf_counter() - start, 3)}
 
     def train(self, run: Run) -> tuple[finetune.Task, Model, finetune.Result]:

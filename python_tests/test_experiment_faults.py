@@ -1,5 +1,8 @@
 """What eflat_ext.experiment does with runs that fail and files that cannot be used."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 from experiment_case import SHARPNESS, make_content, rows_of, write
 
@@ -23,8 +26,9 @@ def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_
         "bad": {"method": "failing", "tune": {"rho": [0.05, 0.5]}},
         "hopeless": {"method": "failing", "tune": {"rho": [0.5]}},
     }
-    path = write(tmp_path, content, methods=methods)
-    file = experiment.run(path, methods={"failing": failing})
+    path, file = write(tmp_path, content, methods=methods), tmp_path / "grid.csv"
+    with pytest.raises(SystemExit, match="4 of 12 runs failed, the first with RuntimeError: out"):
+        experiment.run(path, methods={"failing": failing})
     rows = rows_of(file)
     failed = [row for row in rows if row["status"] == "failed"]
     assert {row["error"] for row in failed} == {"RuntimeError: out of"}
@@ -32,19 +36,49 @@ def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_
     assert {r["tuned"] for r in rows if (r["stage"], r["method"]) == ("final", "bad")} == {
         '{"rho": 0.05}'
     }
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err.count("Traceback") == 1 and "in failing" in err
     assert out.count("failed: tuning words") == 4 and "not run: hopeless on words" in out
     before = len(rows)
-    experiment.run(path, methods={"failing": failing})
+    with pytest.raises(SystemExit):
+        experiment.run(path, methods={"failing": failing})
     assert len(rows_of(file)) == before
     experiment.run(path, methods={"failing": finetune.METHODS["eflat"]}, retry_failed=True)
     assert "hopeless" in {row["method"] for row in rows_of(file) if row["stage"] == "final"}
 
 
-def test_a_loss_that_is_not_finite_is_a_failed_run(content, tmp_path):
-    path = write(tmp_path, content, methods={"lora": {"lr": 1e30}}, seeds=[0])
-    (row,) = rows_of(experiment.run(path))
-    assert row["status"] == "failed" and "not finite" in row["error"]
+def test_a_loss_that_is_not_finite_is_a_failed_run(content, tmp_path, capsys):
+    methods = {"lora": {"lr": 1e30}, "flat": {}}
+    path = write(tmp_path, content, methods=methods, seeds=[0])
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        cli.main(["experiment", str(path)])
+    assert "Traceback" not in capsys.readouterr().err
+    rows = {row["method"]: row for row in rows_of(tmp_path / "grid.csv")}
+    assert rows["lora"]["status"] == "failed" and "not finite" in rows["lora"]["error"]
+    assert cli.main(["experiment", str(path), "--method", "flat"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "said"),
+    [
+        ("data", "absent.csv", "absent.csv was looked for in "),
+        ("test_data", "absent.jsonl", "absent.jsonl was looked for in "),
+        ("also_test", ["absent.tsv"], "absent.tsv was looked for in "),
+        ("model", "some/absent/model", "some/absent/model was looked for in "),
+        ("label_column", "stars", "no column 'stars'"),
+    ],
+)
+def test_what_is_missing_is_found_before_the_first_run(
+    content, tmp_path, capsys, monkeypatch, setting, name, said
+):
+    monkeypatch.chdir(tmp_path)
+    tasks = {"words": {}, "others": {setting: name}}
+    path = write(tmp_path, content, tasks=tasks)
+    assert cli.main(["experiment", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "task 'others'" in line and said in line
+    assert (str(tmp_path) in line) == ("looked" in said)
+    assert not (tmp_path / "grid.csv").exists()
 
 
 # --- files that cannot be used ---------------------------------------------------------
@@ -116,3 +150,14 @@ def test_yaml_numbers_without_a_dot_are_numbers(content, tmp_path):
     path.write_text(path.read_text().replace("0.001", "1e-3"))
     grid = plan.load(path, finetune.METHODS)
     assert grid.methods[0].tune["lr"] == [1e-3, 1e-2]
+
+
+def test_the_script_with_further_methods_says_the_same(content, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
+    script = importlib.import_module("experiment")
+    path = write(tmp_path, content, seeds=[])
+    with pytest.raises(SystemExit) as ended:
+        script.main(path)
+    assert ended.value.code == cli.main(["experiment", str(path)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == second == "eflat: the experiment has no seeds"
