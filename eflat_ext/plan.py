@@ -14,14 +14,14 @@ import hashlib
 import itertools
 import json
 import math
-import types
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
+from eflat_ext.sections import Section, cast, read_yaml
 
 Stage = Literal["tuning", "final"]
 Settings = dict[str, Any]
@@ -194,22 +194,22 @@ def load(path: Path, methods: Collection[str]) -> Experiment:
     Raises:
         InputError: the file cannot be read or something in it cannot be used; the message names it.
     """
-    content = _Section(str(path), _read_yaml(path))
+    content = Section(str(path), read_yaml(path))
     shared = content.take("settings", {})
-    tuning = _Section("tuning", content.take("tuning", {}))
+    tuning = Section("tuning", content.take("tuning", {}))
     sharpness = content.take("sharpness", None)
     results = content.take("results", f"{path.stem}.csv")
     experiment = Experiment(
         name=path.stem,
-        results=(path.parent / _cast(results, str, "results")).resolve(),
+        results=(path.parent / cast(results, str, "results")).resolve(),
         tasks=[
             task
             for name, entry in content.take("tasks", {}).items()
             for task in _tasks(str(name), entry, shared)
         ],
         methods=[_method(str(name), entry) for name, entry in content.take("methods", {}).items()],
-        tuning_seeds=_cast(tuning.take("seeds", []), list[int], "tuning: seeds"),
-        seeds=_cast(content.take("seeds", []), list[int], "seeds"),
+        tuning_seeds=cast(tuning.take("seeds", []), list[int], "tuning: seeds"),
+        seeds=cast(content.take("seeds", []), list[int], "seeds"),
         choose_by=tuning.take("choose_by", "accuracy"),
         sharpness=_sharpness(sharpness) if sharpness else None,
     )
@@ -228,10 +228,16 @@ def _check(experiment: Experiment, methods: Collection[str]) -> None:
     for where, seeds in (("seeds", experiment.seeds), ("tuning: seeds", experiment.tuning_seeds)):
         if len(set(seeds)) < len(seeds):
             raise InputError(f"{where} names a seed twice")
+        if seeds:
+            with _named(where):
+                FinetuneConfig(seeds=seeds).check()
     if common := set(experiment.seeds) & set(experiment.tuning_seeds):
         raise InputError(
             f"seed {min(common)} is in seeds and in tuning: final runs need fresh ones"
         )
+    tasks = [task.name for task in experiment.tasks]
+    if twice := [name for name in tasks if tasks.count(name) > 1]:
+        raise InputError(f"two tasks are called {twice[0]!r}")
     names = [method.name for method in experiment.methods]
     for method in experiment.methods:
         if method.builder not in methods:
@@ -243,24 +249,37 @@ def _check(experiment: Experiment, methods: Collection[str]) -> None:
             raise InputError(f"method {method.name!r} has values to tune, but tuning has no seeds")
         if method.like is not None:
             if method.like not in names:
-                raise InputError(f"method {method.name!r} is like {method.like!r}, which is none")
+                raise InputError(
+                    f"method {method.name!r} is like {method.like!r}, but there is no method of "
+                    f"this name, only {', '.join(names)}"
+                )
             if experiment.method(method.like).like is not None:
                 raise InputError(f"method {method.like!r} is itself like another one")
     for task, method in itertools.product(experiment.tasks, experiment.methods):
         for tuned in method.grid():
-            Run("final", task, method, experiment.seeds[0], tuned).config().check()
+            with _named(f"task {task.name!r}, method {method.name!r}"):
+                Run("final", task, method, experiment.seeds[0], tuned).config().check()
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Puts the place before what is wrong there."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _tasks(name: str, entry: Any, shared: Mapping[str, Any]) -> Iterator[Task]:
     """One task for each training size and share of label noise that the entry lists."""
-    section = _Section(f"task {name!r}", entry)
+    section = Section(f"task {name!r}", {} if entry is None else entry)
     noises = section.take("label_noise", 0.0)
-    also = _cast(section.take("also_test", []), tuple[str, ...], f"task {name!r}: also_test")
+    also = cast(section.take("also_test", []), tuple[str, ...], f"task {name!r}: also_test")
     settings = {**shared, **section.rest()}
     sizes = settings.get("train_size")
     for size in sizes if isinstance(sizes, list) else [sizes]:
         for noise in noises if isinstance(noises, list) else [noises]:
-            noise = _cast(noise, float, f"task {name!r}: label_noise")
+            noise = cast(noise, float, f"task {name!r}: label_noise")
             if not 0 <= noise < 1:
                 raise InputError(f"task {name!r}: label_noise is {noise}, but must lie in 0 to 1")
             full = name
@@ -274,17 +293,18 @@ def _tasks(name: str, entry: Any, shared: Mapping[str, Any]) -> Iterator[Task]:
 
 
 def _method(name: str, entry: Any) -> Method:
-    section = _Section(f"method {name!r}", entry or {})
-    builder, like = section.take("method", name), section.take("like", None)
-    tune = section.take("tune", {})
-    for setting, values in tune.items():
-        if not isinstance(values, list) or not values:
-            raise InputError(f"method {name!r}: tune: {setting} needs a list of values")
     where = f"method {name!r}"
-    grid = {
-        setting: [_cast(value, _type(setting, where), f"{where}: {setting}") for value in values]
-        for setting, values in tune.items()
-    }
+    section = Section(where, {} if entry is None else entry)
+    builder = cast(section.take("method", name), str, f"{where}: method")
+    like = cast(section.take("like", None), str | None, f"{where}: like")
+    grid = {}
+    for setting, values in section.take("tune", {}).items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{where}: tune: {setting} needs a list of values")
+        kind = _type(setting, where)
+        grid[setting] = [cast(value, kind, f"{where}: {setting}") for value in values]
+        if twice := [value for value in grid[setting] if grid[setting].count(value) > 1]:
+            raise InputError(f"{where}: tune: {setting} names {twice[0]!r} twice")
     return Method(name, builder, _typed(section.rest(), where), grid, like)
 
 
@@ -295,7 +315,7 @@ def _config(settings: Settings, where: str, part: str) -> FinetuneConfig:
 def _typed(settings: Mapping[str, Any], where: str) -> Settings:
     """The settings, checked by name and type."""
     return {
-        name: _cast(value, _type(name, where), f"{where}: {name}")
+        name: cast(value, _type(name, where), f"{where}: {name}")
         for name, value in settings.items()
     }
 
@@ -306,65 +326,14 @@ def _type(name: str, where: str) -> Any:
     return _TYPES[name]
 
 
-def _cast(value: Any, kind: Any, where: str) -> Any:
-    """The value as an annotation says; YAML takes 1e-3 for a word, and 1 for no float."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _cast(value, next(arg for arg in args if arg is not type(None)), where)
-    if origin in (list, tuple) and isinstance(value, list):
-        return origin(_cast(item, args[0], where) for item in value)
-    if origin is Literal and value in args:
-        return value
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    elif (
-        isinstance(kind, type)
-        and isinstance(value, kind)
-        and isinstance(value, bool) == (kind is bool)
-    ):
-        return value
-    one = {float: "number", int: "whole number", str: "word"}.get(kind, "list")
-    wanted = " or ".join(map(str, args)) if origin is Literal else f"a {one}"
-    raise InputError(f"{where} is {value!r}, but must be {wanted}")
-
-
-class _Section:
-    """A mapping of the file, whose every name has to be known."""
-
-    def __init__(self, where: str, content: Any) -> None:
-        if not isinstance(content, dict):
-            raise InputError(f"{where}: expected names and values, not {content!r}")
-        self._where, self._content = where, dict(content)
-
-    def take(self, name: str, default: Any) -> Any:
-        """The value of ``name``, of the default's kind."""
-        value = self._content.pop(name, default)
-        if isinstance(default, (dict, list)) and not isinstance(value, type(default)):
-            kind = "a list" if isinstance(default, list) else "names and values"
-            raise InputError(f"{self._where}: {name} is {value!r}, but must be {kind}")
-        return value
-
-    def rest(self) -> dict[str, Any]:
-        """All that has not been taken."""
-        return self._content
-
-    def end(self) -> None:
-        """Complain of names that nobody asked for."""
-        for name in self._content:
-            raise InputError(f"{self._where}: there is no {name!r}")
-
-
 def _sharpness(content: Any) -> Sharpness:
-    section = _Section("sharpness", content)
+    section = Section("sharpness", content)
     given: dict[str, Any] = {}
     kinds = get_type_hints(Sharpness)
     for f in dataclasses.fields(Sharpness):
         value = section.take(f.name, dataclasses.MISSING)
         if value is not dataclasses.MISSING:
-            given[f.name] = _cast(value, kinds[f.name], f"sharpness: {f.name}")
+            given[f.name] = cast(value, kinds[f.name], f"sharpness: {f.name}")
         elif f.default is dataclasses.MISSING:
             raise InputError(f"sharpness lacks {f.name}")
     section.end()
@@ -374,14 +343,3 @@ def _sharpness(content: Any) -> Sharpness:
             value = getattr(settings, name)
             raise InputError(f"sharpness: {name} is {value}, but must be at least {least}")
     return settings
-
-
-def _read_yaml(path: Path) -> Any:
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None

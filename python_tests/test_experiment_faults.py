@@ -110,8 +110,16 @@ def test_files_of_others_are_refused_and_stay_as_they_are(content, tmp_path, cap
         ({"methods": {"lora": {"tune": {"rho": 1}}}}, ["lora", "rho", "list"]),
         ({"methods": {"lora": {"rho": "wide"}}}, ["rho", "wide"]),
         ({"methods": {"lora": {"lr": -1}}}, ["--lr"]),
+        ({"tasks": {"a": {}, "b": {"batch_size": 0}}}, ["task 'b'", "--batch-size"]),
+        ({"tasks": {"a": []}}, ["task 'a'", "[]"]),
+        ({"tasks": {"a": {"train_size": [32, 32]}}}, ["two tasks", "a-32"]),
+        ({"tasks": {"a": {"train_size": [32]}, "a-32": {}}}, ["two tasks", "a-32"]),
+        ({"methods": {"lora": {"tune": {"lr": [1e-3, "1e-3"]}}}}, ["lora", "lr", "0.001 twice"]),
+        ({"methods": {"lora": {"method": ["lora"]}}}, ["method", "['lora']", "word"]),
+        ({"methods": {"lora": {"like": 5}}}, ["like", "5", "word"]),
+        ({"methods": {"lora": []}}, ["method 'lora'", "[]"]),
         ({"methods": {"sam": {}}}, ["sam", "lora-sam"]),
-        ({"methods": {"lora": {"like": "flat"}}}, ["flat"]),
+        ({"methods": {"lora": {"like": "flat"}}}, ["no method", "'flat'", "only lora"]),
         ({"methods": {}}, ["no methods"]),
         ({"tasks": {"t": {"train_sizes": 3}}}, ["train_sizes"]),
         ({"tasks": {"t": {"label_noise": 2}}}, ["label_noise", "2"]),
@@ -119,6 +127,8 @@ def test_files_of_others_are_refused_and_stay_as_they_are(content, tmp_path, cap
         ({"seeds": [3, 4, 3]}, ["seeds", "twice"]),
         ({"tuning": {"seeds": [9, 9]}}, ["tuning", "twice"]),
         ({"seeds": 3}, ["seeds", "list"]),
+        ({"seeds": [-3]}, ["seeds", "-3", "2^32"]),
+        ({"tuning": {"seeds": [2**64]}}, ["tuning: seeds", str(2**64), "2^32"]),
         ({"tuning": {}}, ["lora", "tuning"]),
         ({"tuning": {"seeds": [9], "choose_by": "test"}}, ["choose_by", "test"]),
         ({"sharpness": {"worst_rho": 1}}, ["sharpness", "random_rho"]),
@@ -143,6 +153,36 @@ def test_wrong_files_are_one_sentence_that_names_it(content, tmp_path, capsys, c
     for word in words:
         assert word in line
     assert not (tmp_path / "grid.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds:\n- 0", "seeds:\n- 2020-99-99", ["no valid YAML", "month"]),
+        ("seeds:\n- 0", "tasks: {}\nseeds:\n- 0", ["'tasks' is there twice"]),
+        ("train_size: 48", "train_size: 48\n    train_size: 64", ["'train_size' is there twice"]),
+        ("tasks:", "tasks: &all\n  self: [*all]", ["self"]),
+        ("tasks:", "? [a]\n: 1\ntasks:", ["no valid YAML", "unhashable"]),
+    ],
+)
+def test_yaml_that_cannot_be_used(content, tmp_path, capsys, old, new, words):
+    path = write(tmp_path, content)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    assert cli.main(["experiment", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in [str(path) if "YAML" in words[0] else "", *words]:
+        assert word in line
+
+
+def test_tasks_and_methods_may_be_names_alone(content, tmp_path):
+    path = write(tmp_path, content, tasks={"words": None}, methods={"lora": None})
+    path.write_text(path.read_text().replace(" null", ""))
+    assert "words:\n" in path.read_text()
+    grid = plan.load(path, finetune.METHODS)
+    assert grid.tasks[0].settings == {**content["settings"], "train_size": None}
+    assert grid.methods == [plan.Method("lora", "lora")]
 
 
 def test_yaml_numbers_without_a_dot_are_numbers(content, tmp_path):
