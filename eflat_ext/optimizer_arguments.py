@@ -50,7 +50,7 @@ def check_transfer(onto: str, rtol: float | None) -> None:
 def number(value: Any) -> float:
     """The value as a float; NaN, which lies in no range, if it is no number."""
     try:
-        return float(value)
+        return math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
@@ -83,14 +83,29 @@ def check_operable(pairs: Sequence[LoraPair]) -> None:
             )
 
 
-def trainable_parameters(model: nn.Module, params: Any = None) -> Any:
-    """What a base optimizer is made of: ``params``, or else all that the model trains.
+def make_base(
+    model: nn.Module, optimizer_cls: type[Optimizer], params: Any, options: dict[str, Any]
+) -> Optimizer:
+    """A base optimizer of ``params``, or else of all that the model trains.
+
+    Raises:
+        TypeError: ``optimizer_cls`` is an optimizer, or the model is none.
+        ValueError: the model trains nothing.
+    """
+    if isinstance(optimizer_cls, Optimizer):
+        raise TypeError(
+            "optimizer_cls: expected a class of optimizers, got an instance of "
+            f"{type(optimizer_cls).__name__}: EFlatLoRA(model, base) takes one as its base"
+        )
+    return optimizer_cls(trainable_parameters(model) if params is None else params, **options)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What a model trains.
 
     Raises:
         TypeError, ValueError: the model is none, or trains nothing.
     """
-    if params is not None:
-        return params
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -16,7 +16,7 @@ from .additions import Addition, BoundedAverages
 from .dtensors import is_dtensor, local
 from .engines import initialises_state
 from .fused_step import adamw_lists, without_gradients
-from .optimizer_arguments import check_operable, check_transfer, number, trainable_parameters
+from .optimizer_arguments import check_operable, check_transfer, make_base, number
 from .optimizer_base import PerturbingOptimizer, Rho
 from .sharded import Sharding
 from .two_gradients import FlatLoRA, LoRASAM
@@ -262,7 +262,7 @@ def create_eflat_optimizer(
         params: parameters, named parameters or groups for it, in place of all trainable ones.
         **optimizer_kwargs: passed on to it (``lr`` and so on).
     """
-    base = optimizer_cls(trainable_parameters(model, params), **optimizer_kwargs)
+    base = make_base(model, optimizer_cls, params, optimizer_kwargs)
     return EFlatLoRA(
         model,
         base,
@@ -287,7 +287,7 @@ def create_flat_optimizer(
     **optimizer_kwargs: Any,
 ) -> FlatLoRA:
     """A :class:`FlatLoRA` over a new base optimizer; see :func:`create_eflat_optimizer`."""
-    base = optimizer_cls(trainable_parameters(model, params), **optimizer_kwargs)
+    base = make_base(model, optimizer_cls, params, optimizer_kwargs)
     return FlatLoRA(model, base, rho=rho, onto=onto, norm_scope=norm_scope, rtol=rtol)
 
 
@@ -301,7 +301,7 @@ def create_lora_sam_optimizer(
     **optimizer_kwargs: Any,
 ) -> LoRASAM:
     """A :class:`LoRASAM` over a new base optimizer; see :func:`create_eflat_optimizer`."""
-    base = optimizer_cls(trainable_parameters(model, params), **optimizer_kwargs)
+    base = make_base(model, optimizer_cls, params, optimizer_kwargs)
     return LoRASAM(model, base, rho=rho, norm_scope=norm_scope)
 
 

@@ -80,6 +80,10 @@ class LoraPair:
         """The parameter of B: (n, r), (n, r, 1...), or (n, r experts)."""
         return getattr(self.module_B, self.key)
 
+    def parameter(self, factor: str) -> Tensor:
+        """The parameter of factor "A" or "B"."""
+        return self.parameter_A if factor == "A" else self.parameter_B
+
     @property
     def A(self) -> Tensor:
         """The (r, m) factor: its parameter, or a view of it (a copy in ``channels_last``)."""

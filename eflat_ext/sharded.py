@@ -87,7 +87,7 @@ class Sharding:
         return None
 
     def _check(self, pair: LoraPair, factor: str) -> None:
-        parameter: Any = pair.parameter_A if factor == "A" else pair.parameter_B
+        parameter: Any = pair.parameter(factor)
         name = f"factor {factor} of {pair.name}"
         if not is_dtensor(parameter):
             self._refuse(f"{name} is no DTensor while others are")
@@ -193,7 +193,7 @@ class Sharding:
         exchange = Exchange(self.group, self.rank, self.world)
         sides: list[Side] = []
         for pair, factor in ((pair, factor) for factor in "AB" for pair in pairs):
-            parameter = _parameter(pair, factor)
+            parameter = pair.parameter(factor)
             gradient = _with_gradient(parameter)[1].double()
             if self._by_rows(factor, parameter):  # which may belong to several experts
                 rows = gradient.flatten(1).norm(dim=1, keepdim=True)
@@ -210,7 +210,7 @@ class Sharding:
 
     def gradient(self, pair: LoraPair, factor: str) -> Tensor:
         """This rank's shard of the gradient of a pair's parameter, zeros where there is none."""
-        return _with_gradient(_parameter(pair, factor))[1]
+        return _with_gradient(pair.parameter(factor))[1]
 
     def spread(
         self,
@@ -252,7 +252,7 @@ class Sharding:
             view = pair.part(factor, held[key])
             view.copy_(part.reshape(view.shape))
         for key, pair in zip(held, _one_each(pairs, target_of), strict=True):
-            parameter = _parameter(pair, factor)
+            parameter = pair.parameter(factor)
             if self._by_rows(factor, parameter):
                 start = self.rank * self._chunk(parameter, 0)
                 held[key] = held[key][start : start + local(parameter).shape[0]]
@@ -260,7 +260,7 @@ class Sharding:
 
     def _held_shape(self, pair: LoraPair, factor: str) -> torch.Size:
         """What this rank knows of a factor: its shard, or all of one that was gathered."""
-        parameter = _parameter(pair, factor)
+        parameter = pair.parameter(factor)
         return parameter.shape if self._by_rows(factor, parameter) else local(parameter).shape
 
     def _sides(
@@ -275,7 +275,7 @@ class Sharding:
         rows_of: dict[int, Rows] = {}
         blocks: dict[int, Tensor] = {}
         for i, pair in enumerate(pairs):
-            parameter = _parameter(pair, factor)
+            parameter = pair.parameter(factor)
             if not self._by_rows(factor, parameter):
                 parts = [pair.part(factor, x).flatten(1) for x in columns_of(parameter)]
                 block = torch.cat([x.T if factor == "A" else x for x in parts], 1).double()
@@ -289,7 +289,7 @@ class Sharding:
                 columns = [self._padded(parameter, x) for x in columns_of(parameter)]
                 sides[i] = rows_of[id(parameter)] = Rows(exchange, pair, *columns)
         for (i, block), (Q, R) in zip(blocks.items(), compress(blocks.values()), strict=True):
-            parameter = _parameter(pairs[i], factor)
+            parameter = pairs[i].parameter(factor)
             dim = 0 if factor == "B" else 1
             n, m, _ = pairs[i].sizes
             longest = self._chunk(parameter, dim) * ((n, m)[dim] // parameter.shape[dim])
@@ -318,10 +318,6 @@ class Sharding:
     def _chunk(self, parameter: Tensor, dim: int) -> int:
         """The size of a shard along its dimension: the first is a whole one, the last ones less."""
         return -(-parameter.shape[dim] // self.world)
-
-
-def _parameter(pair: LoraPair, factor: str) -> Tensor:
-    return pair.parameter_A if factor == "A" else pair.parameter_B
 
 
 def _with_gradient(parameter: Tensor) -> list[Tensor]:

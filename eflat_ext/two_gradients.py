@@ -308,8 +308,7 @@ class LoRASAM(TwoGradients):
             rows: list[tuple[LoraPair, int, Tensor]] = []
             for i, own in zip(indices, scale.unbind(), strict=True):
                 pair = self.pairs[i]
-                parameter = pair.parameter_A if factor == "A" else pair.parameter_B
-                index = index_of.get(id(parameter))
+                index = index_of.get(id(pair.parameter(factor)))
                 if index is not None and groups.setdefault(index, pair.group) == pair.group:
                     rows.append((pair, index, own))
             pairs, targets, scales = map(list, zip(*rows, strict=True)) if rows else ([], [], [])

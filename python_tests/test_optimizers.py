@@ -152,7 +152,7 @@ class TestAnyMethod:
 
     def test_bad_arguments(self, create: Callable) -> None:
         model = lora_mlp()
-        for rho in (-1.0, math.nan, math.inf, "wide", lambda step: -1.0):
+        for rho in (-1.0, math.nan, math.inf, "0.05", None, lambda step: -1.0):
             with pytest.raises(ValueError, match=r"rho: expected .* got"):
                 create(model, torch.optim.SGD, lr=0.1, rho=rho)
         with pytest.raises(ValueError, match=r"norm_scope: expected .* got 'all'"):
@@ -177,6 +177,8 @@ class TestAnyMethod:
         assert optimizer.rho == 0.5
 
     def test_bad_models(self, create: Callable) -> None:
+        with pytest.raises(TypeError, match=r"optimizer_cls: .* got an instance of SGD"):
+            create(lora_mlp(), torch.optim.SGD(lora_mlp().parameters(), lr=0.1))
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got NoneType"):
             create(None, torch.optim.SGD, lr=0.1)
         with pytest.raises(ValueError, match="model: expected trainable parameters, got Peft"):
