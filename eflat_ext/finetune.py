@@ -222,7 +222,8 @@ def run(config: FinetuneConfig) -> Path:
 
     Returns:
         The run folder: config.yaml, results.json, results.csv, loss.png, and for each run
-        METHOD/seed-N with the adapter (the model for "full"), metrics.json and loss.csv.
+        METHOD/seed-N with the adapter (the model for "full"), the tokenizer, classes.json,
+        metrics.json and loss.csv.
 
     Raises:
         InputError: something in ``config`` cannot be used; the message names it.

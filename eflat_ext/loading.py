@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,13 +36,14 @@ def find_device(config: FinetuneConfig) -> torch.device:
 
 
 def find_model(name: str) -> str:
-    """A path or hub name for transformers: of the packaged model for its short name."""
+    """A hub name, or the absolute path of a folder: of the packaged model for its short name."""
     packaged = {MINILM: packaged_models.minilm, SMOLLM2: packaged_models.smollm2}
     if name not in packaged:
-        return name
+        # An adapter keeps this path, and is loaded from anywhere.
+        return str(Path(name).resolve()) if os.path.isdir(name) else name
     folder = packaged[name]()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the folder holds all that is needed
-    return str(folder)
+    return str(folder.resolve())
 
 
 def load_tokenizer(path: str, config: FinetuneConfig) -> Tokenizer:

@@ -78,16 +78,19 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
-    """Write METHOD/seed-N: adapter or model, metrics.json and the loss of every step.
+    """Write METHOD/seed-N: adapter or model, tokenizer, metrics.json and the loss of every step.
 
-    The folder has its name only once it is whole, so a process that is killed leaves no other.
+    classes.json names the classes in the order of their numbers: an adapter has no place for them,
+    and beside a config.json transformers would look for a whole model. The folder has its name only
+    once it is whole, so a process that is killed leaves no other.
     """
     metrics = result.metrics
     whole = folder / metrics["method"] / f"seed-{metrics['seed']}"
     run = _unfinished(whole)
     model.save_pretrained(str(run))
-    if metrics["method"] == "full":
-        task.tokenizer.save_pretrained(run)
+    task.tokenizer.save_pretrained(run)
+    if task.splits.classes:
+        _write_json(run / "classes.json", task.splits.classes)
     _write_json(run / "metrics.json", metrics)
     with (run / "loss.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -193,6 +196,6 @@ def _write_json(path: Path, content: Any) -> None:
             return [clean(item) for item in value]
         return value
 
-    text = json.dumps(clean(content), indent=2) + "\n"
+    text = json.dumps(clean(content), indent=2, ensure_ascii=False) + "\n"
     _unfinished(path).write_text(text, encoding="utf-8")
     _unfinished(path).rename(path)

@@ -4,16 +4,21 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import warnings
+from pathlib import Path
 
+import peft
 import pytest
 import torch
-from tiny_model import make_rows, save_tiny_model, write_csv
+import transformers
+from tiny_model import make_rows, save_tiny_language_model, save_tiny_model, write_csv
 
 from eflat_ext import experiment, finetune, loading, measure, plan, run_folder
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError, Texts
 
+PAGE = Path(__file__).parent.parent / "docs" / "finetune.md"
 METHODS = ["lora", "eflat", "flat", "lora-sam", "full"]
 
 
@@ -297,6 +302,57 @@ def test_saved_runs_load_and_give_the_reported_figures(comparison, settings):
         loss, accuracy = finetune.evaluate(config, task, model, task.held_out)
         reported = json.loads((folder / "metrics.json").read_text())
         assert (loss, accuracy) == (reported["loss"], reported["accuracy"])
+
+
+@pytest.mark.parametrize("method", ["eflat", "full"])
+def test_a_run_of_three_classes_is_used_as_its_page_says(settings, tmp_path, monkeypatch, method):
+    colours = ["red", "green", "blå"]
+    rows = [(text, colours[int(label)]) for text, label in make_rows(300, classes=3)]
+    write_csv(tmp_path / "data.csv", rows)
+    monkeypatch.chdir(Path(settings["model"]).parent)  # to a relative path of the model
+    given = {**settings, "model": "model", "data": str(tmp_path / "data.csv"), "method": [method]}
+    config = FinetuneConfig(**given, output_dir=tmp_path / "run")
+    folder = finetune.run(config) / method / "seed-0"
+    test = finetune.prepare(config).splits.test
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    block = block.replace("runs/mine/eflat/seed-0", str(folder))
+    if method == "full":
+        block = block.replace("AutoPeftModelFor", "AutoModelFor")
+    names = {"json": json, "Path": Path, "texts": test.texts} | vars(transformers) | vars(peft)
+    with torch.no_grad():
+        exec(block, names)
+    classes = names["classes"]
+    assert sorted(classes) == sorted(colours)
+    right = sum(p == classes[k] for p, k in zip(names["predicted"], test.labels, strict=True))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert right / len(test) == metrics["accuracy"]
+
+
+def test_a_language_model_s_adapter_is_loaded_by_either_library(tmp_path):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = FinetuneConfig(
+        model=save_tiny_language_model(tmp_path / "model"),
+        data=write_csv(tmp_path / "data.csv", make_rows(60)),
+        task_type="CAUSAL_LM",
+        max_length=32,
+        steps=2,
+        device="cpu",
+        method=["lora"],
+        output_dir=tmp_path / "run",
+    )
+    folder = finetune.run(config) / "lora" / "seed-0"
+    assert not (folder / "classes.json").exists()
+    inputs = AutoTokenizer.from_pretrained(folder)(["word1 word2"], return_tensors="pt")
+    logits = [
+        auto.from_pretrained(folder)(**inputs).logits
+        for auto in (AutoPeftModelForCausalLM, AutoModelForCausalLM)
+    ]
+    assert torch.allclose(*logits, atol=1e-5)
 
 
 def test_the_summary_is_mean_and_standard_error():
