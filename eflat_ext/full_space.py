@@ -109,19 +109,22 @@ def adapted_layers(model: nn.Module, names: Sequence[str] | None = None) -> list
         return names is None or any(f".{name}".endswith(f".{end}") for end in names)
 
     if names is not None and not any(hasattr(module, "lora_A") for module in model.modules()):
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        there = list(linear)
         layers = [
             Layer(name, module, (module.weight.shape[0], module.weight.shape[1]))
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and wanted(name)
+            for name, module in linear.items()
+            if wanted(name)
         ]
     else:
         groups: dict[str, list[LoraPair]] = {}
         for pair in find_pairs(model):
-            if wanted(pair.layer_name):
-                groups.setdefault(pair.layer_name, []).append(pair)
-        layers = [_layer_of(name, pairs) for name, pairs in groups.items()]
+            groups.setdefault(pair.layer_name, []).append(pair)
+        there = [name.removeprefix(_PEFT_PREFIX) for name in groups]
+        layers = [_layer_of(name, pairs) for name, pairs in groups.items() if wanted(name)]
     if not layers:
-        raise ValueError(f"names: no layer of the model ends with one of {list(names or [])}")
+        some = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "")
+        raise ValueError(f"layers: none ends with one of {list(names or [])}; there are {some}")
     return layers
 
 

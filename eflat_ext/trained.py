@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from eflat_ext import loading, objective
+from eflat_ext import loading, objective, sections
 from eflat_ext.config import FinetuneConfig, Method, TaskType
 from eflat_ext.data import InputError, Texts, split
 
@@ -203,6 +204,9 @@ def _find(place: Path) -> list[Trained]:
         runs = [run for run in runs if (run / "metrics.json").is_file()]
         if runs and (folder / "config.yaml").is_file():
             config = _read_config(folder / "config.yaml")
+            for run in runs:
+                if not run.name.removeprefix("seed-").isdecimal():
+                    raise InputError(f"{run}: expected seed-N as its name, N being a number")
             trained = [
                 Trained(
                     run,
@@ -221,13 +225,18 @@ def _find(place: Path) -> list[Trained]:
 
 
 def _read_config(path: Path) -> FinetuneConfig:
-    import yaml  # type: ignore[import-untyped]
-
+    section = sections.Section(str(path), sections.read_yaml(path))
+    settings = {
+        name: sections.cast(section.take(name, None), kind, f"{path}: {name}")
+        for name, kind in get_type_hints(FinetuneConfig).items()
+        if name in section.rest()
+    }
+    section.end()
+    config = FinetuneConfig(**settings)
     try:
-        config = FinetuneConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
         config.check()
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {loading.first_line(error)}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return config
 
 
@@ -243,15 +252,14 @@ def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
     method = cast(Method, trained.method)
     layers = config.layers
     if method == "full":
-        auto = loading.auto_model(settings)
-        model: nn.Module = auto.from_pretrained(trained.folder, dtype=torch.float32)
+        model: nn.Module = _from_pretrained(settings, trained.folder)
         layers = layers or _layers_of_adapter(settings, path, splits.classes)
     else:
         base, _ = loading.load_model(
             path, settings, splits.classes, loading.of_texts(tokenizer).pad_token_id, method
         )
         # In bfloat16 the loss would be rounded by more than it rises.
-        model = _with_adapter(base.float(), trained.folder)
+        model = _with_adapter(base.float(), trained.folder, splits.classes)
     part = part.rows(range(len(part))[: config.examples])
     inputs, labels = objective.encode(settings, tokenizer, part)
     batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
@@ -273,7 +281,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
         raise InputError(f"{trained.folder} is no run of eflat finetune: give its --data")
     try:
         adapter = PeftConfig.from_pretrained(str(trained.folder))
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # those of damaged files are many and change by version
         raise InputError(f"cannot load {trained.folder}: {loading.first_line(error)}") from None
     kind = str(getattr(adapter.task_type, "value", adapter.task_type))
     if kind not in get_args(TaskType):
@@ -282,7 +290,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
             "the functions of eflat_ext.sharpness take every model"
         )
     causal = kind == "CAUSAL_LM"
-    options: dict[str, Any] = {"dtype": torch.float32}  # as above
+    options: dict[str, Any] = {}
     path = str(adapter.base_model_name_or_path)
     settings = FinetuneConfig(
         model=path,
@@ -296,15 +304,13 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     device = loading.find_device(settings)
     tokenizer = loading.of_texts(loading.load_tokenizer(path, settings))
     table = loading.read_table(settings, config.data)
+    names: list[str] = []
     if not causal:
         names = split(table, validation_size=0, test_size=0).classes
         options["num_labels"] = len(names)
-    try:
-        base = loading.auto_model(settings).from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the model {path}: {loading.first_line(error)}") from None
+    base = _from_pretrained(settings, path, **options)
     base.config.pad_token_id = tokenizer.pad_token_id
-    model = _with_adapter(base, trained.folder)
+    model = _with_adapter(base, trained.folder, names)
     table = table.rows(range(len(table))[: config.examples])
     inputs = loading.encode(tokenizer, table, config.max_length)
     labels: list[Any] = (
@@ -316,10 +322,29 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     return Loaded(model.to(device), config.layers, batches)
 
 
-def _with_adapter(base: Any, folder: Path) -> nn.Module:
+def _from_pretrained(settings: FinetuneConfig, path: str | Path, **options: Any) -> Any:
+    """The model for the task, in float32: in bfloat16 a loss is rounded by more than it rises."""
+    try:
+        return loading.auto_model(settings).from_pretrained(path, dtype=torch.float32, **options)
+    except Exception as error:  # as above
+        raise InputError(f"cannot load the model {path}: {loading.first_line(error)}") from None
+
+
+def _with_adapter(base: Any, folder: Path, classes: Sequence[str]) -> nn.Module:
+    """The model with the adapter of ``folder``; ``classes`` are those of the data."""
     from peft import PeftModel
 
     try:
         return PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"cannot load {folder}: {loading.first_line(error)}") from None
+    except Exception as error:  # as above
+        raise InputError(f"cannot load {folder}: {_misfit(error, len(classes))}") from None
+
+
+def _misfit(error: Exception, classes: int) -> str:
+    """Why an adapter cannot be loaded; of shapes that differ torch's first line says nothing."""
+    for line in str(error).splitlines():
+        if found := re.search(r"size mismatch .*Size\(\[(\d+).*Size\(\[(\d+)", line):
+            if int(found[2]) == classes:
+                return f"it tells {found[1]} classes apart, but the data have {classes}"
+            return line.strip().rstrip(".")
+    return loading.first_line(error)

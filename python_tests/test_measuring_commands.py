@@ -224,7 +224,11 @@ WRONG = {
     "radius": (["sharpness", "{folder}/run", "--radius", "row"], ["row"]),
     "samples": (["sharpness", "{folder}/run", "--samples", "1"], ["--samples"]),
     "rtol": (["sharpness", "{folder}/run", "--rtol", "2"], ["--rtol"]),
-    "layers": (["sharpness", "{folder}/run", "--layers", "qurey"], ["qurey"]),
+    "layers": (["sharpness", "{folder}/run", "--layers", "qurey"], ["qurey", "layer.0.", "query"]),
+    "classes": (
+        ["sharpness", "{adapter}", "--data", "{three}", "--max-length", "32"],
+        ["mine", "2 classes", "have 3"],
+    ),
     "output": (["sharpness", "{folder}/run", "--output", "a.txt"], ["a.txt", ".csv"]),
     "examples": (["sharpness", "{folder}/run", "--examples", "0"], ["--examples"]),
     "device": (["sharpness", "{folder}/run", "--device", "abacus"], ["abacus"]),
@@ -245,7 +249,9 @@ def test_wrong_input_is_one_sentence_that_names_it(folder, tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
     given, words = WRONG[case]
-    assert cli.main([text.format(folder=folder, adapter=adapter) for text in given]) == 2
+    three = write_csv(tmp_path / "three.csv", make_rows(30, classes=3))
+    places = {"folder": folder, "adapter": adapter, "three": three}
+    assert cli.main([text.format(**places) for text in given]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eflat: ")]
     assert len(lines) == 1
     for word in words:
@@ -329,9 +335,63 @@ def test_every_file_is_named_and_may_be_written_again(folder, tmp_path, capsys):
 
 def test_a_damaged_run_is_named(folder, tmp_path):
     run = shutil.copytree(folder / "run", tmp_path / "run")
-    (run / "config.yaml").write_text("method: [lora]\nrnak: 3\n")
-    with pytest.raises(InputError, match=r"config\.yaml"):
+    shutil.copytree(run / "eflat" / "seed-0", run / "eflat" / "seed-best")
+    with pytest.raises(InputError, match=r"eflat/seed-best: expected seed-N"):
         trained.find([run])
+    for method, file in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
+        seed = run / method / "seed-0"
+        (seed / file).write_bytes(b"not of its kind")
+        with pytest.raises(InputError, match=f"cannot load .*{seed}: "):
+            trained.load(*trained.find([seed]), MeasureConfig(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: [lora]\nrnak: 3", ["'rnak'"]),
+        ("max_length: many", ["max_length", "'many'", "whole number"]),
+        ("task_type: GUESS", ["task_type", "'GUESS'", "SEQ_CLS"]),
+        ("method: lora", ["method", "'lora'", "list"]),
+        ("rank: 0", ["--rank is 0"]),
+        ("lora", ["names and values"]),
+        ("{", ["no valid YAML"]),
+    ],
+)
+def test_damaged_settings_are_named(folder, tmp_path, text, words):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    (run / "config.yaml").write_text(text + "\n")
+    with pytest.raises(InputError, match=r"run/config\.yaml") as caught:
+        trained.find([run])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("adapter_model.safetensors", "not of its kind"),
+        ("adapter_config.json", "[]"),
+        ("adapter_config.json", "{"),
+    ],
+)
+def test_a_damaged_adapter_is_named(folder, tmp_path, file, text):
+    adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
+    (adapter / file).write_text(text)
+    config = MeasureConfig(data=str(folder / "data.csv"), max_length=32, device="cpu")
+    with pytest.raises(InputError, match=r"cannot load .*mine: "):
+        trained.load(*trained.find([adapter]), config)
+
+
+def test_an_adapter_of_another_model_does_not_fit(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
+    file = adapter / "adapter_model.safetensors"
+    wide = {n: x[:, :7].contiguous() if "lora_A" in n else x for n, x in load_file(file).items()}
+    save_file(wide, file)
+    config = MeasureConfig(data=str(folder / "data.csv"), max_length=32, device="cpu")
+    with pytest.raises(InputError, match=r"mine: size mismatch for .*lora_A.*\[4, 7\].*\[4, 32\]"):
+        trained.load(*trained.find([adapter]), config)
 
 
 def test_what_cannot_be_measured_names_its_folder(tmp_path):

@@ -263,7 +263,7 @@ WRONG = [
     ({"rho": "much"}, TypeError, "rho"),
     ({"norm_scope": "all"}, ValueError, "norm_scope"),
     ({"radius": "relative"}, ValueError, "radius"),
-    ({"layers": ["sideways"]}, ValueError, "sideways"),
+    ({"layers": ["sideways"]}, ValueError, "'sideways'.*; there are up, down"),
     ({"layers": "up"}, TypeError, "names"),
     ({"batches": []}, ValueError, "batches"),
     ({"batches": iter(DATA)}, TypeError, "batches"),
