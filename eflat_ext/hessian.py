@@ -155,7 +155,7 @@ def _library() -> Any:
         import hessian_eigenthings  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ImportError(
-            "eigenvalues and traces need hessian-eigenthings: pip install 'eflat_ext[sharpness]'"
+            "eigenvalues and traces need a library: pip install 'hessian-eigenthings>=1.0.0a5'"
         ) from error
     return hessian_eigenthings
 
