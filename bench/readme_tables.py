@@ -61,6 +61,24 @@ def _few(results: Path) -> str:
     return table(head, [row(method) for method in task.methods])
 
 
+def _tasks(results: Path) -> str:
+    """EFlat-LoRA against LoRA on every task with tuning."""
+    rows = []
+    for task in load(results):
+        if task.is_tuned() and "eflat" in task.methods:
+            accuracy, loss, gap = (
+                task.comparisons(f)["eflat"] for f in ("accuracy", "loss", "gap")
+            )
+            cells = [
+                compared_cells(accuracy, 100, 2),
+                *(compared_cells(c, 1, 3) for c in (loss, gap)),
+            ]
+            baseline = percent(task.estimate("lora", "accuracy"))
+            rows.append([task.name, baseline, *(cell for four in cells for cell in four[::3])])
+    head = ["", "LoRA's accuracy, %", "over LoRA", "", "test loss, over LoRA", "", "gap, over LoRA"]
+    return table([*head, ""], rows)
+
+
 def _demo(results: Path) -> str:
     rows = [
         [
@@ -117,6 +135,7 @@ def _floor(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "movies": _movies,
     "few": _few,
+    "tasks": _tasks,
     "demo": _demo,
     "perturb_cpu": _perturb_cpu,
     "accuracy": _accuracy,

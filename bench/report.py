@@ -20,7 +20,7 @@ import estimate_quality
 import landscapes
 from readme_tables import README, renewed
 from report_figures import draw_figures
-from summary import BASELINE, LEVEL, Comparison, TaskResults, load, pooled, step_times
+from summary import BASELINE, LEVEL, Comparison, TaskResults, load, pooled, shared, step_times
 from tables import COMPARED, compared_cells, percent, plain, table, title
 
 from eflat_ext.results import Row
@@ -85,8 +85,9 @@ def report(
     if not tasks:
         raise SystemExit("there is no CSV file of an experiment")
     parts = [HEAD.format(baseline=title(BASELINE), level=LEVEL), *_overview(tasks)]
+    parts += _correlations(tasks)
     for task in tasks:
-        parts += [f"## {task.name} ({task.experiment})", _sentences(task)]
+        parts += [f"## {task.name} ({task.experiment})", _sentences(task), _shared(task, tasks)]
         parts += [_accuracy_table(task, "accuracy", "test accuracy"), _loss_table(task)]
         parts += [_accuracy_table(task, f"accuracy@{d}", f"accuracy on {d}") for d in task.tests()]
         parts += [
@@ -154,6 +155,19 @@ def _overview(tasks: Sequence[TaskResults]) -> list[str]:
     return parts
 
 
+def _correlations(tasks: Sequence[TaskResults]) -> list[str]:
+    """How far sharpness tells the gap of the runs with an adapter, task by task."""
+    rows = []
+    for task in tasks:
+        found = [task.correlation(f"sharpness_{k}", "gap", "full") for k in ("worst", "random")]
+        if any(found):
+            cells = [f"{c[0]:.2f} ({c[1]:.2f} to {c[2]:.2f})" if c else "" for c in found]
+            rows.append([task.name, str(next(c[3] for c in found if c)), *cells])
+    words = "Correlation of sharpness with the gap over the final runs of adapters, and its 95 % "
+    head = ["", "runs", "worst case", "random noise"]
+    return [words + "interval:", table(head, rows)] if rows else []
+
+
 def _compared(task: TaskResults) -> list[str]:
     """The figures that methods are compared by."""
     also = [f"{figure}@{data}" for data in task.tests() for figure in ("accuracy", "loss")]
@@ -174,6 +188,15 @@ def _sentences(task: TaskResults) -> str:
             against = f"{KINDS[kind]}{where} against {title(BASELINE)}"
             lines.append(f"* {against} — {'; '.join(groups)}.")
     return "\n".join(lines)
+
+
+def _shared(task: TaskResults, tasks: Sequence[TaskResults]) -> str:
+    """Whose runs are counted in another section, too."""
+    return "\n".join(
+        f"* The runs of {', '.join(map(title, methods))} are among those of {name}: some of its "
+        "seeds, and no further evidence."
+        for name, methods in shared(task, [t for t in tasks if t is not task]).items()
+    )
 
 
 def _group(comparisons: dict[str, Comparison], verdict: str, kind: str) -> str:

@@ -168,6 +168,21 @@ class TaskResults:
         return [(own[seed], baseline[seed]) for seed in own if seed in baseline]
 
 
+def shared(task: TaskResults, others: Sequence[TaskResults]) -> dict[str, list[str]]:
+    """By the name of another task, the methods of this one whose final runs are some of its own."""
+    figures = ("method", "seed", "accuracy", "loss", "train_loss")
+
+    def final(one: TaskResults, method: str) -> set[tuple[str, ...]]:
+        return {tuple(row[name] for name in figures) for row in one.runs(method)}
+
+    found = {}
+    for other in others:
+        methods = [m for m in task.methods if (own := final(task, m)) and own <= final(other, m)]
+        if methods:
+            found[other.name] = methods
+    return found
+
+
 def pooled(tasks: Sequence[TaskResults], figure: str) -> dict[str, Comparison]:
     """Every other method against the baseline over the runs of all tasks that have both."""
     methods = dict.fromkeys(method for task in tasks for method in task.methods)

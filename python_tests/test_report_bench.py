@@ -239,6 +239,22 @@ def test_the_report_says_who_wins_and_shows_what_failed(results, task):
     assert "| LoRA | rho 0.5 | 3 | rho | 6 | 5 | 0 |" in lines
 
 
+def test_runs_that_two_experiments_share_are_named_once(results, task):
+    again = [r | {"task": "again"} for r in make_rows() if r["stage"] == "final"]
+    write(results / "more.csv", [r for r in again if r["method"] != "full" and r["seed"] in "01"])
+    (one, other) = summary.load(results)
+    assert summary.shared(other, [one]) == {"words": ["lora", "eflat", "flat"]}
+    assert summary.shared(one, [other]) == {}
+    text = report.report([one, other])
+    assert text.count("no further evidence") == 1
+    assert "LoRA, EFlat-LoRA, Flat-LoRA are among those of words: some of its seeds" in text
+
+
+def test_correlations_of_all_tasks_stand_side_by_side(task):
+    r, low, high, count = task.correlation("sharpness_worst", "gap", "full")
+    assert f"| words | {count} | {r:.2f} ({low:.2f} to {high:.2f}) |" in report.report([task])
+
+
 def test_the_command_writes_the_same_every_time_and_checks_it(results):
     def run(*options):
         command = [sys.executable, str(ROOT / "bench" / "report.py"), str(results), *options]
