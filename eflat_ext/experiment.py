@@ -39,7 +39,7 @@ from eflat_ext.data import (
 )
 from eflat_ext.loading import first_line
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
-from eflat_ext.results import AllFailed, Results, Row, columns_of
+from eflat_ext.results import AllFailed, Results, columns_of
 from eflat_ext.screen import experiment_progress, print_failures
 from eflat_ext.sources import check_sources
 from eflat_ext.trained import Batch, make_batches
@@ -85,11 +85,14 @@ def run(
     experiment = load(path, {**finetune.METHODS, **extra})
     results = Results(experiment.results, columns_of(experiment))
     experiment = experiment.only(task, method)
-    retried: set[tuple[str, ...]] = set()
-    check_sources(_pending(experiment, results, retried if retry_failed else None))
+    retried: set[tuple[str, ...]] | None = set() if retry_failed else None
+    check_sources(_pending(experiment, results, retried)[0])
     with _workers(jobs, experiment, extra) as submit, experiment_progress(experiment) as show:
-        while todo := _pending(experiment, results, retried if retry_failed else None):
-            show.start(left=_count_left(experiment, results))
+        while True:
+            todo, left = _pending(experiment, results, retried)
+            show.start(left)
+            if not todo:
+                break
             for job, future in _in_turn(todo, submit, 1 if jobs == 1 else 2 * jobs):
                 try:
                     figures = future.result()
@@ -97,21 +100,41 @@ def run(
                     raise InputError(
                         "a process was killed, perhaps for want of memory; run again to go on"
                     ) from None
-                retried.add(job.key())
+                if retried is not None:
+                    retried.add(job.key())
                 show.done(job, results.append(job, figures))
-    rows = _rows(experiment, results)
+    rows = [row for job in _known(experiment, results) if (row := results.of(job))]
     print_failures(experiment, rows, _without_choice(experiment, results))
     if errors := [row["error"] for row in rows if row["status"] != "ok"]:
         sys.exit(f"eflat: {len(errors)} of {len(rows)} runs failed, the first with {errors[0]}")
     return experiment.results
 
 
+def _known(experiment: Experiment, results: Results) -> list[Run]:
+    """The experiment's runs, but those that follow from a choice which is still to be made."""
+    runs: list[Run] = []
+    for task, method in itertools.product(experiment.tasks, experiment.methods):
+        with contextlib.suppress(AllFailed):
+            inherited = results.inherited(experiment, task, method)
+            if inherited is None:
+                continue
+            runs += experiment.tuning(task, method, inherited)
+            chosen = results.chosen(experiment, task, method)
+            if chosen is not None:
+                runs += [Run("final", task, method, seed, chosen) for seed in experiment.seeds]
+    return runs
+
+
 def _pending(
     experiment: Experiment, results: Results, retried: set[tuple[str, ...]] | None
-) -> list[Run]:
-    """Runs that can start now: all tuning first, then final runs seed by seed.
+) -> tuple[list[Run], int]:
+    """Runs that can start now, and how many of the experiment are left.
 
-    So the final runs of a seed, whose times are compared, are close to each other in time.
+    All tuning comes first, then final runs seed by seed. So the final runs of a seed, whose times
+    are compared, are close to each other in time.
+
+    Args:
+        retried: keys of what has been tried again; None if nothing shall be.
     """
 
     def missing(run: Run) -> bool:
@@ -120,30 +143,16 @@ def _pending(
             return True
         return retried is not None and row["status"] != "ok" and run.key() not in retried
 
-    tuning: list[Run] = []
-    final: list[Run] = []
-    for task, method in itertools.product(experiment.tasks, experiment.methods):
-        with contextlib.suppress(AllFailed):
-            inherited = results.inherited(experiment, task, method)
-            if inherited is None:
-                continue
-            own = [run for run in experiment.tuning(task, method, inherited) if missing(run)]
-            tuning += own
-            chosen = results.chosen(experiment, task, method)
-            if chosen is not None and not own:
-                runs = [Run("final", task, method, seed, chosen) for seed in experiment.seeds]
-                results.check_final(runs[0])
-                final += [run for run in runs if missing(run)]
-    return tuning or sorted(final, key=lambda run: run.seed)
-
-
-def _count_left(experiment: Experiment, results: Results) -> int:
-    return max(1, experiment.count() - len(_rows(experiment, results)))
-
-
-def _rows(experiment: Experiment, results: Results) -> list[Row]:
-    """What the file holds of the experiment's tasks and methods."""
-    return [row for row in results.rows() if experiment.holds(row)]
+    known = _known(experiment, results)
+    todo = [run for run in known if missing(run)]
+    tuning = [run for run in todo if run.stage == "tuning"]
+    in_tuning = {(run.task.name, run.method.name) for run in tuning}
+    for run in known:
+        first = run.stage == "final" and run.seed == experiment.seeds[0]
+        if first and (run.task.name, run.method.name) not in in_tuning:
+            results.check_final(run)
+    left = experiment.count() - len(known) + len(todo)
+    return tuning or sorted(todo, key=lambda run: run.seed), left
 
 
 def _without_choice(experiment: Experiment, results: Results) -> list[str]:

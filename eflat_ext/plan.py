@@ -166,12 +166,6 @@ class Experiment:
             methods=[method for method in self.methods if not methods or method.name in needed],
         )
 
-    def holds(self, row: Mapping[str, str]) -> bool:
-        """Whether a row of the results is of one of its tasks and methods."""
-        return row["task"] in {task.name for task in self.tasks} and row["method"] in {
-            method.name for method in self.methods
-        }
-
     def tuning(self, task: Task, method: Method, inherited: Settings) -> list[Run]:
         """The tuning runs of a method; none if it has no values to choose from."""
         if not method.tune:

@@ -112,10 +112,20 @@ class Results:
         return row
 
     def inherited(self, experiment: Experiment, task: Task, method: Method) -> Settings | None:
-        """What is chosen for the method that this one is like; nothing if there is none."""
+        """What is chosen for the method that this one is like; nothing if there is none.
+
+        Raises:
+            AllFailed: nothing can be.
+        """
         if method.like is None:
             return {}
-        return self.chosen(experiment, task, experiment.method(method.like))
+        try:
+            return self.chosen(experiment, task, experiment.method(method.like))
+        except AllFailed:
+            raise AllFailed(
+                f"{method.name} on {task.name}: nothing can be chosen for {method.like}, which it "
+                "is like"
+            ) from None
 
     def chosen(self, experiment: Experiment, task: Task, method: Method) -> Settings | None:
         """The tuned settings of a method: those with the best mean on the validation part.

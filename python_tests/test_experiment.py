@@ -134,6 +134,21 @@ def test_a_finished_experiment_runs_nothing(finished, monkeypatch):
     assert finished.read_bytes() == before
 
 
+def test_rows_of_runs_that_the_file_has_no_more_do_not_count(finished, content, tmp_path, capsys):
+    (chosen,) = {
+        r["tuned"] for r in rows_of(finished) if (r["stage"], r["method"]) == ("final", "lora")
+    }
+    lora = {"tune": {"lr": [yaml.safe_load(chosen)["lr"]]}}
+    path = write(
+        tmp_path, content, sharpness=SHARPNESS, methods={**content["methods"], "lora": lora}
+    )
+    (tmp_path / "grid.csv").write_bytes(finished.read_bytes())
+    experiment.run(path)
+    out, err = capsys.readouterr()
+    assert "12 of 12 runs" in out and "12/12" in err
+    assert rows_of(tmp_path / "grid.csv") == rows_of(finished)
+
+
 def test_a_row_cut_off_is_run_again(finished, content, tmp_path):
     path = write(tmp_path, content, sharpness=SHARPNESS)
     whole = finished.read_bytes()
@@ -187,7 +202,8 @@ def test_methods_of_one_seed_train_on_the_same(content, tmp_path, monkeypatch):
 
     monkeypatch.setattr(finetune, "train", train)
     methods = {name: {} for name in finetune.METHODS}
-    experiment.run(write(tmp_path, content, methods=methods))
+    with pytest.raises(SystemExit, match="15 of 15 runs failed, the first with RuntimeError: seen"):
+        experiment.run(write(tmp_path, content, methods=methods))
     assert len(seen) == 3
     for tasks in seen.values():
         assert len(tasks) == len(methods)

@@ -25,6 +25,7 @@ def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_
         "lora": {},
         "bad": {"method": "failing", "tune": {"rho": [0.05, 0.5]}},
         "hopeless": {"method": "failing", "tune": {"rho": [0.5]}},
+        "after": {"method": "eflat", "like": "hopeless"},
     }
     path, file = write(tmp_path, content, methods=methods), tmp_path / "grid.csv"
     with pytest.raises(SystemExit, match="4 of 12 runs failed, the first with RuntimeError: out"):
@@ -38,13 +39,20 @@ def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_
     }
     out, err = capsys.readouterr()
     assert err.count("Traceback") == 1 and "in failing" in err
-    assert out.count("failed: tuning words") == 4 and "not run: hopeless on words" in out
+    assert out.count("failed: tuning words") == 4 and out.count("not run: ") == 2
+    assert "not run: hopeless on words: every tuning value has a failed run" in out
+    assert "not run: after on words: nothing can be chosen for hopeless" in out
+    assert "12 of 18 runs" in out and "12/18 final" in err
     before = len(rows)
     with pytest.raises(SystemExit):
         experiment.run(path, methods={"failing": failing})
     assert len(rows_of(file)) == before
+    capsys.readouterr()
     experiment.run(path, methods={"failing": finetune.METHODS["eflat"]}, retry_failed=True)
     assert "hopeless" in {row["method"] for row in rows_of(file) if row["stage"] == "final"}
+    out, err = capsys.readouterr()
+    counted = [line.partition(" ")[0] for line in err.splitlines() if " seed " in line]
+    assert counted == [f"{k}/18" for k in range(9, 19)] and "18 of 18 runs" in out
 
 
 def test_a_loss_that_is_not_finite_is_a_failed_run(content, tmp_path, capsys):
