@@ -128,6 +128,11 @@ def adapted_layers(model: nn.Module, names: Sequence[str] | None = None) -> list
     return layers
 
 
+def constant(D: Tensor) -> Shift:
+    """The shift that is always D."""
+    return lambda: D
+
+
 def mean_loss(
     model: nn.Module,
     loss_fn: LossFn,
@@ -195,7 +200,7 @@ def gradients(
             torch.zeros_like(zero, device=store, requires_grad=False) for zero in zeros.values()
         ]
         sums += [torch.zeros_like(p, requires_grad=False) for p in wanted[len(zeros) :]]
-        shifts = {name: partial(_identity, zero) for name, zero in zeros.items()}
+        shifts = {name: constant(zero) for name, zero in zeros.items()}
         with (
             torch.enable_grad(),
             evaluating(model),
@@ -326,10 +331,6 @@ def _base_weight(layer: Layer) -> Tensor:
 
 def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"  # of transformers: (in, out)
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _groups(layers: Sequence[Layer], memory: int) -> list[list[Layer]]:

@@ -18,6 +18,7 @@ from .full_space import (
     LossFn,
     adapted_layers,
     check_batches,
+    constant,
     evaluating,
     mean_loss,
     requiring_gradients,
@@ -112,7 +113,7 @@ def hessian(
         stack.enter_context(requiring_gradients(parameters))
         if space == "full":
             pairs = zip(found, parameters, strict=True)
-            shifts = {layer.name: partial(_itself, D) for layer, D in pairs}
+            shifts = {layer.name: constant(D) for layer, D in pairs}
             stack.enter_context(shifted(found, shifts))
         if product == "exact":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # others have no second derivative
@@ -172,7 +173,3 @@ def _zeros(layers: Sequence[Layer]) -> list[nn.Parameter]:
         nn.Parameter(torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device))
         for layer in layers
     ]
-
-
-def _itself(D: Tensor) -> Tensor:
-    return D

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .full_space import Layer, LossFn, Shift, adapted_layers, mean_loss
+from .full_space import Layer, LossFn, Shift, adapted_layers, constant, mean_loss
 from .hessian import Product, hessian
 
 Direction = Mapping[str, Shift]
@@ -161,7 +161,7 @@ def line(
     direction: dict[str, Shift] = {}
     for first, second in zip(found, others, strict=True):
         D = second.weight().to(first.device) - first.weight()
-        direction[first.name] = partial(_same, D)
+        direction[first.name] = constant(D)
     losses = []
     for x in xs:
         with _blended(model, other, x, found):
@@ -171,10 +171,6 @@ def line(
 
 
 # --- inner parts -------------------------------------------------------------------------
-
-
-def _same(D: Tensor) -> Tensor:
-    return D
 
 
 def _on(D: Tensor, device: torch.device) -> Tensor:
@@ -191,8 +187,10 @@ def _blended(
     model: nn.Module, other: nn.Module, x: float, layers: Sequence[Layer]
 ) -> Iterator[None]:
     """Within, all but the layers' weights is ``(1 - x)`` of the model's, x of the other's."""
-    factors = [p for x in layers for pair in x.pairs for p in (pair.parameter_A, pair.parameter_B)]
-    inside = {id(p) for p in (*factors, *(getattr(x.module, "weight", None) for x in layers))}
+    pairs = [pair for layer in layers for pair in layer.pairs]
+    factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
+    weights = [getattr(layer.module, "weight", None) for layer in layers]
+    inside = {id(p) for p in (*factors, *weights)}
     theirs = dict(other.named_parameters())
     moving = [
         (p, theirs[name].to(p))
