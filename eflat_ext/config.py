@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eflat_ext.corpora import CORPORA
-from eflat_ext.data import MOVIE_REVIEWS, InputError
+from eflat_ext.texts import MOVIE_REVIEWS, InputError
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
 Method = Literal["lora", "eflat", "flat", "lora-sam", "full"]

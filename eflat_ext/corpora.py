@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from eflat_ext.data import MOVIE_REVIEWS, InputError, Table
+from eflat_ext.texts import MOVIE_REVIEWS, InputError, Table
 
 
 def cache_dir() -> Path:

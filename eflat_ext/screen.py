@@ -39,12 +39,14 @@ def announce(config: FinetuneConfig, task: Task) -> None:
 
     splits = task.splits
     learnt = f"{len(splits.classes)} classes" if splits.classes else "to write the label"
-    Console().print(
+    console = Console(highlight=False, markup=False)
+    console.print(
         f"{config.model} on {config.data}: {len(splits.train):,} training sentences, "
         f"{len(task.held_out):,} for {config.evaluate_on}, {learnt}; "
-        f"{task.steps:,} steps of {config.batch_size} on {task.device}",
-        highlight=False,
+        f"{task.steps:,} steps of {config.batch_size} on {task.device}"
     )
+    if str(splits.left_out):
+        console.print(str(splits.left_out))
 
 
 class Bars:
@@ -156,7 +158,7 @@ def show_results(
     console.print(make_table(summary, config.evaluate_on))
     if skipped := sum(run.get("skipped_perturbations", 0) for run in runs):
         console.print(f"{skipped} perturbations were skipped (gradient zero or not finite)")
-    console.print(f"run folder: {folder}{os.sep}", highlight=False, soft_wrap=True)
+    console.print(f"run folder: {folder}{os.sep}", highlight=False, markup=False, soft_wrap=True)
 
 
 # --- an experiment -----------------------------------------------------------------------

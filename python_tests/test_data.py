@@ -7,7 +7,7 @@ import types
 import pytest
 
 from eflat_ext.corpora import movie_reviews
-from eflat_ext.data import InputError, Table, read, split
+from eflat_ext.data import InputError, LeftOut, Table, read, split
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +198,33 @@ def test_equal_texts_never_meet_in_two_parts():
     assert len(all_keys) == len(set(all_keys)) == 40
 
 
+def test_what_is_left_out_is_counted_and_contradictions_are_named():
+    table = Table(["a", "b", "A ", "c", " a", "d", "e", "b"], list("xyxyyxyy"))
+    left_out = split(table, test_size=1, validation_size=0).left_out
+    assert left_out == LeftOut(repeated=3, contradictory=1, example=(" a", "x", "y"))
+    assert str(left_out) == (
+        "rows left out for the text of an earlier row: 3; of these with another label than the "
+        "earlier one: 1, such as ' a' with 'x' and 'y'"
+    )
+    # What is to be written may differ.
+    free = split(table, test_size=1, validation_size=0, classify=False).left_out
+    assert free == LeftOut(repeated=3)
+    tested = split(table, Table(["B", "z"], ["x", "y"]), validation_size=0).left_out
+    assert (tested.repeated, tested.in_test) == (2, 2)
+    assert "rows left out for a text of the test data: 2" in str(tested)
+    assert str(split(Table(list("abcdef"), list("xyxyxy")), test_size=1).left_out) == ""
+
+
+def test_errors_name_what_is_left_out():
+    same = Table(["t"] * 5 + ["T", "u"], list("bbbbbab"))
+    with pytest.raises(
+        InputError, match=r"label 'b' alone \(rows .*: 5; .* 1, such as 'T' with 'b'"
+    ):
+        split(same, test_size=1, validation_size=0)
+    with pytest.raises(InputError, match=r"--train-size 6 is more than the 2 .* earlier row: 5"):
+        split(same, train_size=6)
+
+
 def test_a_test_set_of_its_own_stays_whole_and_apart():
     train = Table([f"t{k}" for k in range(20)], ["a", "b"] * 10)
     test = Table(["T3", "u1", "u1", "t5 "], ["a", "b", "b", "a"])
@@ -225,5 +252,6 @@ def test_too_few_classes_unseen_labels_and_sizes():
         split(table, validation_size=33)
     with pytest.raises(InputError, match="--train-size 30 is more than the 29"):
         split(table, train_size=30)
-    with pytest.raises(InputError, match="has no sentence"):
-        split(table, table)
+    for classify in (True, False):
+        with pytest.raises(InputError, match="has no sentence: all its texts are in the test data"):
+            split(table, table, classify=classify)
