@@ -287,7 +287,8 @@ def _tuned_table(task: TaskResults) -> str:
         chosen, values, edge = "none", "", ""
         if choice is not None:
             chosen, values = _settings(choice.tuned), str(choice.values)
-            edge = ", ".join(choice.at_edge)
+            numbers = [name for name in choice.at_edge if not isinstance(choice.tuned[name], str)]
+            edge = ", ".join(numbers)  # of words there is none
         rows.append([title(method), chosen, values, edge, *map(str, runs), str(failed)])
     head = ["", "chosen on validation", "of values", "at the edge of the grid"]
     return table([*head, "tuning runs", "final runs", "failed"], rows)
@@ -299,8 +300,9 @@ def _signed(comparison: Comparison, kind: str) -> str:
     return f"{comparison.difference.mean:+.4f}"
 
 
-def _settings(tuned: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in tuned.items()) or "nothing to tune"
+def _settings(tuned: dict[str, Any]) -> str:
+    shown = [f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in tuned.items()]
+    return ", ".join(shown) or "nothing to tune"
 
 
 def _number(count: int, noun: str) -> str:

@@ -255,6 +255,20 @@ def test_correlations_of_all_tasks_stand_side_by_side(task):
     assert f"| words | {count} | {r:.2f} ({low:.2f} to {high:.2f}) |" in report.report([task])
 
 
+def test_words_may_be_tuned_as_numbers_are(results):
+    rows = make_rows()
+    for r in rows:
+        r["tuned"] = json.dumps({"onto": "A", **json.loads(r["tuned"])})
+    other = [
+        r | {"tuned": r["tuned"].replace('"A"', '"B"')} for r in rows if r["stage"] == "tuning"
+    ]
+    write(results / "grid.csv", [*rows, *other])
+    text = report.report(summary.load(results))
+    assert "| EFlat-LoRA | onto A, rho 0.2 | 6 |  | 12 | 5 | 0 |" in text
+    assert "| LoRA | onto A, rho 0.5 | 6 | rho | 12 | 5 | 0 |" in text
+    assert "Flat-LoRA, onto A, rho 0.5, seed 5: RuntimeError: no luck" in text
+
+
 def test_the_command_writes_the_same_every_time_and_checks_it(results):
     def run(*options):
         command = [sys.executable, str(ROOT / "bench" / "report.py"), str(results), *options]
