@@ -45,7 +45,7 @@ def test_everything_on_the_cpu(tmp_path):
         for key in ("seconds", "seconds_cold", "sam_seconds", "adamw_seconds"):
             assert row[key] > 0
         assert row["graph_seconds"] is None and row["no_graph"]
-        assert (row["step_seconds"] is None) == (row["no_step"] == "not built")
+        assert row["step_seconds"] > 0 and not row["no_step"]
         assert all(row["peers"][name]["seconds"] > 0 for name in gpu.PEERS)
     drawn = tmp_path / "again.svg"
     done = run("--draw", str(file), "--plot", str(drawn))
@@ -75,6 +75,25 @@ def test_failing_tests_are_reported():
     result = gpu.run_tests("cpu", ["-k", "no_test_has_this_name"], 120)
     assert not result["passed"] and "deselected" in result["summary"]
     assert gpu.run_tests("cpu", [], 0.01)["summary"] == "not finished after 0 s"
+
+
+def test_a_fused_step_that_fails_fails_the_command(tmp_path, monkeypatch, capsys):
+    def broken(pairs):
+        raise RuntimeError("no kernel image\nis available")
+
+    file = tmp_path / "numbers.json"
+    command = ["--device", "cpu", "--tiny", "--no-build", "--no-tests", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *command])
+    monkeypatch.setattr(gpu, "TINY", cases.TINY[:1])
+    monkeypatch.setattr(gpu, "contenders", lambda device: dict.fromkeys(gpu.PEERS, lambda *_: None))
+    assert gpu.main() == 0
+    monkeypatch.setattr(gpu, "fused_step", broken)
+    assert gpu.main() == 1
+    captured = capsys.readouterr()
+    assert "the fused step failed: " in captured.err
+    assert "no fused step: RuntimeError: no kernel image" in captured.out
+    rows = json.loads(file.read_text())["results"]["rows"]
+    assert len(rows) == 2 and all(row["peers"]["pinv"]["seconds"] > 0 for row in rows)
 
 
 def test_contenders_that_fail_or_are_late_leave_the_others_alone():
