@@ -37,6 +37,7 @@ from eflat_ext.data import (
     with_typos,
     without,
 )
+from eflat_ext.experiment_table import print_tables
 from eflat_ext.loading import first_line
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
 from eflat_ext.results import AllFailed, Results, columns_of
@@ -104,6 +105,7 @@ def run(
                     retried.add(job.key())
                 show.done(job, results.append(job, figures))
     rows = [row for job in _known(experiment, results) if (row := results.of(job))]
+    print_tables(rows)
     print_failures(experiment, rows, _without_choice(experiment, results))
     if errors := [row["error"] for row in rows if row["status"] != "ok"]:
         sys.exit(f"eflat: {len(errors)} of {len(rows)} runs failed, the first with {errors[0]}")

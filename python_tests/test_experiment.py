@@ -2,6 +2,7 @@
 
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -127,11 +128,21 @@ def test_a_choice_from_the_test_part_is_refused(finished, content, tmp_path):
         results.chosen(grid, grid.tasks[0], grid.methods[0])
 
 
-def test_a_finished_experiment_runs_nothing(finished, monkeypatch):
+def test_a_finished_experiment_runs_nothing_and_shows_its_means(finished, monkeypatch, capsys):
     before = finished.read_bytes()
     monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("trained again"))
     experiment.run(finished.with_name("grid.yaml"))
     assert finished.read_bytes() == before
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "words" in shown
+    final = [r for r in rows_of(finished) if (r["stage"], r["method"]) == ("final", "lora")]
+    figures = []
+    for name, scale, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
+        values = [scale * float(row[name]) for row in final]
+        mean, error = statistics.fmean(values), statistics.stdev(values) / 3**0.5
+        figures.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
+    lr = yaml.safe_load(final[0]["tuned"])["lr"]
+    assert f"lora lr {lr} 3 {figures[0]} {figures[1]} 0" in shown
 
 
 def test_rows_of_runs_that_the_file_has_no_more_do_not_count(finished, content, tmp_path, capsys):

@@ -42,6 +42,7 @@ def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_
     assert out.count("failed: tuning words") == 4 and out.count("not run: ") == 2
     assert "not run: hopeless on words: every tuning value has a failed run" in out
     assert "not run: after on words: nothing can be chosen for hopeless" in out
+    assert "hopeless 0 2" in [" ".join(line.split()) for line in out.splitlines()]
     assert "12 of 18 runs" in out and "12/18 final" in err
     before = len(rows)
     with pytest.raises(SystemExit):
