@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .pairs import LoraPair, find_pairs
+from .pairs import CONVOLUTIONS, LoraPair, find_pairs
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """The mean loss, a scalar, of a model on one batch."""
 Shift = Callable[[], Tensor]
 """Makes the (n, m) shift of one layer."""
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PEFT_PREFIX = "base_model.model."
 _KERNELS = ("MultiheadAttention", "ParamWrapper")  # their weights are no module's of their own
 MEMORY = 2**30
@@ -83,7 +82,7 @@ class Layer:
         if isinstance(self.module, nn.Embedding):
             return functional.embedding(x, D.T, padding_idx=self.module.padding_idx)
         x = x.to(D.dtype)
-        if isinstance(self.module, _CONVOLUTIONS):
+        if isinstance(self.module, CONVOLUTIONS):
             kernel = (self.shape[0], -1, *self.module.kernel_size)
             return self.module._conv_forward(x, D.reshape(kernel), None)
         return functional.linear(x, D)

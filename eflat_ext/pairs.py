@@ -31,7 +31,7 @@ _PLAIN_VARIANTS = {
     "MiCAEmbeddingVariant",
     "MiCALinearVariant",
 }
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _INNER = ("torch", __name__.split(".")[0])
 
@@ -231,13 +231,13 @@ def _pairs(layer: Any, adapter: str, name: str) -> list[LoraPair]:
 def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
     """Why this adapter's factors are no plain pair; empty when they are one."""
     layer, A, B = pair.layer, pair.module_A, pair.module_B
-    plain = (nn.Linear, nn.ParameterDict, *_CONVOLUTIONS)
+    plain = (nn.Linear, nn.ParameterDict, *CONVOLUTIONS)
     if not (isinstance(A, plain) and isinstance(B, plain)):
         return f"factors are {type(A).__name__} and {type(B).__name__}"
     for factor in (pair.parameter_A, pair.parameter_B):
         if not is_dtensor(factor) and factor.data_ptr() in shared:
             return "factor shares its memory with another parameter"
-    if isinstance(B, _CONVOLUTIONS) and (B.groups != 1 or A.groups != 1):
+    if isinstance(B, CONVOLUTIONS) and (B.groups != 1 or A.groups != 1):
         return f"{B.groups} groups"
     if isinstance(B, nn.ParameterDict) and layer.get_base_layer().max_norm is not None:
         return "max_norm"  # every forward pass renormalises A in place
