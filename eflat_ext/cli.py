@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+from eflat_ext.config import PACKAGES, FinetuneConfig
+from eflat_ext.corpora import CORPORA
+from eflat_ext.data import InputError
+from eflat_ext.landscape_figure import LandscapeConfig
+from eflat_ext.measure import SharpnessConfig
+
 try:
     import cyclopts
     from cyclopts import App, Parameter
 except ModuleNotFoundError as missing:
-    sys.exit(f"eflat: {missing}: pip install 'eflat_ext[finetune]'")
-
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError
-from eflat_ext.landscape_figure import LandscapeConfig
-from eflat_ext.measure import SharpnessConfig
+    sys.exit(f"eflat: {missing}; the command needs: pip install {PACKAGES}")
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -27,17 +28,72 @@ def _version() -> str:
     return "\n".join(f"{name} {version}" for name, version in versions().items())
 
 
+def _add_settings_of_file(
+    app: App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
+) -> None:
+    """Take from the file of --config what the command line does not set."""
+    for argument in arguments:
+        if argument.name == "--config" and argument.tokens:
+            path = Path(argument.tokens[-1].value)
+            settings = _read_config(path)
+            if "config" in settings:
+                raise InputError(f"--config {path} names a file of settings itself")
+            cyclopts.config.Dict(settings, source=str(path), use_commands_as_keys=False)(
+                app, commands, arguments
+            )
+
+
+def _check_whole_numbers(
+    _app: App, _commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
+) -> None:
+    """Refuse fractions for whole numbers, which cyclopts would round."""
+    for argument in arguments:
+        if int not in (argument.hint, *get_args(argument.hint)):  # of int, int | None, list[int]
+            continue
+        for token in argument.tokens:
+            if "." in token.value:
+                where = "" if token.source == "cli" else f" in {token.source}"
+                raise InputError(
+                    f"{argument.name} is {token.value!r}{where}, but must be a whole number"
+                )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import json
+
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)  # a device may have no end
+        if len(content) > MAX_CONFIG_BYTES:
+            raise ValueError("longer than 1 MB")
+        settings = yaml.safe_load(content.decode())
+    except OSError as error:
+        raise InputError(f"cannot read --config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Arguments may be bytes that are no text.
+        reason = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        raise InputError(f"--config {path} is no valid YAML: {reason}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {path} holds no settings, one 'name: value' a line")
+    try:
+        json.dumps(settings, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # odd keys, a value within itself
+        raise InputError(f"--config {path} holds what is no setting: {error}") from None
+    return settings
+
+
 app = App(
     name="eflat",
     help="EFlat-LoRA: sharpness-aware fine-tuning of LoRA adapters with one gradient a step.",
     version=_version,
+    version_format="plaintext",  # which keeps the lines
     help_format="markdown",
     suppress_keyboard_interrupt=False,
     default_parameter=Parameter(consume_multiple=True, negative=()),
+    config=(_add_settings_of_file, _check_whole_numbers),
 )
-
-
-app.meta.suppress_keyboard_interrupt = False
 
 
 @app.command
@@ -67,11 +123,19 @@ def experiment(
 
 
 @app.command
-def finetune(settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = None) -> None:
+def finetune(
+    settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = None,
+    *,
+    config: Path | None = None,
+) -> None:
     """Fine-tune a model with several methods on equal terms and compare them.
 
     Without options: plain LoRA and EFlat-LoRA on a small pretrained model and 10,000 sentences
     of movie reviews, in three to four minutes on two CPU cores. Results go to a new run folder.
+
+    Args:
+        config: YAML file of settings, such as the config.yaml of a run folder; options on
+            the command line win over it.
     """
     from eflat_ext.finetune import run
 
@@ -121,65 +185,12 @@ def landscape(
     run(where, settings or LandscapeConfig())
 
 
-@app.meta.default
-def _launch(
-    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Path | None = None,
-) -> None:
-    """Read settings from a file first.
-
-    Args:
-        config: YAML file of settings, such as the config.yaml of a run folder; options on
-            the command line win over it.
-    """
-    app.config = (_check_whole_numbers,)
-    if config is not None:
-        settings = cyclopts.config.Dict(
-            _read_config(config), source=str(config), use_commands_as_keys=False
-        )
-        app.config = (settings, _check_whole_numbers)
-    app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
-
-
-def _check_whole_numbers(
-    _app: App, _commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
-) -> None:
-    """Refuse fractions for whole numbers, which cyclopts would round."""
-    for argument in arguments:
-        if int not in (argument.hint, *get_args(argument.hint)):  # of int, int | None, list[int]
-            continue
-        for token in argument.tokens:
-            if "." in token.value:
-                where = "" if token.source == "cli" else f" in {token.source}"
-                raise InputError(
-                    f"{argument.name} is {token.value!r}{where}, but must be a whole number"
-                )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    import json
-
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)  # a device may have no end
-        if len(content) > MAX_CONFIG_BYTES:
-            raise ValueError("longer than 1 MB")
-        settings = yaml.safe_load(content.decode())
-    except OSError as error:
-        raise InputError(f"cannot read --config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Arguments may be bytes that are no text.
-        reason = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
-        raise InputError(f"--config {path} is no valid YAML: {reason}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"--config {path} holds no settings, one 'name: value' a line")
-    try:
-        json.dumps(settings, default=str)
-    except (TypeError, ValueError, RecursionError) as error:  # odd keys, a value within itself
-        raise InputError(f"--config {path} holds what is no setting: {error}") from None
-    return settings
+def _surplus(error: cyclopts.UnusedCliTokensError) -> str:
+    """A word that belongs to no option; a file of data may have been meant."""
+    word = (error.unused_tokens or [""])[0]
+    meant = word in CORPORA or Path(word).suffix.lower() in (".csv", ".tsv", ".jsonl")
+    advice = f"; data is given as --data {word}" if meant else ""
+    return f"{word!r} belongs to no option{advice}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,16 +204,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error), or 130 after Ctrl-C.
     """
     try:
-        app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (cyclopts.CycloptsError, InputError) as error:
+        text = _surplus(error) if isinstance(error, cyclopts.UnusedCliTokensError) else str(error)
         # Arguments may be bytes that are no text.
-        reason = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        reason = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
         if len(reason) > 700:  # something long was given: its beginning will do
             reason = f"{reason[:500]} ... {reason[-150:]}"
         print(f"eflat: {reason}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"eflat: {error}: pip install 'eflat_ext[finetune]'", file=sys.stderr)
+        print(f"eflat: {error}; the command needs: pip install {PACKAGES}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eflat: interrupted", file=sys.stderr)

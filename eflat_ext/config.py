@@ -15,6 +15,8 @@ from eflat_ext.texts import MOVIE_REVIEWS, InputError
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
 Method = Literal["lora", "eflat", "flat", "lora-sam", "full"]
 
+# What the command needs beside torch: the optional dependencies "finetune" of pyproject.toml.
+PACKAGES = "peft transformers cyclopts rich PyYAML matplotlib"
 MINILM, SMOLLM2 = "minilm", "smollm2"
 MAX_RANK = 256
 
@@ -134,6 +136,13 @@ class FinetuneConfig:
             raise InputError("--max-length is 1, but a text and what follows it have at least 2")
         if self.image_column is not None and self.task_type != "CAUSAL_LM":
             raise InputError("--image-column needs --task-type CAUSAL_LM")
+        named: dict[str, str] = {}
+        for name in ("text_column", "text_pair_column", "label_column", "image_column"):
+            column = getattr(self, name)
+            if column is not None and (other := named.setdefault(column, name)) != name:
+                raise InputError(
+                    f"{_option(other)} and {_option(name)} are both {column!r}, but must differ"
+                )
         if self.validation_size is not None and self.validation_size < 0:
             raise InputError(
                 f"--validation-size is {self.validation_size}, but must not be less than 0"

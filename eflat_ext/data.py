@@ -9,6 +9,7 @@ sentence that names it.
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import os
 import random
@@ -52,6 +53,10 @@ class LeftOut:
         if self.in_test:
             facts.append(f"rows left out for a text of the test data: {self.in_test:,}")
         return "; ".join(facts)
+
+    def in_brackets(self) -> str:
+        """The words as the end of a sentence."""
+        return f" ({self})" if str(self) else ""
 
 
 @dataclass(frozen=True)
@@ -168,12 +173,14 @@ def _read_jsonl(file: Iterable[str], source: str) -> list[tuple[int, dict]]:
 
 
 def _read_hub(source: str) -> list[tuple[int, dict]]:
+    near = difflib.get_close_matches(source.lower(), CORPORA, 1, cutoff=0.8)
+    meant = f"; did you mean {near[0]}?" if near else ""
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise InputError(
             f"{source!r} is no .csv, .tsv or .jsonl file; if it names a data set of the Hugging "
-            "Face hub, install the package 'datasets' to read it"
+            f"Face hub, install the package 'datasets' to read it{meant}"
         ) from None
     name, _, split = source.partition("@")
     name, _, configuration = name.partition(":")
@@ -181,7 +188,7 @@ def _read_hub(source: str) -> list[tuple[int, dict]]:
         loaded = datasets.load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:  # the library's own exceptions are many and change by version
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot load the hub data set {source!r}: {reason[0]}") from None
+        raise InputError(f"cannot load the hub data set {source!r}: {reason[0]}{meant}") from None
     features = getattr(loaded, "features", None) or {}
     named = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
     rows = []
@@ -278,7 +285,7 @@ def split(
         all_tested = left_out.in_test and not kept
         raise InputError(
             "the training data has no sentence"
-            + (": all its texts are in the test data" if all_tested else _also(left_out))
+            + (": all its texts are in the test data" if all_tested else left_out.in_brackets())
         )
     if not classify:
         return Splits(train, validation, test, [], left_out)
@@ -287,7 +294,7 @@ def split(
     if len(classes) < 2:
         raise InputError(
             "a classifier needs at least two classes, but the training data has "
-            f"the label {classes[0]!r} alone{_also(left_out)}"
+            f"the label {classes[0]!r} alone{left_out.in_brackets()}"
         )
     number = {name: k for k, name in enumerate(classes)}
 
@@ -382,10 +389,5 @@ def _check_size(name: str, wanted: int, available: int, left_out: LeftOut) -> No
     if wanted > available:
         raise InputError(
             f"--{name}-size {wanted} is more than the {available} sentences that are left for it"
-            + _also(left_out)
+            + left_out.in_brackets()
         )
-
-
-def _also(left_out: LeftOut) -> str:
-    """What is left out, as the end of a sentence."""
-    return f" ({left_out})" if str(left_out) else ""

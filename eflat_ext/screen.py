@@ -156,6 +156,8 @@ def show_results(
 
     console = Console()
     console.print(make_table(summary, config.evaluate_on))
+    if any(row["seeds"] > 1 for row in summary):
+        console.print("±: standard error over the seeds")
     if skipped := sum(run.get("skipped_perturbations", 0) for run in runs):
         console.print(f"{skipped} perturbations were skipped (gradient zero or not finite)")
     console.print(f"run folder: {folder}{os.sep}", highlight=False, markup=False, soft_wrap=True)

