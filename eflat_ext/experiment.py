@@ -77,7 +77,8 @@ def run(
         The CSV file.
 
     Raises:
-        InputError: something in the file cannot be used, or the CSV file belongs to another one.
+        InputError: something in the file cannot be used, or the CSV file belongs to another
+            one or cannot be written.
         SystemExit: with code 1, after all is shown, if one of these runs has failed.
     """
     extra = methods or {}
@@ -87,7 +88,9 @@ def run(
     results = Results(experiment.results, columns_of(experiment))
     experiment = experiment.only(task, method)
     retried: set[tuple[str, ...]] | None = set() if retry_failed else None
-    check_sources(_pending(experiment, results, retried)[0])
+    if todo := _pending(experiment, results, retried)[0]:
+        check_sources(todo)
+        results.make_file()
     with _workers(jobs, experiment, extra) as submit, experiment_progress(experiment) as show:
         while True:
             todo, left = _pending(experiment, results, retried)

@@ -6,13 +6,14 @@ experiment's own stays as it is.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +93,31 @@ class Results:
                     f"with {row['tuned']}, but now {run.key()[-1]} is chosen: delete those rows"
                 )
 
+    def make_file(self) -> None:
+        """Make an empty file if there is none, so that one that cannot be written is known early.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        with _writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.open("ab").close()
+
     def append(self, run: Run, figures: Mapping[str, Any]) -> Row:
-        """Write the row of a run that has ended."""
+        """Write the row of a run that has ended.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         row = dict.fromkeys(self._columns, "")
         row.update({name: str(value) for name, value in figures.items() if name in row})
         row.update(zip(KEY, run.key(), strict=True), digest=run.digest())
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self._columns, lineterminator="\n")
-        new = not self._path.exists() or not self._path.stat().st_size
-        if new:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            writer.writeheader()
-        writer.writerow(row)
-        with self._path.open("ab") as file:
+        with _writing(self._path), self._path.open("ab") as file:
+            if not self._path.stat().st_size:
+                writer.writeheader()
+            writer.writerow(row)
             file.write(buffer.getvalue().encode())
             file.flush()
             os.fsync(file.fileno())
@@ -192,5 +205,14 @@ def _read(path: Path, columns: Sequence[str]) -> list[Row]:
     if header != list(columns):
         raise InputError(f"{path} has other columns than this experiment: rename or delete it")
     if len(whole) < len(content):
-        os.truncate(path, len(whole))
+        with _writing(path):
+            os.truncate(path, len(whole))
     return rows
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None

@@ -112,6 +112,16 @@ def test_files_of_others_are_refused_and_stay_as_they_are(content, tmp_path, cap
     assert (tmp_path / "mine").read_bytes() == foreign
 
 
+def test_results_that_cannot_be_written_are_refused_before_the_first_run(
+    content, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("trained"))
+    path = write(tmp_path, content, results="/proc/none.csv")
+    assert cli.main(["experiment", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot write /proc/none.csv: " in line
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
