@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from eflat_ext import loading, objective, sections
 from eflat_ext.config import FinetuneConfig, Method, TaskType
-from eflat_ext.data import InputError, Texts, split
+from eflat_ext.data import InputError, Table, Texts, split
 
 if TYPE_CHECKING:
     from eflat_ext.loading import Tokenizer
@@ -306,7 +307,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     table = loading.read_table(settings, config.data)
     names: list[str] = []
     if not causal:
-        names = split(table, validation_size=0, test_size=0).classes
+        names = _class_names(trained.folder, table)
         options["num_labels"] = len(names)
     base = _from_pretrained(settings, path, **options)
     base.config.pad_token_id = tokenizer.pad_token_id
@@ -320,6 +321,25 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
     )
     batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
     return Loaded(model.to(device), config.layers, batches)
+
+
+def _class_names(folder: Path, table: Table) -> list[str]:
+    """The classes that the adapter tells apart, in its order; where it does not say, the data's."""
+    names = split(table, validation_size=0, test_size=0).classes
+    file = folder / "classes.json"
+    if not file.is_file():
+        return names
+    try:
+        own = list(map(str, json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {file}: {loading.first_line(error)}") from None
+    for name in names:
+        if name not in own:
+            told = ", ".join(own)
+            raise InputError(
+                f"{folder}: the data have the class {name!r}, the adapter tells {told} apart"
+            )
+    return own
 
 
 def _from_pretrained(settings: FinetuneConfig, path: str | Path, **options: Any) -> Any:

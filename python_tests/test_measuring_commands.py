@@ -163,6 +163,28 @@ def test_an_adapter_of_its_own(folder, tmp_path, capsys):
     assert {row["method"] for row in read_csv(output)} == {"lora", "adapter"}
 
 
+def test_the_classes_of_an_adapter_are_its_own(folder, tmp_path):
+    adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
+    rows = make_rows(300)
+    names = sorted({label for _, label in rows})
+    turned = {name: f"{9 - k} {name}" for k, name in enumerate(names)}  # in the other order
+    write_csv(tmp_path / "turned.csv", [(text, turned[label]) for text, label in rows])
+
+    def loss(data):
+        config = MeasureConfig(data=str(data), max_length=32, device="cpu")
+        loaded = trained.load(*trained.find([adapter]), config)
+        with torch.no_grad():
+            return float(sum(trained.loss(loaded.model, batch) for batch in loaded.batches))
+
+    expected = loss(folder / "data.csv")
+    (adapter / "classes.json").write_text(json.dumps([turned[name] for name in names]))
+    assert loss(tmp_path / "turned.csv") == expected
+    with pytest.raises(InputError, match=f"the data have the class '{names[0]}', the adapter"):
+        loss(folder / "data.csv")
+    (adapter / "classes.json").unlink()
+    assert loss(tmp_path / "turned.csv") != pytest.approx(expected, rel=1e-4)  # taken as they come
+
+
 def test_a_language_model(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
