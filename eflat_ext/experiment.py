@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 _SHARPNESS_BATCH = 32
 # Of the words that can have one.
 _TYPOS_SHARE = 0.3
+# Settings that data and tokens do not depend on.
+_OF_TRAINING = {"rank", "alpha", "lora_dropout", "target_modules", "lr", "full_lr", "weight_decay"}
+_OF_TRAINING |= {"warmup", "max_grad_norm", "batch_size", "epochs", "steps"}
+_OF_TRAINING |= {"rho", "beta", "onto", "norm_scope", "rtol"}
 
 
 def run(
@@ -229,9 +233,10 @@ class Runner:
 
     def _prepare(self, run: Run) -> tuple[finetune.Task, dict[str, finetune.Tokens]]:
         """The task with all sentences to draw from, and the further tests."""
-        name = f"{run.stage} {run.task.name}"
+        config = dataclasses.replace(run.config(), train_size=None)
+        of_data = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OF_TRAINING}
+        name = f"{run.stage} {run.task.name} {of_data}"  # a method may have data of its own
         if name not in self._prepared:
-            config = dataclasses.replace(run.config(), train_size=None)
             task = finetune.prepare(config)
             also = {}
             for data in run.task.also_test if run.stage == "final" else ():

@@ -223,6 +223,23 @@ def test_methods_of_one_seed_train_on_the_same(content, tmp_path, monkeypatch):
     assert drawn[0] != drawn[1] != drawn[2]
 
 
+def test_a_method_with_tokens_of_its_own_trains_on_them(content, tmp_path, monkeypatch):
+    prepared = []
+    prepare = finetune.prepare
+    monkeypatch.setattr(finetune, "prepare", lambda c: prepared.append(c.max_length) or prepare(c))
+    methods = {"lora": {}, "short": {"method": "lora", "max_length": 3}, "flat": {"rho": 0.1}}
+    path = write(tmp_path, content, methods=methods, seeds=[0])
+    together = {row["method"]: row for row in rows_of(experiment.run(path))}
+    assert prepared == [32, 3, 32]
+    (tmp_path / "grid.csv").unlink()
+    (alone,) = rows_of(experiment.run(path, method=["short"]))
+    assert together["short"]["loss"] == alone["loss"] != together["lora"]["loss"]
+    prepared.clear()
+    path = write(tmp_path, content, methods={"lora": {}, "flat": {"rho": 0.1}}, results="two.csv")
+    experiment.run(path)
+    assert prepared == [32]
+
+
 def test_training_sentences_are_none_of_the_held_out_ones(content, tmp_path):
     grid = plan.load(write(tmp_path, content), finetune.METHODS)
     run = plan.Run("final", grid.tasks[0], grid.methods[0], 0, {})
