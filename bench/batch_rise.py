@@ -50,7 +50,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
     """One training run, on two batches or more: rows of all directions at each measured step."""
     task = draw(finetune.prepare(config), examples, 0.0, seed)
     model, optimizer = finetune.build(config, task, "lora", seed)
-    rate = finetune._warmup_then_linear(config, task.steps)
+    rate = finetune.warmup_then_linear(config, task.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     memory = Memory(model)
     factors = memory.factors
@@ -78,7 +78,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
 
     last = torch.zeros(sum(factor.numel() for factor in factors))
     average = last
-    batches = finetune._shuffled_batches(task, config.batch_size, seed)
+    batches = finetune.shuffled_batches(task, config.batch_size, seed)
     for step, batch in zip(range(task.steps), batches, strict=False):
         known = examples_of(batch[0])
         if step % EVERY == EVERY - 1:

@@ -56,7 +56,7 @@ def stepper(task, name, batches):
 
 
 def first_batches(task, count):
-    batches = finetune._shuffled_batches(task, CONFIG.batch_size, seed=0)
+    batches = finetune.shuffled_batches(task, CONFIG.batch_size, seed=0)
     return [next(batches) for _ in range(count)]
 
 

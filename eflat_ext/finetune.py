@@ -79,7 +79,10 @@ def prepare(config: FinetuneConfig) -> Task:
     splits = loading.read_splits(config)
     held_out: Texts = getattr(splits, config.evaluate_on)
     if not len(held_out):
-        raise InputError(f"--evaluate-on names the {config.evaluate_on} part, which is empty")
+        raise InputError(
+            f"the {config.evaluate_on} part, to evaluate on, is empty"
+            + splits.left_out.in_brackets()
+        )
 
     path = loading.find_model(config.model)
     tokenizer = loading.load_tokenizer(path, config)
@@ -142,9 +145,9 @@ def train(
         on_step: called after every step with its loss.
     """
     torch.manual_seed(seed)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_linear(config, task.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear(config, task.steps))
     trainable = trainable_parameters(model)
-    batches = _shuffled_batches(task, config.batch_size, seed)
+    batches = shuffled_batches(task, config.batch_size, seed)
     losses, seconds = [], []
     if cuda := task.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(task.device)
@@ -318,7 +321,8 @@ def logits_of(
         return logits
 
 
-def _warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], float]:
+def warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], float]:
+    """The share of the peak learning rate at each of so many steps, for ``LambdaLR``."""
     warm = round(config.warmup * steps)
     return lambda step: (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
 
@@ -331,10 +335,10 @@ def encode(config: FinetuneConfig, tokenizer: Tokenizer, part: Texts) -> Tokens:
     return Tokens(*objective.encode(config, tokenizer, part))
 
 
-def _shuffled_batches(
+def shuffled_batches(
     task: Task, batch_size: int, seed: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Epoch after epoch of shuffled batches; those of 16 batches are dealt out by length.
+    """Epoch after epoch of shuffled batches, without end; those of 16 are dealt out by length.
 
     So a batch holds sentences of similar length, which saves a third of the time.
     """

@@ -41,9 +41,7 @@ def find_model(name: str) -> str:
     if name not in packaged:
         # An adapter keeps this path, and is loaded from anywhere.
         return str(Path(name).resolve()) if os.path.isdir(name) else name
-    folder = packaged[name]()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the folder holds all that is needed
-    return str(folder.resolve())
+    return str(packaged[name]().resolve())
 
 
 def load_tokenizer(path: str, config: FinetuneConfig) -> Tokenizer:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
 import warnings
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_the_texts_of_a_pair_are_told_apart(settings, monkeypatch):
     )
     loading.encode(plain, pair, 64)
     assert seen == [(["is it so?"], ["\nIt is."])]
+
+
+def test_a_packaged_model_leaves_the_hub_within_reach(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert Path(loading.find_model("minilm")).is_absolute()
+    assert "HF_HUB_OFFLINE" not in os.environ
 
 
 def test_a_task_on_pairs_from_training_to_measuring(settings, tmp_path):
@@ -182,7 +189,7 @@ def test_every_sentence_is_seen_once_an_epoch(settings):
     config = FinetuneConfig(**{**settings, "steps": None}, epochs=2, batch_size=7)
     task = finetune.prepare(config)
     assert task.steps == round(2 * len(task.train) / 7)
-    batches = finetune._shuffled_batches(task, 7, seed=0)
+    batches = finetune.shuffled_batches(task, 7, seed=0)
     per_epoch = math.ceil(len(task.train) / 7)
     epochs = []
     for _ in range(2):
@@ -202,11 +209,11 @@ def rows_of(batch):
 
 
 def test_the_learning_rate_rises_then_falls_to_zero(settings):
-    rate = finetune._warmup_then_linear(FinetuneConfig(warmup=0.2), 50)
+    rate = finetune.warmup_then_linear(FinetuneConfig(warmup=0.2), 50)
     rates = [rate(step) for step in range(51)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[50] == 0.0 and rates[30] == pytest.approx(0.5)
-    assert finetune._warmup_then_linear(FinetuneConfig(warmup=0.0), 1)(0) == 1.0
+    assert finetune.warmup_then_linear(FinetuneConfig(warmup=0.0), 1)(0) == 1.0
 
 
 def test_bfloat16_keeps_trained_weights_in_float32(settings):
