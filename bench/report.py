@@ -287,8 +287,7 @@ def _tuned_table(task: TaskResults) -> str:
         chosen, values, edge = "none", "", ""
         if choice is not None:
             chosen, values = _settings(choice.tuned), str(choice.values)
-            numbers = [name for name in choice.at_edge if not isinstance(choice.tuned[name], str)]
-            edge = ", ".join(numbers)  # of words there is none
+            edge = ", ".join(choice.at_edge)
         rows.append([title(method), chosen, values, edge, *map(str, runs), str(failed)])
     head = ["", "chosen on validation", "of values", "at the edge of the grid"]
     return table([*head, "tuning runs", "final runs", "failed"], rows)

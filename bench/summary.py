@@ -126,8 +126,10 @@ class TaskResults:
         grid = [json.loads(text) for text in tried]
         at_edge = []
         for name, value in tuned.items():
-            values = {row[name] for row in grid}
-            if len(values) > 1 and value in (min(values), max(values)):
+            values = [row[name] for row in grid]
+            if not all(isinstance(one, (int, float)) for one in values):
+                continue  # words have no edge
+            if len(set(values)) > 1 and value in (min(values), max(values)):
                 at_edge.append(name)
         return Choice(tuned, len(grid), at_edge)
 
