@@ -202,6 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 if the input cannot be used (with one sentence on standard
         error), or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with a sentence, which makes code 1, if runs of an experiment have failed.
     """
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")

@@ -12,9 +12,16 @@ from typing import Any
 
 from tiny_model import make_rows, save_tiny_model, write_csv, write_jsonl
 
+from eflat_ext import finetune
 from eflat_ext.config import FinetuneConfig
+from eflat_ext.landscape_figure import LandscapeConfig
+from eflat_ext.measure import SharpnessConfig
 
 OPTIONS = [field.name for field in fields(FinetuneConfig)]
+MEASURING = {
+    "sharpness": [field.name for field in fields(SharpnessConfig)],
+    "landscape": [field.name for field in fields(LandscapeConfig)],
+}
 NUMBERS = [
     *("0", "1", "2", "-1", "3.5", "nan", "inf", "-inf", "1e400", "-1e400", "1e-320", "1e-9", "1_0"),
     *("257", "2147483648", "4294967296", "9" * 30, "9" * 5000, "0x10", "1,5", "½", "\uff11\uff12"),
@@ -30,9 +37,53 @@ WORDS = [
 # Of the files below: those from which no table may be read, whatever columns are asked for.
 UNREADABLE = ("binary.csv", "latin.csv", "utf16.csv", "quotes.csv", "surplus.csv", "twice.csv")
 
+# An experiment, and what is changed in it.
+EXPERIMENT = """
+settings: {model: model, max_length: 32, steps: 1, batch_size: 4, device: cpu}
+tasks: {words: {data: data.csv}}
+methods: {lora: , eflat: {tune: {rho: [0.1, 0.2]}}}
+tuning: {seeds: [1]}
+seeds: [0]
+"""
+CHANGES = {
+    "good": ("", ""),
+    "foreign": ("\nseeds: [0]", "\nseeds: [0]\nresults: data.csv"),
+    "folder": ("\nseeds: [0]", "\nseeds: [0]\nresults: folder.csv"),
+    "nowhere": ("\nseeds: [0]", "\nseeds: [0]\nresults: /proc/nope/x.csv"),
+    "no-seeds": ("\nseeds: [0]", ""),
+    "seeds-twice": ("\nseeds: [0]", "\nseeds: [3, 3]"),
+    "seeds-shared": ("\nseeds: [0]", "\nseeds: [1]"),
+    "seeds-negative": ("\nseeds: [0]", "\nseeds: [-1]"),
+    "seeds-word": ("\nseeds: [0]", "\nseeds: all"),
+    "no-tasks": ("{words: {data: data.csv}}", "{}"),
+    "null-tasks": ("{words: {data: data.csv}}", "null"),
+    "missing-data": ("data: data.csv", "data: missing.csv"),
+    "surplus-data": ("data: data.csv", "data: surplus.csv"),
+    "nul-data": ("data: data.csv", 'data: "a\\0b.csv"'),
+    "missing-test": ("data: data.csv", "data: data.csv, also_test: [missing.csv]"),
+    "noise": ("data: data.csv", "data: data.csv, label_noise: 1.5"),
+    "size": ("data: data.csv", "data: data.csv, train_size: 1000"),
+    "column": ("data: data.csv", "data: data.csv, text_column: body"),
+    "missing-model": ("model: model", "model: ./no/model"),
+    "bad-weights": ("model: model", "model: bad-weights"),
+    "fraction": ("steps: 1", "steps: 1.5"),
+    "nan": ("rho: [0.1, 0.2]", "rho: [.nan]"),
+    "empty-grid": ("rho: [0.1, 0.2]", "rho: []"),
+    "unknown-setting": ("rho: [0.1, 0.2]", "hue: [1]"),
+    "unknown-method": ("lora: ,", "lora: , sam: ,"),
+    "like-none": ("lora: ,", "lora: {like: sam},"),
+    "device": ("device: cpu", "device: abacus"),
+    "unknown-key": ("\nseeds: [0]", "\nseeds: [0]\ncolour: red"),
+    "number-key": ("\nseeds: [0]", "\nseeds: [0]\n3: 4"),
+    "sharpness": ("\nseeds: [0]", "\nseeds: [0]\nsharpness: {worst_rho: -1}"),
+}
+
 
 def make_files(folder: Path) -> list[str]:
-    """Good and bad models, data, settings; returns the names relative to the folder."""
+    """Good and bad models, data, settings, runs, experiments.
+
+    Returns the names relative to the folder, which has to be the current one.
+    """
     model = folder / "model"
     save_tiny_model(model)
     write_csv(folder / "data.csv", make_rows(60))
@@ -117,10 +168,99 @@ def make_files(folder: Path) -> list[str]:
         (folder / name / file).unlink() if content is None else (folder / name / file).write_bytes(
             content
         )
+    for name, change in CHANGES.items():
+        (folder / f"grid-{name}.yaml").write_text(EXPERIMENT.replace(*change), encoding="utf-8")
+    _make_runs(folder)
     return sorted(path.name for path in folder.iterdir())
 
 
+def _make_runs(folder: Path) -> None:
+    """A run folder, and copies of it that miss something or hold what is wrong."""
+    config = FinetuneConfig(
+        model="model",
+        data="data.csv",
+        max_length=32,
+        steps=1,
+        device="cpu",
+        method=["lora"],
+        output_dir=folder / "run",
+    )
+    finetune.run(config)
+    settings = (folder / "run" / "config.yaml").read_text(encoding="utf-8")
+    for name, file, content in (
+        ("run-no-config", "config.yaml", None),
+        ("run-bad-config", "config.yaml", "rank: [3\n"),
+        ("run-words-config", "config.yaml", "just words\n"),
+        ("run-empty-config", "config.yaml", ""),
+        ("run-odd-config", "config.yaml", "rnak: 3\n"),
+        ("run-rank-config", "config.yaml", settings.replace("rank: 8", "rank: 0")),
+        ("run-word-config", "config.yaml", settings.replace("rank: 8", "rank: many")),
+        ("run-no-metrics", "lora/seed-0/metrics.json", None),
+        ("run-no-adapter", "lora/seed-0/adapter_config.json", None),
+    ):
+        shutil.copytree(folder / "run", folder / name)
+        file = folder / name / file
+        file.unlink() if content is None else file.write_text(content, encoding="utf-8")
+    (folder / "run-odd-seed").mkdir()
+    shutil.copytree(folder / "run" / "lora" / "seed-0", folder / "run-odd-seed/lora/seed-x")
+    shutil.copy(folder / "run" / "config.yaml", folder / "run-odd-seed")
+
+
 def make_arguments(rng: random.Random, files: list[str]) -> list[str]:
+    """A call of one of the commands."""
+    kind = rng.random()
+    if kind < 0.7:
+        return _fine_tune(rng, files)
+    return _experiment(rng, files) if kind < 0.8 else _measurement(rng, files)
+
+
+def _experiment(rng: random.Random, files: list[str]) -> list[str]:
+    grids = [name for name in files if name.startswith("grid-")]
+    words = [rng.choice(grids) if rng.random() < 0.8 else path(rng, files)]
+    if rng.random() < 0.3:
+        words += rng.choice(
+            [
+                *(["--jobs", jobs] for jobs in ("0", "-1", "1.5", "nan", "", "many")),
+                *(["--task", name] for name in ("words", "word", "", "\udcff")),
+                *(["--method", name] for name in ("lora", "eflat", "sam")),
+                *(["--retry-failed"], ["--config", "good.yaml"], ["surplus"], ["--help"]),
+            ]
+        )
+    return ["experiment", *words]
+
+
+def _measurement(rng: random.Random, files: list[str]) -> list[str]:
+    """Of places that are right in one of three calls, with up to two changes of the settings."""
+    command = rng.choice(sorted(MEASURING))
+    runs = [name for name in files if name.startswith("run")]
+    good = ["run", "run/lora", "run/lora/seed-0", "run/"]
+    places = [
+        rng.choice(good) if kind < 0.4 else rng.choice(runs) if kind < 0.8 else _place(rng, files)
+        for kind in (rng.random() for _ in range(rng.choice([0, 1, 1, 1, 1, 2])))
+    ]
+    words: list[str] = []
+    for _ in range(rng.choice([0, 1, 1, 2])):
+        kind = rng.random()
+        option = f"--{rng.choice(MEASURING[command]).replace('_', '-')}"
+        if kind < 0.4:
+            words += [option, rng.choice(NUMBERS)]
+        elif kind < 0.6:
+            words += [option, rng.choice(WORDS)]
+        elif kind < 0.9:
+            suffix = rng.choice(["", ".csv", ".json", ".png", ".svg", ".txt"])
+            words += ["--output", _place(rng, files) + suffix]
+        else:
+            words += rng.choice([["--config", "good.yaml"], ["--samples"], ["--rank", "3"], ["--"]])
+    return [command, *places, *words]
+
+
+def _place(rng: random.Random, files: list[str]) -> str:
+    """A path, but no name longer than a file's may be, and no folder that has to be made."""
+    name = path(rng, files)
+    return "missing" if len(name) > 200 or name.startswith("new/") else name
+
+
+def _fine_tune(rng: random.Random, files: list[str]) -> list[str]:
     """A call that is right, but for one to three changes."""
     values: dict[str, list[str]] = {
         "model": ["model"],
