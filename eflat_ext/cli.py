@@ -204,6 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error), or 130 after Ctrl-C.
 
     Raises:
+        SystemExit: with code 1, runs of an experiment have failed.
+
+    Raises:
         SystemExit: with a sentence, which makes code 1, if runs of an experiment have failed.
     """
     try:

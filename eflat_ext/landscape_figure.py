@@ -112,7 +112,9 @@ def run(places: Sequence[Path], config: LandscapeConfig) -> list[dict[str, Any]]
         write_csv(numbers, _NUMBERS, rows)
     with writing(figure, figure):
         draw(rows, config, runs[0])
-    Console().print(f"figure: {figure}\nnumbers: {numbers}", highlight=False, soft_wrap=True)
+    Console().print(
+        f"figure: {figure}\nnumbers: {numbers}", highlight=False, markup=False, soft_wrap=True
+    )
     return rows
 
 

@@ -14,7 +14,7 @@ from eflat_ext import trained as training
 from eflat_ext.data import InputError
 from eflat_ext.each_run import ABOUT, about, measure_each
 from eflat_ext.full_space import adapted_layers, gradients, mean_loss
-from eflat_ext.measured_files import Columns, check_files, write_csv, writing
+from eflat_ext.measured_files import Columns, check_files, make_folder, write_csv, writing
 from eflat_ext.run_folder import versions
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
 
@@ -103,7 +103,7 @@ def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]
     for name in dict.fromkeys(row["run"] for row in qualities):
         console.print(_qualities([row for row in qualities if row["run"] == name]))
     for path in _write(files, config, rows, qualities):
-        console.print(f"numbers: {path}", highlight=False, soft_wrap=True)
+        console.print(f"numbers: {path}", highlight=False, markup=False, soft_wrap=True)
     return rows
 
 
@@ -300,6 +300,7 @@ def _write(
             if columns:
                 write_csv(path, columns, _plain(numbers))
             else:
+                make_folder(path)
                 path.write_text(_json(config, rows, qualities), encoding="utf-8")
         yield path
 

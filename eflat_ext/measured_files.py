@@ -24,10 +24,11 @@ def check_files(files: Mapping[Path, Columns], read: Iterable[str]) -> None:
     output = next(iter(files))
     sources = [source for name in read if (source := Path(name)).exists()]
     for path, columns in files.items():
-        for source in sources:
-            if path.exists() and path.samefile(source):
-                raise InputError(f"{_named(path, output)} would overwrite the data, {source}")
         with writing(path, output):
+            there = path.exists()
+            for source in sources:
+                if there and path.samefile(source):
+                    raise InputError(f"{_named(path, output)} would overwrite the data, {source}")
             if columns and path.is_file() and not _holds(path, columns):
                 raise InputError(
                     f"{_named(path, output)} would overwrite a file whose columns are not "
@@ -35,11 +36,7 @@ def check_files(files: Mapping[Path, Columns], read: Iterable[str]) -> None:
                 )
     for path in files:
         with writing(path, output):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = not path.exists()
-            path.open("ab").close()
-            if new:
-                path.unlink()
+            _try(path)
 
 
 @contextmanager
@@ -53,12 +50,33 @@ def writing(path: Path, output: Path) -> Iterator[None]:
         ) from None
 
 
+def make_folder(path: Path) -> None:
+    """The folder of a file that is about to be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_csv(path: Path, columns: Columns, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows, each with a value for every column."""
+    make_folder(path)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _try(path: Path) -> None:
+    """OSError unless the file can be written; nothing is left behind."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    new = not path.exists()
+    try:
+        make_folder(path)
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    finally:
+        for folder in missing:
+            if folder.exists():
+                folder.rmdir()
 
 
 def _named(path: Path, output: Path) -> str:

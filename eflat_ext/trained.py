@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -193,7 +194,7 @@ def make_batches(
 
 
 def _find(place: Path) -> list[Trained]:
-    if not place.is_dir():
+    if not os.path.isdir(place):  # Path.is_dir raises where the name is too long
         raise InputError(f"{place} is no folder")
     place = place.resolve()  # "." has parents, too
     for folder, pattern in (

@@ -235,7 +235,7 @@ def _measurement(rng: random.Random, files: list[str]) -> list[str]:
     runs = [name for name in files if name.startswith("run")]
     good = ["run", "run/lora", "run/lora/seed-0", "run/"]
     places = [
-        rng.choice(good) if kind < 0.4 else rng.choice(runs) if kind < 0.8 else _place(rng, files)
+        rng.choice(good) if kind < 0.4 else rng.choice(runs) if kind < 0.8 else path(rng, files)
         for kind in (rng.random() for _ in range(rng.choice([0, 1, 1, 1, 1, 2])))
     ]
     words: list[str] = []
@@ -248,16 +248,10 @@ def _measurement(rng: random.Random, files: list[str]) -> list[str]:
             words += [option, rng.choice(WORDS)]
         elif kind < 0.9:
             suffix = rng.choice(["", ".csv", ".json", ".png", ".svg", ".txt"])
-            words += ["--output", _place(rng, files) + suffix]
+            words += ["--output", path(rng, files) + suffix]
         else:
             words += rng.choice([["--config", "good.yaml"], ["--samples"], ["--rank", "3"], ["--"]])
     return [command, *places, *words]
-
-
-def _place(rng: random.Random, files: list[str]) -> str:
-    """A path, but no name longer than a file's may be, and no folder that has to be made."""
-    name = path(rng, files)
-    return "missing" if len(name) > 200 or name.startswith("new/") else name
 
 
 def _fine_tune(rng: random.Random, files: list[str]) -> list[str]:

@@ -183,6 +183,9 @@ def test_the_classes_of_an_adapter_are_its_own(folder, tmp_path):
         loss(folder / "data.csv")
     (adapter / "classes.json").unlink()
     assert loss(tmp_path / "turned.csv") != pytest.approx(expected, rel=1e-4)  # taken as they come
+    write_csv(tmp_path / "three.csv", make_rows(300, classes=3))
+    with pytest.raises(InputError, match="it tells 2 classes apart, but the data have 3"):
+        loss(tmp_path / "three.csv")
 
 
 def test_a_language_model(tmp_path):
@@ -249,7 +252,7 @@ WRONG = {
     "layers": (["sharpness", "{folder}/run", "--layers", "qurey"], ["qurey", "layer.0.", "query"]),
     "classes": (
         ["sharpness", "{adapter}", "--data", "{three}", "--max-length", "32"],
-        ["mine", "2 classes", "have 3"],
+        ["mine", "'2'", "0, 1 apart"],
     ),
     "output": (["sharpness", "{folder}/run", "--output", "a.txt"], ["a.txt", ".csv"]),
     "examples": (["sharpness", "{folder}/run", "--examples", "0"], ["--examples"]),
@@ -341,6 +344,15 @@ def test_the_data_of_a_run_are_not_overwritten(folder, tmp_path, capsys):
     assert cli.main(given) == 2
     assert "would overwrite the data" in capsys.readouterr().err
     assert (tmp_path / "test.csv").read_text() == text
+
+
+def test_a_refused_call_leaves_no_folder_behind(folder, tmp_path, capsys):
+    for name in ("new/deeper/s.csv", "x" * 300 + ".csv"):
+        arguments = ["sharpness", str(folder / "run"), "--output", str(tmp_path / name)]
+        assert cli.main([*arguments, "--layers", "none"]) == 2
+        assert cli.main(["sharpness", "x" * 300]) == 2
+    assert not list(tmp_path.iterdir())
+    assert "is no folder" in capsys.readouterr().err
 
 
 def test_every_file_is_named_and_may_be_written_again(folder, tmp_path, capsys):
