@@ -2,6 +2,9 @@
 
 import os
 
+# Nothing is taken from a hub, and every try would wait for its retries; read when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch
 from hypothesis import HealthCheck, settings
 
