@@ -139,6 +139,7 @@ def finetune(
     """
     from eflat_ext.finetune import run
 
+    del config  # its settings are in the others by now
     run(settings or FinetuneConfig())
 
 
@@ -202,9 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 if the input cannot be used (with one sentence on standard
         error), or 130 after Ctrl-C.
-
-    Raises:
-        SystemExit: with code 1, runs of an experiment have failed.
 
     Raises:
         SystemExit: with a sentence, which makes code 1, if runs of an experiment have failed.

@@ -290,7 +290,7 @@ def split(
     if not classify:
         return Splits(train, validation, test, [], left_out)
 
-    classes = sorted(set(train.labels), key=_label_order)
+    classes = class_names(train.labels)
     if len(classes) < 2:
         raise InputError(
             "a classifier needs at least two classes, but the training data has "
@@ -375,6 +375,11 @@ def without(data: Table, keys: Iterable[str]) -> Table:
     """The rows of ``data`` whose key is none of ``keys``."""
     keys = set(keys)
     return data.rows(i for i, key in enumerate(data.text_keys()) if key not in keys)
+
+
+def class_names(labels: Iterable[str]) -> list[str]:
+    """The classes of labels, in the order of their numbers."""
+    return sorted(set(labels), key=_label_order)
 
 
 def _label_order(label: str) -> tuple[int, float, str]:

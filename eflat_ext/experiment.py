@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -93,7 +94,7 @@ def run(
     experiment = experiment.only(task, method)
     retried: set[tuple[str, ...]] | None = set() if retry_failed else None
     if todo := _pending(experiment, results, retried)[0]:
-        check_sources(todo)
+        check_sources([*todo, *_unfinished(experiment, results)])
         results.make_file()
     with _workers(jobs, experiment, extra) as submit, experiment_progress(experiment) as show:
         while True:
@@ -132,6 +133,17 @@ def _known(experiment: Experiment, results: Results) -> list[Run]:
             if chosen is not None:
                 runs += [Run("final", task, method, seed, chosen) for seed in experiment.seeds]
     return runs
+
+
+def _unfinished(experiment: Experiment, results: Results) -> list[Run]:
+    """A final run of each task and method that lacks some; what it is tuned to may be open."""
+    final = [run for run in _known(experiment, results) if run.stage == "final"]
+    done = Counter((run.task.name, run.method.name) for run in final if results.of(run))
+    return [
+        Run("final", task, method, experiment.seeds[0], {})
+        for task, method in itertools.product(experiment.tasks, experiment.methods)
+        if done[task.name, method.name] < len(experiment.seeds)
+    ]
 
 
 def _pending(

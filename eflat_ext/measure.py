@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ITERATIONS = 20
 TRACE_PRODUCTS = 30
 _NUMBERS = (*ABOUT, "measure", "rho", "value", "standard_error")
+_PARTS = ("versions", "settings", "numbers", "estimates")  # of a JSON file
 
 
 @dataclass(kw_only=True)
@@ -195,31 +196,34 @@ def _estimates(loaded: Loaded, config: SharpnessConfig) -> list[dict[str, Any]]:
 
 def _rises(rows: Sequence[dict[str, Any]], config: SharpnessConfig) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     unit = {"absolute": "", "layer": " of each layer's norm", "filter": " of each row's norm"}
     kinds = sorted({row["method"] == training.ADAPTER for row in rows})
     where = [str(config.data) if own else f"the {config.part} part" for own in kinds]
-    table = Table(
-        title=f"rise of the loss (nats) on {' and '.join(where)}, "
+    title = (
+        f"rise of the loss (nats) on {' and '.join(where)}, "
         f"radius{unit[config.radius]} per {'model' if config.norm_scope == 'global' else 'layer'}"
     )
+    table = Table(title=Text(title))
     table.add_column("run", no_wrap=True)
-    for title in ("loss", "radius", "worst case", "by the transfer", "random"):
-        table.add_column(title, justify="right")
+    for name in ("loss", "radius", "worst case", "by the transfer", "random"):
+        table.add_column(name, justify="right")
     for run in dict.fromkeys(row["run"] for row in rows):
         own = [row for row in rows if row["run"] == run]
         loss = next(row["value"] for row in own if row["measure"] == "loss")
         for rho in config.rho:
-            cells = [run, f"{loss:.4f}", f"{rho:g}"]
+            cells = [f"{loss:.4f}", f"{rho:g}"]
             for measure in ("worst", "onto B", "random"):
                 row = next((r for r in own if r["measure"] == measure and r["rho"] == rho), None)
                 cells.append("" if row is None else _figure(row))
-            table.add_row(*cells)
+            table.add_row(Text(run), *cells)
     return table
 
 
 def _spectra(rows: Sequence[dict[str, Any]]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Hessian")
     table.add_column("run", no_wrap=True)
@@ -232,17 +236,19 @@ def _spectra(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(measure, justify="right")
     for run in dict.fromkeys(row["run"] for row in rows):
         own = {row["measure"]: row for row in rows if row["run"] == run}
-        table.add_row(run, *(_figure(own[m]) if m in own else "" for m in measures))
+        table.add_row(Text(run), *(_figure(own[m]) if m in own else "" for m in measures))
     return table
 
 
 def _qualities(rows: Sequence[dict[str, Any]]) -> Table:
     """One run's estimates: in every cell the cosine, below it the ratio of norms."""
     from rich.table import Table
+    from rich.text import Text
 
     from eflat_ext.estimate import ESTIMATES, Quality, mean_over_layers
 
-    table = Table(title=f"{rows[0]['run']}: cosine and norm over those of the true gradient")
+    title = f"{rows[0]['run']}: cosine and norm over those of the true gradient"
+    table = Table(title=Text(title))
     table.add_column("layer", overflow="fold", min_width=12)
     table.add_column("cutoff", justify="right")
     for estimate in ESTIMATES:
@@ -273,12 +279,12 @@ def _figure(row: dict[str, Any]) -> str:
 
 
 def _files(config: SharpnessConfig) -> dict[Path, Columns]:
-    """The files to write, ``config.output`` first, and the columns of those in CSV."""
+    """The files to write, ``config.output`` first, and their columns or the names in JSON."""
     path = config.output
     if path is None:
         return {}
     if path.suffix.lower() != ".csv":
-        return {path: ()}
+        return {path: _PARTS}
     files: dict[Path, Columns] = {path: _NUMBERS}
     if config.estimate:
         from eflat_ext.estimate import Quality
@@ -297,7 +303,7 @@ def _write(
     """Write the files; each one's path, once it is written."""
     for (path, columns), numbers in zip(files.items(), (rows, qualities), strict=False):
         with writing(path, next(iter(files))):
-            if columns:
+            if path.suffix.lower() == ".csv":
                 write_csv(path, columns, _plain(numbers))
             else:
                 make_folder(path)
@@ -309,9 +315,8 @@ def _json(
     config: SharpnessConfig, rows: Sequence[dict[str, Any]], qualities: Sequence[dict[str, Any]]
 ) -> str:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    content: dict[str, Any] = {"versions": versions(), "settings": settings}
-    content |= {"numbers": _plain(rows), "estimates": _plain(qualities)}
-    return json.dumps(content, indent=2) + "\n"
+    parts = (versions(), settings, _plain(rows), _plain(qualities))
+    return json.dumps(dict(zip(_PARTS, parts, strict=True)), indent=2) + "\n"
 
 
 def _plain(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

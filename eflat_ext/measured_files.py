@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,9 @@ def check_files(files: Mapping[Path, Columns], read: Iterable[str]) -> None:
     """Raise :class:`InputError` if a file cannot be written or holds what nobody asked to lose.
 
     Args:
-        files: all that will be written, ``--output`` first, with the columns of a CSV file. One
-            with other columns is not overwritten.
+        files: all that will be written, ``--output`` first, with the columns of a CSV file or the
+            names in a JSON file. One with others is not overwritten; nor is a figure, which has
+            none, where the file of its numbers is missing.
         read: names of files that are read.
     """
     output = next(iter(files))
@@ -33,6 +35,11 @@ def check_files(files: Mapping[Path, Columns], read: Iterable[str]) -> None:
                 raise InputError(
                     f"{_named(path, output)} would overwrite a file whose columns are not "
                     f"{','.join(columns)}"
+                )
+            if there and not columns and not any(files[o] and o.exists() for o in files):
+                raise InputError(
+                    f"{_named(path, output)} would overwrite a figure that has not its numbers "
+                    "beside it"
                 )
     for path in files:
         with writing(path, output):
@@ -84,7 +91,16 @@ def _named(path: Path, output: Path) -> str:
 
 
 def _holds(path: Path, columns: Columns) -> bool:
-    """Whether the file is empty or starts with these columns, as :func:`write_csv` writes them."""
+    """Whether the file is empty or starts with these columns, as :func:`write_csv` writes them.
+
+    Or, in JSON, has these names.
+    """
+    if path.suffix.lower() == ".json":
+        try:
+            content = json.loads(path.read_bytes() or "null")
+        except ValueError:
+            return False
+        return content is None or (isinstance(content, dict) and tuple(content) == columns)
     expected = ",".join(columns).encode()
     with path.open("rb") as file:
         return file.readline(len(expected) + 2).rstrip(b"\r\n") == expected or not file.tell()

@@ -346,9 +346,10 @@ class PerturbingOptimizer(Optimizer):
                     continue
             state[key] = entry
         averages = self._averages()
-        values = [saved.get(key) for key in self._keys(groups)[: len(averages)]]
+        keys = self._keys(groups)[: len(averages)]
         if averages and saved:
-            self._check_averages(values, averages, len(saved))
+            _check_averages(saved, keys, averages)
+        values = [saved.get(key) for key in keys]
         self.eval()
         self._weights.settle()
         self.base.load_state_dict({**state_dict, "state": state, "param_groups": groups})
@@ -367,29 +368,6 @@ class PerturbingOptimizer(Optimizer):
         keys = dict(zip(map(id, trained), parameters_of(groups), strict=False))
         return [keys.get(id(target)) for target in self._weights.targets()]
 
-    def _check_averages(
-        self, values: Sequence[Tensor | None], averages: Sequence[Tensor], saved: int
-    ) -> None:
-        """ValueError unless there is a finite value for each average, and none besides."""
-        found = [value for value in values if value is not None]
-        if len(found) != len(averages) or saved != len(averages):
-            raise ValueError(
-                f"state_dict: expected a {_AVERAGE} of each of the {len(averages)} perturbed "
-                f"factors, got {saved}, {len(found)} of them of these; was it saved with another "
-                "onto?"
-            )
-        for average, value in zip(averages, found, strict=True):
-            if value.shape != average.shape:
-                raise ValueError(
-                    f"state_dict: expected a {_AVERAGE} of shape {tuple(average.shape)}, "
-                    f"got {tuple(value.shape)}"
-                )
-            if not bool(torch.linalg.vector_norm(value).isfinite()):
-                raise ValueError(
-                    f"state_dict: expected a finite {_AVERAGE}, got one of shape "
-                    f"{tuple(value.shape)} that holds NaN or infinity"
-                )
-
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled, it is tied to its model: save its "
@@ -398,3 +376,29 @@ class PerturbingOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rho={self._rho!r}, pairs={len(self.pairs)}, {self.base!r})"
+
+
+def _check_averages(
+    saved: dict[Any, Tensor], keys: Sequence[Any], averages: Sequence[Tensor]
+) -> None:
+    """ValueError unless there is a finite value for each average, and none besides."""
+    wanted = {key: average for key, average in zip(keys, averages, strict=True) if key is not None}
+    found = wanted.keys() & saved.keys()
+    if len(found) < max(len(wanted), len(saved)):
+        reason = "other layers were perturbed" if found else "perhaps by another onto"
+        raise ValueError(
+            f"state_dict: expected a {_AVERAGE} of each of the {len(wanted)} perturbed factors, "
+            f"got {len(saved)}, {len(found)} of them of these: {reason}"
+        )
+    for key, average in wanted.items():
+        value = saved[key]
+        if value.shape != average.shape:
+            raise ValueError(
+                f"state_dict: expected a {_AVERAGE} of shape {tuple(average.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        if not bool(torch.linalg.vector_norm(value).isfinite()):
+            raise ValueError(
+                f"state_dict: expected a finite {_AVERAGE}, got one of shape "
+                f"{tuple(value.shape)} that holds NaN or infinity"
+            )

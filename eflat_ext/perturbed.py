@@ -9,7 +9,8 @@ Between training forward passes the parameters themselves stay perturbed, since 
 accumulated micro-batches belong to one point and autograd forbids writing to them. So everything
 that reads weights for keeps gets the clean values: ``state_dict`` a copy of them, loading and
 guarded methods (merging) a real restore first. A copy of the model, deep or from a pickle, is clean
-and carries an inert object.
+and carries an inert object (but one in the file format that torch had before 1.6, whose values are
+read last).
 
 ``torch.compile`` traces the change of the weights into the forward pass and sets the flag that
 records it after that pass: if the compiled code itself fails half way (out of memory), the
@@ -133,7 +134,7 @@ class PerturbedWeights:
         with torch.no_grad():
             targets = self.targets()
             if not all(isinstance(target, Parameter) for target in targets):
-                return  # the caller's own tensors, in torch.func.functional_call
+                return  # the caller's own plain tensors, in torch.func.functional_call
             copies = self._copies(targets)
             _copy(copies, targets)
             self._held, self._clean = targets, copies

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eflat_ext import loading, objective, sections
 from eflat_ext.config import FinetuneConfig, Method, TaskType
-from eflat_ext.data import InputError, Table, Texts, split
+from eflat_ext.data import InputError, Table, Texts, class_names
 
 if TYPE_CHECKING:
     from eflat_ext.loading import Tokenizer
@@ -326,7 +326,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
 
 def _class_names(folder: Path, table: Table) -> list[str]:
     """The classes that the adapter tells apart, in its order; where it does not say, the data's."""
-    names = split(table, validation_size=0, test_size=0).classes
+    names = class_names(table.labels)
     file = folder / "classes.json"
     if not file.is_file():
         return names

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from experiment_case import SHARPNESS, make_content, rows_of, write
 
-from eflat_ext import cli, experiment, finetune, plan
+from eflat_ext import cli, experiment, finetune, plan, results
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,23 @@ def test_files_of_others_are_refused_and_stay_as_they_are(content, tmp_path, cap
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / 'mine'} h" in line and "rename or delete it" in line
     assert (tmp_path / "mine").read_bytes() == foreign
+
+
+def test_a_file_cut_off_within_its_header_is_begun_anew(content, tmp_path):
+    path = write(tmp_path, content)
+    columns = results.columns_of(plan.load(path, finetune.METHODS))
+    file = tmp_path / "grid.csv"
+    file.write_text(",".join(columns)[:-30])
+    assert results.Results(file, columns).rows() == []
+    assert file.read_text() == ""
+
+
+def test_a_method_whose_data_are_missing_is_found_before_the_first_run(content, tmp_path, capsys):
+    methods = {"lora": {"tune": {"lr": [1e-3, 1e-2]}}, "late": {"method": "lora", "data": "no.csv"}}
+    path = write(tmp_path, content, methods=methods)
+    assert cli.main(["experiment", str(path)]) == 2
+    assert "no.csv" in capsys.readouterr().err
+    assert not (tmp_path / "grid.csv").exists()
 
 
 def test_results_that_cannot_be_written_are_refused_before_the_first_run(

@@ -183,6 +183,10 @@ def test_the_classes_of_an_adapter_are_its_own(folder, tmp_path):
         loss(folder / "data.csv")
     (adapter / "classes.json").unlink()
     assert loss(tmp_path / "turned.csv") != pytest.approx(expected, rel=1e-4)  # taken as they come
+    (adapter / "classes.json").write_text(json.dumps(names))
+    write_csv(tmp_path / "one.csv", [row for row in rows if row[1] == names[0]])
+    assert loss(tmp_path / "one.csv") > 0
+    (adapter / "classes.json").unlink()
     write_csv(tmp_path / "three.csv", make_rows(300, classes=3))
     with pytest.raises(InputError, match="it tells 2 classes apart, but the data have 3"):
         loss(tmp_path / "three.csv")
@@ -344,6 +348,32 @@ def test_the_data_of_a_run_are_not_overwritten(folder, tmp_path, capsys):
     assert cli.main(given) == 2
     assert "would overwrite the data" in capsys.readouterr().err
     assert (tmp_path / "test.csv").read_text() == text
+
+
+def test_names_in_brackets_are_shown_as_they_are(folder, tmp_path, capsys):
+    data = shutil.copy(folder / "data.csv", tmp_path / "[bold]d[v1].csv")
+    adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "my[bold]run[v2]")
+    call = [str(adapter), "--data", str(data), "--max-length", "32", *SMALL, "--samples", "0"]
+    assert cli.main(["sharpness", *call, "--estimate"]) == 0
+    shown = capsys.readouterr()
+    assert "[bold]d[v1].csv" in "".join(shown.out.split()) and "my[bold]run[v2]" in shown.out
+    assert "my[bold]run[v2]" in shown.err  # the bar
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("sharpness", "results.json"),
+        ("sharpness", "lora/seed-0/metrics.json"),
+        ("landscape", "loss.png"),
+    ],
+)
+def test_the_files_of_a_run_are_not_overwritten(folder, capsys, command, name):
+    file = folder / "run" / name
+    before = file.read_bytes()
+    assert cli.main([command, str(folder / "run"), "--output", str(file)]) == 2
+    assert "would overwrite" in capsys.readouterr().err and name in str(file)
+    assert file.read_bytes() == before
 
 
 def test_a_refused_call_leaves_no_folder_behind(folder, tmp_path, capsys):
