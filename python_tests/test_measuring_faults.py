@@ -1,4 +1,4 @@
-"""``eflat sharpness`` and ``eflat landscape``: what they refuse, and files that they leave alone."""
+"""``eflat sharpness`` and ``eflat landscape``: what they refuse, and what they leave alone."""
 
 import shutil
 
