@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import itertools
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -40,8 +38,9 @@ from eflat_ext.data import (
 )
 from eflat_ext.experiment_table import print_tables
 from eflat_ext.loading import first_line
+from eflat_ext.pending import known, pending, unfinished, without_choice
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
-from eflat_ext.results import AllFailed, Results, columns_of
+from eflat_ext.results import Results, columns_of
 from eflat_ext.screen import experiment_progress, print_failures
 from eflat_ext.sources import check_sources
 from eflat_ext.trained import Batch, make_batches
@@ -93,12 +92,12 @@ def run(
     results = Results(experiment.results, columns_of(experiment))
     experiment = experiment.only(task, method)
     retried: set[tuple[str, ...]] | None = set() if retry_failed else None
-    if todo := _pending(experiment, results, retried)[0]:
-        check_sources([*todo, *_unfinished(experiment, results)])
+    if todo := pending(experiment, results, retried)[0]:
+        check_sources([*todo, *unfinished(experiment, results)])
         results.make_file()
     with _workers(jobs, experiment, extra) as submit, experiment_progress(experiment) as show:
         while True:
-            todo, left = _pending(experiment, results, retried)
+            todo, left = pending(experiment, results, retried)
             show.start(left)
             if not todo:
                 break
@@ -112,79 +111,12 @@ def run(
                 if retried is not None:
                     retried.add(job.key())
                 show.done(job, results.append(job, figures))
-    rows = [row for job in _known(experiment, results) if (row := results.of(job))]
+    rows = [row for job in known(experiment, results) if (row := results.of(job))]
     print_tables(rows)
-    print_failures(experiment, rows, _without_choice(experiment, results))
+    print_failures(experiment, rows, without_choice(experiment, results))
     if errors := [row["error"] for row in rows if row["status"] != "ok"]:
         sys.exit(f"eflat: {len(errors)} of {len(rows)} runs failed, the first with {errors[0]}")
     return experiment.results
-
-
-def _known(experiment: Experiment, results: Results) -> list[Run]:
-    """The experiment's runs, but those that follow from a choice which is still to be made."""
-    runs: list[Run] = []
-    for task, method in itertools.product(experiment.tasks, experiment.methods):
-        with contextlib.suppress(AllFailed):
-            inherited = results.inherited(experiment, task, method)
-            if inherited is None:
-                continue
-            runs += experiment.tuning(task, method, inherited)
-            chosen = results.chosen(experiment, task, method)
-            if chosen is not None:
-                runs += [Run("final", task, method, seed, chosen) for seed in experiment.seeds]
-    return runs
-
-
-def _unfinished(experiment: Experiment, results: Results) -> list[Run]:
-    """A final run of each task and method that lacks some; what it is tuned to may be open."""
-    final = [run for run in _known(experiment, results) if run.stage == "final"]
-    done = Counter((run.task.name, run.method.name) for run in final if results.of(run))
-    return [
-        Run("final", task, method, experiment.seeds[0], {})
-        for task, method in itertools.product(experiment.tasks, experiment.methods)
-        if done[task.name, method.name] < len(experiment.seeds)
-    ]
-
-
-def _pending(
-    experiment: Experiment, results: Results, retried: set[tuple[str, ...]] | None
-) -> tuple[list[Run], int]:
-    """Runs that can start now, and how many of the experiment are left.
-
-    All tuning comes first, then final runs seed by seed. So the final runs of a seed, whose times
-    are compared, are close to each other in time.
-
-    Args:
-        retried: keys of what has been tried again; None if nothing shall be.
-    """
-
-    def missing(run: Run) -> bool:
-        row = results.of(run)
-        if row is None:
-            return True
-        return retried is not None and row["status"] != "ok" and run.key() not in retried
-
-    known = _known(experiment, results)
-    todo = [run for run in known if missing(run)]
-    tuning = [run for run in todo if run.stage == "tuning"]
-    in_tuning = {(run.task.name, run.method.name) for run in tuning}
-    for run in known:
-        first = run.stage == "final" and run.seed == experiment.seeds[0]
-        if first and (run.task.name, run.method.name) not in in_tuning:
-            results.check_final(run)
-    left = experiment.count() - len(known) + len(todo)
-    return tuning or sorted(todo, key=lambda run: run.seed), left
-
-
-def _without_choice(experiment: Experiment, results: Results) -> list[str]:
-    """One sentence for each method that could not be tuned."""
-    sentences = []
-    for task, method in itertools.product(experiment.tasks, experiment.methods):
-        try:
-            results.chosen(experiment, task, method)
-        except AllFailed as error:
-            sentences.append(str(error))
-    return sentences
 
 
 # --- one run -----------------------------------------------------------------------------

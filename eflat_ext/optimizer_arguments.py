@@ -1,4 +1,4 @@
-"""What the optimizers are constructed with, checked before anything is hooked to the model."""
+"""What the optimizers are given, checked before anything is hooked to the model or loaded."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .arguments import MAX_RANK, MIN_RTOL
 from .pairs import LoraPair
+
+AVERAGE = "perturbation_ema"  # the name of an average in state_dict(), under its parameter
 
 
 def check_base(base: Optimizer) -> None:
@@ -114,3 +117,29 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
             f"model: expected trainable parameters, got {type(model).__name__} without any"
         )
     return trainable
+
+
+def check_saved_averages(
+    saved: dict[Any, Tensor], keys: Sequence[Any], averages: Sequence[Tensor]
+) -> None:
+    """ValueError unless there is a finite value for each average, and none besides."""
+    wanted = {key: average for key, average in zip(keys, averages, strict=True) if key is not None}
+    found = wanted.keys() & saved.keys()
+    if len(found) < max(len(wanted), len(saved)):
+        reason = "other layers were perturbed" if found else "perhaps by another onto"
+        raise ValueError(
+            f"state_dict: expected a {AVERAGE} of each of the {len(wanted)} perturbed factors, "
+            f"got {len(saved)}, {len(found)} of them of these: {reason}"
+        )
+    for key, average in wanted.items():
+        value = saved[key]
+        if value.shape != average.shape:
+            raise ValueError(
+                f"state_dict: expected a {AVERAGE} of shape {tuple(average.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        if not bool(torch.linalg.vector_norm(value).isfinite()):
+            raise ValueError(
+                f"state_dict: expected a finite {AVERAGE}, got one of shape "
+                f"{tuple(value.shape)} that holds NaN or infinity"
+            )

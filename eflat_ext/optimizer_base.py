@@ -19,7 +19,13 @@ from torch.optim import Optimizer
 from .additions import Addition
 from .dtensors import fsdp_modules, laid_out_as, local, refuse_flat_parameters, reshard
 from .engines import check_own_parameters
-from .optimizer_arguments import check_base, check_one_device, number
+from .optimizer_arguments import (
+    AVERAGE,
+    check_base,
+    check_one_device,
+    check_saved_averages,
+    number,
+)
 from .pairs import adding_modules, find_pairs, merging_layers, stacklevel_of_user
 from .perturbed import PerturbedWeights, Slot
 from .sharded import Sharding
@@ -27,8 +33,8 @@ from .targets import parameters_of, perturbed_pairs
 
 Rho: TypeAlias = float | Callable[[int], float]
 
-# Names in state_dict(): the average under its target parameter, the counters in each group.
-_AVERAGE, _STEPS, _SKIPPED = "perturbation_ema", "perturbation_steps", "perturbation_skipped"
+# Names in state_dict() of the counters in each group.
+_STEPS, _SKIPPED = "perturbation_steps", "perturbation_skipped"
 
 
 class PairList(NamedTuple):
@@ -312,7 +318,7 @@ class PerturbingOptimizer(Optimizer):
         for key, average in zip(self._keys(packed["param_groups"]), self._averages(), strict=False):
             if key is None:
                 continue  # the base optimizer no longer trains it
-            packed["state"][key] = {**packed["state"].get(key, {}), _AVERAGE: average}
+            packed["state"][key] = {**packed["state"].get(key, {}), AVERAGE: average}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             packed = post_hook(self, packed) or packed
         return packed
@@ -339,16 +345,16 @@ class PerturbingOptimizer(Optimizer):
         state: dict[Any, Any] = {}
         saved: dict[Any, Tensor] = {}
         for key, entry in state_dict["state"].items():
-            if isinstance(entry, dict) and _AVERAGE in entry:
-                saved[key] = entry[_AVERAGE]
-                entry = {name: value for name, value in entry.items() if name != _AVERAGE}
+            if isinstance(entry, dict) and AVERAGE in entry:
+                saved[key] = entry[AVERAGE]
+                entry = {name: value for name, value in entry.items() if name != AVERAGE}
                 if not entry:  # many optimizers take any entry for their own, complete state
                     continue
             state[key] = entry
         averages = self._averages()
         keys = self._keys(groups)[: len(averages)]
         if averages and saved:
-            _check_averages(saved, keys, averages)
+            check_saved_averages(saved, keys, averages)
         values = [saved.get(key) for key in keys]
         self.eval()
         self._weights.settle()
@@ -376,29 +382,3 @@ class PerturbingOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rho={self._rho!r}, pairs={len(self.pairs)}, {self.base!r})"
-
-
-def _check_averages(
-    saved: dict[Any, Tensor], keys: Sequence[Any], averages: Sequence[Tensor]
-) -> None:
-    """ValueError unless there is a finite value for each average, and none besides."""
-    wanted = {key: average for key, average in zip(keys, averages, strict=True) if key is not None}
-    found = wanted.keys() & saved.keys()
-    if len(found) < max(len(wanted), len(saved)):
-        reason = "other layers were perturbed" if found else "perhaps by another onto"
-        raise ValueError(
-            f"state_dict: expected a {_AVERAGE} of each of the {len(wanted)} perturbed factors, "
-            f"got {len(saved)}, {len(found)} of them of these: {reason}"
-        )
-    for key, average in wanted.items():
-        value = saved[key]
-        if value.shape != average.shape:
-            raise ValueError(
-                f"state_dict: expected a {_AVERAGE} of shape {tuple(average.shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-        if not bool(torch.linalg.vector_norm(value).isfinite()):
-            raise ValueError(
-                f"state_dict: expected a finite {_AVERAGE}, got one of shape "
-                f"{tuple(value.shape)} that holds NaN or infinity"
-            )

@@ -16,9 +16,10 @@ from .additions import Addition, BoundedAverages
 from .dtensors import is_dtensor, local
 from .engines import initialises_state
 from .fused_step import adamw_lists, without_gradients
-from .optimizer_arguments import check_operable, check_transfer, make_base, number
-from .optimizer_base import PerturbingOptimizer, Rho
+from .optimizer_arguments import make_base, number
+from .optimizer_base import Rho
 from .sharded import Sharding
+from .transferring import Transferring
 from .two_gradients import FlatLoRA, LoRASAM
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 
-class EFlatLoRA(PerturbingOptimizer):
+class EFlatLoRA(Transferring):
     """EFlat-LoRA: one gradient per step, taken at weights perturbed by a moving average.
 
     Training forward passes of the model run at ``B + average`` (``A + average`` for ``onto="A"``,
@@ -78,12 +79,10 @@ class EFlatLoRA(PerturbingOptimizer):
         rtol: float | None = None,
         fused_step: bool = True,
     ) -> None:
-        check_transfer(onto, rtol)
         if not 0 < number(beta) <= 1:
             raise ValueError(f"beta: expected a number in (0, 1], got {beta!r}")
-        super().__init__(model, base, rho=rho, norm_scope=norm_scope, factors=[onto])
-        check_operable(self.pairs)
-        self._beta, self._onto, self._rtol = float(beta), onto, rtol
+        super().__init__(model, base, rho=rho, onto=onto, norm_scope=norm_scope, rtol=rtol)
+        self._beta = float(beta)
         self.fused_step = fused_step
         targets = [getattr(*slot) for slot in self._targets]
         averages = [
@@ -102,16 +101,6 @@ class EFlatLoRA(PerturbingOptimizer):
     def beta(self) -> float:
         """Weight of the newest perturbation in the average."""
         return self._beta
-
-    @property
-    def onto(self) -> str:
-        """The factor that carries the perturbation, "B" or "A"."""
-        return self._onto
-
-    @property
-    def rtol(self) -> float | None:
-        """Relative cut-off of a factor's singular values; None for the operators' default."""
-        return self._rtol
 
     @property
     def averages(self) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from .dtensors import (
     reshard,
     same_layout,
 )
+from .guards import MergesItself, RestoreFirst
 
 Slot = tuple[nn.Module, str]
 
@@ -224,7 +225,7 @@ class PerturbedWeights:
                 for key in [key for key, hook in hooks.items() if _attachment(hook) is self]:
                     del hooks[key]
             for value in list(vars(module).values()):
-                if isinstance(value, _RestoreFirst) and value.weights is self:
+                if isinstance(value, RestoreFirst) and value.weights is self:
                     value.uninstall()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -279,9 +280,9 @@ class PerturbedWeights:
                 module.register_state_dict_post_hook(hook)
                 module.register_load_state_dict_pre_hook(self._before_load)
         for module, name in guarded:
-            _RestoreFirst(self, module, name).install()
+            RestoreFirst(self, module, name).install()
         for module in merging:
-            _MergesItself(self, module, "forward").install()
+            MergesItself(self, module, "forward").install()
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
         if self.enabled and not self._suspended and any(one.training for one in self._layers):
@@ -334,42 +335,6 @@ class PerturbedWeights:
 
 def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     torch._foreach_copy_([local(t) for t in to], [local(value) for value in values])
-
-
-class _RestoreFirst:
-    """A method of one module that restores the weights before it runs."""
-
-    def __init__(self, weights: PerturbedWeights, module: nn.Module, name: str) -> None:
-        self.weights, self.module, self.name = weights, module, name
-        self.patched = vars(module).get(name)  # another library's patch of the same method
-
-    def install(self) -> None:
-        setattr(self.module, self.name, self)
-
-    def uninstall(self) -> None:
-        delattr(self.module, self.name)
-        if self.patched is not None:
-            setattr(self.module, self.name, self.patched)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.weights.merging:
-            self.weights.restore()
-        return self.call(*args, **kwargs)
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        method = self.patched or getattr(type(self.module), self.name).__get__(self.module)
-        return method(*args, **kwargs)
-
-
-class _MergesItself(_RestoreFirst):
-    """A forward pass that merges and unmerges: PEFT's attention modules have no other way."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.weights.merging += 1
-        try:
-            return self.call(*args, **kwargs)
-        finally:
-            self.weights.merging -= 1
 
 
 def _attachment(hook: Any) -> PerturbedWeights | None:

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from .additions import Addition
 from .dtensors import from_local
 from .engines import initialises_state
-from .optimizer_arguments import check_operable, check_transfer
 from .optimizer_base import PairList, PerturbingOptimizer, Rho
 from .pairs import LoraPair
 from .sharded import Norms, Sharding
+from .transferring import Transferring
 
 
 class TwoGradients(PerturbingOptimizer):
@@ -165,7 +165,7 @@ class TwoGradients(PerturbingOptimizer):
             )
 
 
-class FlatLoRA(TwoGradients):
+class FlatLoRA(Transferring, TwoGradients):
     """Flat-LoRA: gradient, perturbation by equations (1)-(3), second gradient there, base step.
 
     Either ``step(closure)``, or :meth:`first_step` and :meth:`second_step` around the second
@@ -187,21 +187,8 @@ class FlatLoRA(TwoGradients):
         norm_scope: str = "layer",
         rtol: float | None = None,
     ) -> None:
-        check_transfer(onto, rtol)
-        super().__init__(model, base, rho=rho, norm_scope=norm_scope, factors=[onto])
-        check_operable(self.pairs)
-        self._onto, self._rtol = onto, rtol
+        super().__init__(model, base, rho=rho, onto=onto, norm_scope=norm_scope, rtol=rtol)
         self._prepare(model)
-
-    @property
-    def onto(self) -> str:
-        """The factor that carries the perturbation, "B" or "A"."""
-        return self._onto
-
-    @property
-    def rtol(self) -> float | None:
-        """Relative cut-off of a factor's singular values; None for the operators' default."""
-        return self._rtol
 
     def _perturbations(self, rho: float, rows: PairList) -> tuple[dict[int, Tensor], Tensor]:
         E, norms = torch.ops.eflat.foreach_perturb(

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import random
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import perturbed_case
 import pytest
 import torch
 from interrupts import interrupted
 from models import assert_same_bits, batches, lora_mlp, loss_of, same_bits, train_on, weights
 from torch import Tensor
 
+from eflat_ext import perturbed
 from eflat_ext.optimizers import (
     EFlatLoRA,
     create_eflat_optimizer,
@@ -153,3 +157,61 @@ def test_signals_at_random_times(method: str) -> None:
     finally:
         signal.signal(signal.SIGALRM, old)
     assert hits >= 20
+
+
+@pytest.mark.parametrize(
+    "action", ["perturb", "restore", "forward", "clean", "load", "restored_by"]
+)
+def test_an_interrupt_at_any_line_loses_nothing(action: str) -> None:
+    """KeyboardInterrupt before every single line of the module that the action runs through."""
+    source = Path(perturbed.__file__).resolve()
+
+    def act(case: perturbed_case.Case) -> None:
+        if action == "forward":
+            case.model(perturbed_case.X)
+            case.model.eval()(perturbed_case.X)
+            case.model.train()(perturbed_case.X)
+        elif action == "clean":
+            with case.weights.clean():
+                case.assert_clean()
+        elif action == "load":
+            case.inner.load_state_dict(case.before)
+        elif action == "restored_by":
+            with case.weights.restored_by([1]) as clean, torch.no_grad():
+                case.inner.down.weight.copy_(clean[0])
+        else:
+            getattr(case.weights, action)()
+
+    interrupted = 0
+    for line in range(1, 1000):
+        case, count = perturbed_case.Case(), 0
+        if action in ("restore", "clean", "load", "restored_by"):
+            case.weights.perturb()
+
+        def trace(frame, event, _, line=line):  # type: ignore[no-untyped-def]
+            nonlocal count
+            if Path(frame.f_code.co_filename) != source:
+                return None
+            if event == "line":
+                count += 1
+                if count == line:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            act(case)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+            torch.set_grad_enabled(True)  # an interrupted ``with`` may not have left its block
+        assert_same_bits(dict(case.inner.state_dict()), case.before)
+        case.weights._suspended = 0
+        case.model.train()(perturbed_case.X)
+        case.assert_perturbed()
+        case.model.eval()(perturbed_case.X)
+        case.assert_clean()
+        if count < line:
+            break
+    assert interrupted >= 5 and count < line

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import eflat_ext
-from eflat_ext.ops import gram_form
+from eflat_ext.derivatives import gram_form
 
 ops = torch.ops.eflat
 

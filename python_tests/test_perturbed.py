@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from models import Mlp, assert_same_bits, same_bits, weights
 from perturbed_case import NAMES, Case, Owner, X, add_one
 from torch import Tensor, nn
 
-from eflat_ext import perturbed
 from eflat_ext.perturbed import PerturbedWeights
 
 
@@ -179,15 +176,6 @@ def test_a_tied_parameter_is_saved_clean_under_every_name() -> None:
     assert_same_bits(dict(model.state_dict()), before)
 
 
-def test_functional_call_touches_its_own_tensors_alone() -> None:
-    case = Case()
-    other = {f"0.0.{name}": value * 2 for name, value in case.before.items()}
-    torch.func.functional_call(case.model, other, (X,))
-    case.weights.restore()
-    case.assert_clean()
-    assert torch.equal(other["0.0.up.weight"], case.before["up.weight"] * 2)
-
-
 def test_clean_context() -> None:
     case = Case()
     case.model(X)
@@ -297,64 +285,6 @@ def test_code_that_fails_to_restore() -> None:
     assert_same_bits(dict(case.inner.state_dict()), case.before)
     case.weights.restore()
     case.assert_clean()
-
-
-@pytest.mark.parametrize(
-    "action", ["perturb", "restore", "forward", "clean", "load", "restored_by"]
-)
-def test_an_interrupt_at_any_line_loses_nothing(action: str) -> None:
-    """KeyboardInterrupt before every single line of the module that the action runs through."""
-    source = Path(perturbed.__file__).resolve()
-
-    def act(case: Case) -> None:
-        if action == "forward":
-            case.model(X)
-            case.model.eval()(X)
-            case.model.train()(X)
-        elif action == "clean":
-            with case.weights.clean():
-                case.assert_clean()
-        elif action == "load":
-            case.inner.load_state_dict(case.before)
-        elif action == "restored_by":
-            with case.weights.restored_by([1]) as clean, torch.no_grad():
-                case.inner.down.weight.copy_(clean[0])
-        else:
-            getattr(case.weights, action)()
-
-    interrupted = 0
-    for line in range(1, 1000):
-        case, count = Case(), 0
-        if action in ("restore", "clean", "load", "restored_by"):
-            case.weights.perturb()
-
-        def trace(frame, event, _, line=line):  # type: ignore[no-untyped-def]
-            nonlocal count
-            if Path(frame.f_code.co_filename) != source:
-                return None
-            if event == "line":
-                count += 1
-                if count == line:
-                    raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
-        try:
-            act(case)
-        except KeyboardInterrupt:
-            interrupted += 1
-        finally:
-            sys.settrace(None)
-            torch.set_grad_enabled(True)  # an interrupted ``with`` may not have left its block
-        assert_same_bits(dict(case.inner.state_dict()), case.before)
-        case.weights._suspended = 0
-        case.model.train()(X)
-        case.assert_perturbed()
-        case.model.eval()(X)
-        case.assert_clean()
-        if count < line:
-            break
-    assert interrupted >= 5 and count < line
 
 
 @pytest.mark.parametrize("around", ["model", "function"])

@@ -1,0 +1,106 @@
+"""What the optimizers refuse, by name, and leave nothing behind of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import (
+    CREATE,
+    lora_mlp,
+)
+from torch import nn
+
+from eflat_ext.optimizers import (
+    create_eflat_optimizer,
+    create_flat_optimizer,
+)
+
+UP, DOWN = "base_model.model.up.default", "base_model.model.down.default"
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Has the two methods of schedule-free optimizers."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+def test_bad_arguments(create: Callable) -> None:
+    model = lora_mlp()
+    for rho in (-1.0, math.nan, math.inf, "0.05", None, lambda step: -1.0):
+        with pytest.raises(ValueError, match=r"rho: expected .* got"):
+            create(model, torch.optim.SGD, lr=0.1, rho=rho)
+    with pytest.raises(ValueError, match=r"norm_scope: expected .* got 'all'"):
+        create(model, torch.optim.SGD, lr=0.1, norm_scope="all")
+    with pytest.raises(TypeError, match="LBFGS evaluates a closure"):
+        create(model, torch.optim.LBFGS)
+    base = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(ValueError, match="base: expected an optimizer over trainable LoRA"):
+        create(model, lambda params: base)
+    with pytest.raises(TypeError, match=r"base: expected a torch\.optim\.Optimizer, got L"):
+        create(model, lambda params: nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="base: expected an optimizer that minimises"):
+        create(model, torch.optim.SGD, lr=0.1, maximize=True)
+    with pytest.raises(TypeError, match=r"base: ScheduleFree moves the weights in train\(\)"):
+        create(model, ScheduleFree, lr=0.1)
+    optimizer = create(model, torch.optim.SGD, lr=0.1)  # none of these left anything behind
+    with pytest.raises(TypeError, match="base: expected a plain optimizer"):
+        create(model, lambda params: optimizer)
+    optimizer.rho = 0.5
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.rho = -1
+    assert optimizer.rho == 0.5
+
+
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+def test_bad_models(create: Callable) -> None:
+    with pytest.raises(TypeError, match=r"optimizer_cls: .* got an instance of SGD"):
+        create(lora_mlp(), torch.optim.SGD(lora_mlp().parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got NoneType"):
+        create(None, torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="model: expected trainable parameters, got Peft"):
+        create(lora_mlp().requires_grad_(False), torch.optim.SGD, lr=0.1)
+    model = lora_mlp()
+    model.base_model.model.down.lora_A.to("meta")
+    says = f"model: .* one device, got cpu of {UP} and meta of {DOWN}"
+    with pytest.raises(ValueError, match=says):
+        create(model, torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+def test_options_cannot_be_changed_later(create: Callable) -> None:
+    optimizer = create(lora_mlp(), torch.optim.SGD, lr=0.1)
+    for name in {"beta", "onto", "rtol", "norm_scope"} & set(dir(optimizer)):
+        with pytest.raises(AttributeError):
+            setattr(optimizer, name, 7)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"onto": "C"}, *({"rtol": rtol} for rtol in (0.0, 1.0, math.nan, "x", [1e-3]))]
+)
+@pytest.mark.parametrize("create", [create_eflat_optimizer, create_flat_optimizer])
+def test_bad_arguments_of_the_transfer(create: Callable, bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected .* got"):
+        create(lora_mlp(), torch.optim.SGD, lr=0.1, **bad)
+
+
+@pytest.mark.parametrize("create", [create_eflat_optimizer, create_flat_optimizer])
+def test_factors_that_the_operators_do_not_take_are_named(create: Callable) -> None:
+    with pytest.raises(ValueError, match=f"model: .* at most 256, got 300 of {UP}"):
+        create(lora_mlp(r=300), torch.optim.SGD, lr=0.1)
+    mixed = lora_mlp()
+    mixed.base_model.model.down.lora_A.to(torch.bfloat16)
+    says = f"model: .* one dtype, got torch.bfloat16 and torch.float64 of {DOWN}"
+    with pytest.raises(TypeError, match=says):
+        create(mixed, torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, 1.1, math.nan, "x", None])
+def test_bad_beta(beta: object) -> None:
+    with pytest.raises(ValueError, match="beta: expected"):
+        create_eflat_optimizer(lora_mlp(), torch.optim.SGD, lr=0.1, beta=beta)
