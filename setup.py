@@ -2,13 +2,14 @@
 
 EFLAT_CUDA=auto|0|1 (auto): 1 insists on CUDA; with a CPU build of torch the CUDA module is then
 compiled and linked all the same, to check that it builds; it loads under a CUDA torch only.
-TORCH_CUDA_ARCH_LIST chooses architectures ("8.0;9.0+PTX").
+TORCH_CUDA_ARCH_LIST chooses architectures ("8.0;9.0+PTX"); those before 8.0 are left out.
 """
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -81,16 +82,37 @@ from setuptools.command.build_py import build_py  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
 
-def architectures():
-    """As torch spells them; the visible GPUs', else every generation from Ampere on."""
+def wanted_architectures():
+    """As torch spells them: the given ones, else the visible GPUs', else all that nvcc knows."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if given:
-        return given.replace(" ", ";").split(";")
+        names = given.replace(" ", ";").split(";")
+        for name in names:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+                fail(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {given!r}")
+        return names
     if torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
         capabilities = {torch.cuda.get_device_capability(i) for i in devices}
         return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
-    return ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+    command = [f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    names = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+    names = [name for name in names if f"compute_{name.replace('.', '')}" in known]
+    return [*names[:-1], *(f"{name}+PTX" for name in names[-1:])]  # and for later ones
+
+
+def architectures():
+    """The wanted ones that the kernels can be compiled for, with their float64 tensor cores."""
+    wanted = wanted_architectures()
+    able = [name for name in wanted if float(re.match(r"[\d.]+", name)[0]) >= 8]
+    if able != wanted:
+        left_out = ", ".join(name for name in wanted if name not in able)
+        message = f"the CUDA kernels need compute capability 8.0 or higher, got {left_out}"
+        if MODE == "1" and not able:
+            fail(message)
+        print(f"eflat_ext: {message}", file=sys.stderr)
+    return able
 
 
 def runtime_folder():
@@ -102,6 +124,7 @@ def runtime_folder():
 
 
 ARCHITECTURES = architectures() if WITH_CUDA else []
+WITH_CUDA = bool(ARCHITECTURES)
 
 
 class Build(BuildExtension):

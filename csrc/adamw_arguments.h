@@ -43,7 +43,11 @@ class AdamWSteps {
                   b = of_factor(B[l], "B", l, lists, A.size() + l);
       steps_.push_back(
           {arguments.keep(clean[l], name), arguments.onto_B ? b : a, arguments.onto_B ? a : b});
-      arguments.pairs[l].step = &steps_.back();
+      Pair& pair = arguments.pairs[l];
+      pair.step = &steps_.back();
+      // Written memory of a tensor that is copied on write is not what was there to be read.
+      pair.target.factor = pair.step->target.factor;
+      pair.other.factor = pair.step->other.factor;
     }
   }
 

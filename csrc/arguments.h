@@ -263,6 +263,8 @@ struct Arguments {
     const int64_t r = ema.size(0);
     STD_TORCH_CHECK(r >= 1 && r <= kMaxRank, "the rank of ", e, " must be 1 to ", kMaxRank,
                     ", got ", r);
+    STD_TORCH_CHECK(ema.size(1) >= 1 && B.size(0) >= 1, e, " and ", b,
+                    " must not be empty, got shapes ", shape_of(ema), " and ", shape_of(B));
     check_device(ema, e, first, "ema[0]");
     check_device(B, b, first, "ema[0]");
     check_scaling(scaling, index);

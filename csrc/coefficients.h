@@ -106,24 +106,27 @@ EFLAT_HD double perturbation_size(const Team& team, int r, const double* gram_t,
 // Turns layers' norms and sizes into their factors c. A layer whose norm is zero or not finite, or
 // whose E would not be finite in its type (its norm becomes infinite then), gets c = 0. With one
 // norm for all layers, the root of the sum of squares runs over the layers that are left. Layers:
-// norm(l), size(l), scaling(l), dtype(l) by index; norm is written, c is written.
-template <class Layers>
-EFLAT_HD void finish_scales(Layers& layers, int count, double rho, bool global) {
-  for (bool changed = true; changed;) {
+// norm(l), size(l), scaling(l), dtype(l) by index; norm is written, c is written, each by the
+// thread that reads it.
+template <class Team, class Layers>
+EFLAT_HD void finish_scales(const Team& team, Layers& layers, int count, double rho, bool global) {
+  const int first = thread_of(team), step = threads_of(team);
+  for (bool again = true; again;) {
     double total = 0;
     if (global) {
       double largest = 0, squares = 0;  // of norm / largest: no overflow
-      for (int l = 0; l < count; ++l)
+      for (int l = first; l < count; l += step)
         if (usable(layers.norm(l)) && layers.norm(l) > largest) largest = layers.norm(l);
-      for (int l = 0; l < count; ++l) {
+      largest = team.largest(largest);
+      for (int l = first; l < count; l += step) {
         if (!usable(layers.norm(l))) continue;
         const double x = layers.norm(l) / largest;
         squares += x * x;
       }
-      total = largest * sqrt(squares);
+      total = largest * sqrt(team.total(squares));
     }
-    changed = false;
-    for (int l = 0; l < count; ++l) {
+    bool changed = false;
+    for (int l = first; l < count; l += step) {
       double& norm = layers.norm(l);
       layers.scale(l) = 0;
       if (!usable(norm)) continue;
@@ -134,9 +137,10 @@ EFLAT_HD void finish_scales(Layers& layers, int count, double rho, bool global) 
         layers.scale(l) = scale;
       } else {
         norm = HUGE_VAL;
-        changed = global;
+        changed = true;
       }
     }
+    again = global && team.total(changed) > 0;
   }
 }
 

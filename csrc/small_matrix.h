@@ -6,6 +6,7 @@
 //   sync()      what the others have written is visible afterwards
 //   sum(x)      the sum of x over the lanes of this thread's row, the same value in all of them
 //   total(x)    the sum of x over all threads, the same value in all of them; synchronises
+//   largest(x)  likewise, the largest x
 // so that results do not depend on anything but the shape of the team.
 //
 // Compiled once per instruction set, hence the inline namespace.
@@ -32,13 +33,14 @@ inline namespace EFLAT_TARGET {
 constexpr double kEps64 = 2.220446049250313e-16;
 
 struct SerialTeam {
-  static constexpr int lane() { return 0; }
-  static constexpr int lanes() { return 1; }
-  static constexpr int row() { return 0; }
-  static constexpr int rows() { return 1; }
-  static void sync() {}
-  static double sum(double x) { return x; }
-  static double total(double x) { return x; }
+  EFLAT_HD static constexpr int lane() { return 0; }
+  EFLAT_HD static constexpr int lanes() { return 1; }
+  EFLAT_HD static constexpr int row() { return 0; }
+  EFLAT_HD static constexpr int rows() { return 1; }
+  EFLAT_HD static void sync() {}
+  EFLAT_HD static double sum(double x) { return x; }
+  EFLAT_HD static double total(double x) { return x; }
+  EFLAT_HD static double largest(double x) { return x; }
 };
 
 // For elements without a row: this thread's number among all.

@@ -240,6 +240,8 @@ def test_moving_average(changed, says):
         ({"rho": math.nan}, "rho must be finite"),
         ({"norm_scope": "x"}, "norm_scope must be"),
         ({"ema": [torch.ones(300, M)], "B": [torch.ones(N, 300)]}, r"rank of ema\[0\]"),
+        ({"ema": [torch.ones(R, 0)]}, r"ema\[0\] and B\[0\] must not be empty"),
+        ({"B": [torch.ones(0, R)]}, r"ema\[0\] and B\[0\] must not be empty"),
     ],
     ids=str,
 )

@@ -50,6 +50,52 @@ def test_builds_against_an_installed_torch(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def toolkit(folder: Path, *architectures: str) -> str:
+    """A CUDA toolkit as far as setup.py looks at one before it compiles."""
+    for name in ("include/cuda_runtime.h", "lib64/libcudart.so", "bin/nvcc"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    names = "".join(f"compute_{name}\\n" for name in architectures)
+    (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\nprintf '{names}'\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "given, built",
+    [
+        ("", ["8.0", "8.6", "8.9", "9.0+PTX"]),  # what the toolkit below knows
+        ("7.5 8.0 9.0a+PTX", ["8.0", "9.0a+PTX"]),
+        ("7.0;7.5", []),
+    ],
+)
+def test_architectures(given, built, tmp_path):
+    home = toolkit(tmp_path / "toolkit", "75", "80", "86", "87", "89", "90")
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.version.cuda = '13.0'\n")
+    environment = {
+        "EFLAT_CUDA": "auto",
+        "CUDA_HOME": home,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(tmp_path),
+        "TORCH_CUDA_ARCH_LIST": given,
+    }
+    result = setup("--quiet", "build_py", "--build-lib", str(tmp_path), **environment)
+    assert result.returncode == 0, result.stderr
+    assert ("need compute capability 8.0" in result.stderr) == ("7." in given)
+    text = (tmp_path / "eflat_ext" / "_build_info.py").read_text()
+    assert f"'cuda': {bool(built)}, 'cuda_architectures': {built}" in text
+
+
+def test_architectures_that_cannot_be_built_for(tmp_path):
+    environment = {"EFLAT_CUDA": "1", "CUDA_HOME": toolkit(tmp_path, "80")}
+    result = setup("--version", **environment, TORCH_CUDA_ARCH_LIST="7.0;7.5")
+    assert result.returncode == 1
+    assert "need compute capability 8.0 or higher, got 7.0, 7.5" in result.stderr
+    result = setup("--version", **environment, TORCH_CUDA_ARCH_LIST="Ampere")
+    assert result.returncode == 1
+    assert "TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got 'Ampere'" in result.stderr
+
+
 def test_build_info():
     info = eflat_ext.build_info()
     assert isinstance(info["cuda"], bool)

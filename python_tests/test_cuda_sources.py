@@ -16,7 +16,7 @@ from pathlib import Path
 import host_cuda
 import pytest
 import torch
-from adamw_case import one_after_another, random_call
+from adamw_case import WRITTEN, copied, mapped, one_after_another, random_call
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from strategies import (
@@ -234,6 +234,15 @@ def test_adamw_step_of_bad_pairs_and_many_launches(norm_scope):
     given[150].grad_B.zero_()
     given[150].grad_A.zero_()
     check_step(random_call(given, "B", norm_scope))
+
+
+@pytest.mark.parametrize("onto", ["B", "A"])
+def test_adamw_step_of_tensors_that_are_copied_on_write(onto):
+    originals = random_call([make_pair(seed, 20, 30, 3) for seed in range(2)], onto)
+    before = copied(originals)
+    check_step(mapped(originals, torch._lazy_clone))
+    for name in WRITTEN:
+        assert all(map(same_bits, originals[name], before[name])), name
 
 
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])

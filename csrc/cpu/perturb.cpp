@@ -227,7 +227,7 @@ class Perturbation {
 
   void apply(int first, int last, const ParallelFor& parallel_for) {
     Layers layers{*this, first};
-    finish_scales(layers, last - first, problem_.rho, problem_.global_norm);
+    finish_scales(SerialTeam(), layers, last - first, problem_.rho, problem_.global_norm);
     std::vector<Block> blocks;
     for (int l = first; l < last; ++l) {
       const Pair& p = problem_.pairs[l];

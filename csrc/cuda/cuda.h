@@ -65,16 +65,25 @@ __device__ T read_once(const T* p) {
 #endif
 }
 
-// The sum over the lanes of a warp, bit-equal in all of them.
-__device__ inline double warp_sum(double x) {
+struct Sum {
+  __device__ double operator()(double x, double y) const { return x + y; }
+};
+struct Largest {
+  __device__ double operator()(double x, double y) const { return x > y ? x : y; }
+};
+
+// Over the lanes of a warp, bit-equal in all of them.
+template <class Combine>
+__device__ double warp_combine(double x, Combine combine) {
 #if defined(EFLAT_HOST_CUDA)
   double all[32];  // the same butterfly, at the price of one exchange
   host_cuda::warp_exchange(x, all);
   for (int offset = 16; offset > 0; offset /= 2)
-    for (int i = 0; i < offset; ++i) all[i] += all[i + offset];
+    for (int i = 0; i < offset; ++i) all[i] = combine(all[i], all[i + offset]);
   return all[0];
 #else
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  for (int offset = 16; offset > 0; offset /= 2)
+    x = combine(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
 #endif
 }
@@ -87,15 +96,20 @@ struct BlockTeam {
   __device__ static int row() { return warp(); }
   __device__ static constexpr int rows() { return kWarps; }
   __device__ static void sync() { __syncthreads(); }
-  __device__ static double sum(double x) { return warp_sum(x); }
-  __device__ double total(double x) const {
-    x = warp_sum(x);
+  __device__ static double sum(double x) { return warp_combine(x, Sum()); }
+  __device__ double total(double x) const { return combine(x, Sum()); }
+  __device__ double largest(double x) const { return combine(x, Largest()); }
+
+ private:
+  template <class Combine>
+  __device__ double combine(double x, Combine combine) const {
+    x = warp_combine(x, combine);
     if (lane() == 0) scratch[row()] = x;
     __syncthreads();
-    double sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += scratch[w];
+    double all = scratch[0];
+    for (int w = 1; w < kWarps; ++w) all = combine(all, scratch[w]);
     __syncthreads();
-    return sum;
+    return all;
   }
 };
 

@@ -113,12 +113,14 @@ struct ResultLayers {  // what finish_scales asks
   __device__ DType dtype(int l) const { return results[l].dtype; }
 };
 
-// Scales of `count` pairs from `first` on, by one thread: a few flops per pair, in a fixed order.
-__device__ inline void finish(const CallHeader& call, PairResult* results, int first, int count) {
+// Scales of `count` pairs from `first` on: a few flops per pair, in a fixed order.
+template <class Team>
+__device__ void finish(const Team& team, const CallHeader& call, PairResult* results, int first,
+                       int count) {
   ResultLayers layers{results + first};
-  finish_scales(layers, count, call.rho, call.global_norm);
+  finish_scales(team, layers, count, call.rho, call.global_norm);
   unsigned long long skipped = 0;
-  for (int l = first; l < first + count; ++l) {
+  for (int l = first + thread_of(team); l < first + count; l += threads_of(team)) {
     report(call.norms, call.norms_dtype, l, results[l].norm);
     skipped += !usable(results[l].norm);
   }
@@ -190,7 +192,7 @@ EFLAT_NOINLINE void finish_pair(Block& block, bool again, double* work) {
   }
   if (block.two_float && !again && p.target.dtype != DType::f64) set_exponents(block);
   if (threadIdx.x == 0) {
-    if (!call.global_norm) finish(call, block.results, block.pair_number, 1);
+    if (!call.global_norm) finish(SerialTeam(), call, block.results, block.pair_number, 1);
     if (block.step)
       for (float* step : {block.step->target.step, block.step->other.step})
         if (step) *step += 1;
@@ -198,7 +200,7 @@ EFLAT_NOINLINE void finish_pair(Block& block, bool again, double* work) {
   __syncthreads();
   pack_weights(r, s.weights, result, s.packed_weights);
   if (call.global_norm && last_to_arrive(&block.progress->solved, call.total, block)) {
-    if (threadIdx.x == 0) finish(call, block.results, 0, call.total);
+    finish(team, call, block.results, 0, call.total);
     publish(&block.progress->finished, 1);
   }
   publish(&block.pair_progress->state, kReady);
@@ -209,15 +211,17 @@ EFLAT_NOINLINE void finish_pair(Block& block, bool again, double* work) {
 __device__ inline void bound_pair(Block& block) {
   const CallHeader& call = *block.call;
   const int r = block.pair.rank;
-  const double square =
-      dot(BlockTeam{block.scratch}, r * r, block.space.gram_t, block.space.gram_o);
+  const BlockTeam team{block.scratch};
+  const double square = dot(team, r * r, block.space.gram_t, block.space.gram_o);
   if (threadIdx.x == 0)
     block.result->norm = fabs(block.pair.scaling) * sqrt(square > 0 ? square : 0.0);
-  if (!last_to_arrive(&block.progress->solved, call.total, block) || threadIdx.x != 0) return;
+  if (!last_to_arrive(&block.progress->solved, call.total, block)) return;
   const PairResult* results = block.results;
   double squares = 0;
-  for (int i = 0; i < call.total; ++i) squares += results[i].norm * results[i].norm;
-  for (int i = 0; i < call.total; ++i) {
+  for (int i = threadIdx.x; i < call.total; i += kThreads)
+    squares += results[i].norm * results[i].norm;
+  squares = team.total(squares);
+  for (int i = threadIdx.x; i < call.total; i += kThreads) {
     const double norm = call.global_norm ? sqrt(squares) : results[i].norm;
     report(call.norms, call.norms_dtype, i, norm > call.rho ? call.rho / norm : 1.0);
   }

@@ -43,7 +43,7 @@ inline void perturb(const Problem& problem, double* norms, int64_t* skipped) {
   const int together = problem.global_norm ? problem.count : 1;
   for (int l = 0; l < problem.count; l += together) {
     Layers layers{problem.pairs + l, spaces.data() + l};
-    finish_scales(layers, together, problem.rho, problem.global_norm);
+    finish_scales(SerialTeam(), layers, together, problem.rho, problem.global_norm);
   }
   for (int l = 0; l < problem.count; ++l) {
     EFLAT_LAUNCH(apply_kernel, 1, kThreads, 0, nullptr, problem.pairs[l], spaces[l],
