@@ -208,7 +208,7 @@ EFLAT_NOINLINE void finish_pair(Block& block, bool again, double* work) {
 
 // Of foreach_bound's pairs, bare factors: |s| ||B E_A||, from ||B E_A||^2 = tr(B^T B E_A E_A^T);
 // the last pair's block turns them into factors.
-__device__ inline void bound_pair(Block& block) {
+EFLAT_NOINLINE void bound_pair(Block& block) {
   const CallHeader& call = *block.call;
   const int r = block.pair.rank;
   const BlockTeam team{block.scratch};
