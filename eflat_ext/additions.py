@@ -13,15 +13,12 @@ from .sharded import Sharding
 
 
 class Addition:
-    """Adds one tensor to each target, or to the targets of some indices."""
+    """Adds one tensor to each target."""
 
     def __init__(self, deltas: list[Tensor]) -> None:
         self.deltas = deltas
-        self.indices: list[int] | None = None
 
     def __call__(self, targets: list[Tensor]) -> None:
-        if self.indices is not None:
-            targets = [targets[index] for index in self.indices]
         if targets:
             deltas = self.on_devices_of(targets)
             torch._foreach_add_([local(t) for t in targets], [local(delta) for delta in deltas])
@@ -38,6 +35,17 @@ class Addition:
             if not same_layout(delta, target):
                 self.deltas[index] = laid_out_as(self.deltas[index], target)
         return self.deltas
+
+
+class PartialAddition(Addition):
+    """Adds tensors to the targets of some indices, to none until both are assigned."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.indices: list[int] = []
+
+    def __call__(self, targets: list[Tensor]) -> None:
+        super().__call__([targets[index] for index in self.indices])
 
 
 class BoundedAverages(Addition):

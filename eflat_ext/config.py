@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from eflat_ext.arguments import MAX_RANK, MIN_RTOL
 from eflat_ext.corpora import CORPORA
 from eflat_ext.texts import MOVIE_REVIEWS, InputError
 
@@ -18,7 +19,6 @@ Method = Literal["lora", "eflat", "flat", "lora-sam", "full"]
 # What the command needs beside torch: the optional dependencies "finetune" of pyproject.toml.
 PACKAGES = "peft transformers cyclopts rich PyYAML matplotlib"
 MINILM, SMOLLM2 = "minilm", "smollm2"
-MAX_RANK = 256
 
 
 @dataclass(kw_only=True)
@@ -166,8 +166,8 @@ class FinetuneConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise InputError(f"{_option(name)} is {value}, but must lie in 0 to 1, without 1")
-        if self.rtol is not None and not 1e-7 <= self.rtol < 1:
-            raise InputError(f"--rtol is {self.rtol}, but must lie in 1e-7 to 1, without 1")
+        if self.rtol is not None and not MIN_RTOL <= self.rtol < 1:
+            raise InputError(f"--rtol is {self.rtol}, but must lie in {MIN_RTOL} to 1, without 1")
 
     def as_dict(self) -> dict[str, Any]:
         """All settings but the output folder, in types that YAML and JSON know.

@@ -18,10 +18,10 @@ def gram_form(
     onto: str = "B",
     rtol: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gram form of :func:`perturb` in plain torch: ``(U, norm, c)`` with ``E = c * U``.
+    """``(U, norm, c)`` with ``E = c * U``, the Gram form of :func:`eflat_ext.ops.perturb`.
 
-    In the dtype of its arguments. ``c = rho / (2 scaling^2 norm)``; dividing by another norm gives
-    the perturbation of ``norm_scope="global"``.
+    In plain torch and the dtype of its arguments. ``c = rho / (2 scaling^2 norm)``; dividing by
+    another norm gives the perturbation of ``norm_scope="global"``.
     """
     rtol = default_rtol(A, B) if rtol is None else rtol
     inverse_A = torch.linalg.pinv(A @ A.T, rtol=rtol**2, hermitian=True)

@@ -65,6 +65,8 @@ class Layer:
     def weight(self) -> Tensor:
         """``W0 + s B A``, (n, m), a copy; a quantised W0 is dequantised.
 
+        Its factors are those of ``state_dict()``: clean where an optimizer has perturbed them.
+
         Raises:
             NotImplementedError: W0 is quantised in a way that PEFT cannot undo.
         """
@@ -74,7 +76,8 @@ class Layer:
         W = W.flatten(1).clone()
         for pair in self.pairs:
             if pair.active:
-                W += pair.scaling * (pair.B.detach().to(W) @ pair.A.detach().to(W))
+                A, B = (pair.part(f, saved(*pair.slot(f))).flatten(1).to(W) for f in "AB")
+                W += pair.scaling * (B @ A)
         return W
 
     def term(self, x: Tensor, D: Tensor) -> Tensor:
@@ -125,6 +128,16 @@ def adapted_layers(model: nn.Module, names: Sequence[str] | None = None) -> list
         some = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "")
         raise ValueError(f"layers: none ends with one of {list(names or [])}; there are {some}")
     return layers
+
+
+def saved(module: nn.Module, name: str) -> Tensor:
+    """A parameter of the module as ``state_dict()`` has it: clean where an optimizer perturbed it.
+
+    Args:
+        module: that holds the parameter itself. name: of its attribute.
+    """
+    # A parametrised module saves it by another name.
+    return module.state_dict().get(name, getattr(module, name)).detach()
 
 
 def constant(D: Tensor) -> Shift:
@@ -258,8 +271,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.eval()
     for module in training:
         # In eval mode on a CPU bitsandbytes lays the weights out anew, for good, and rounds their
-        # scales; nothing else of these layers depends on their mode.
-        if type(module).__name__ == "Linear4bit":
+        # scales; nothing else of these layers depends on their mode. PEFT's layers around them have
+        # the same name and must not be in training mode: an optimizer would perturb them.
+        if _is_linear_4bit(module):
             module.training = True
     try:
         yield
@@ -305,6 +319,14 @@ def _layer_of(name: str, pairs: list[LoraPair]) -> Layer:
         )
     shape = (pair.B.shape[0], pair.A.shape[1])
     return Layer(name.removeprefix(_PEFT_PREFIX), pair.layer.get_base_layer(), shape, tuple(pairs))
+
+
+def _is_linear_4bit(module: nn.Module) -> bool:
+    """Whether it is bitsandbytes' layer, or of a class that is derived from it."""
+    return any(
+        cls.__name__ == "Linear4bit" and cls.__module__.split(".")[0] == "bitsandbytes"
+        for cls in type(module).mro()
+    )
 
 
 def _base_weight(layer: Layer) -> Tensor:

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .full_space import Layer, LossFn, Shift, adapted_layers, constant, mean_loss
+from .full_space import (
+    Layer,
+    LossFn,
+    Shift,
+    adapted_layers,
+    check_batches,
+    constant,
+    mean_loss,
+    saved,
+)
 from .hessian import Product, hessian
 
 Direction = Mapping[str, Shift]
@@ -151,20 +160,32 @@ def line(
         loss_fn, batches, layers, on_point: as for :func:`slice_1d`. xs: the coordinates.
 
     Raises:
-        ValueError: the models differ in their layers.
+        ValueError: the models differ in their layers, in the names of their parameters, or in the
+            shapes of those outside of the layers.
     """
     found, others = adapted_layers(model, layers), adapted_layers(other, layers)
     if [(x.name, x.shape) for x in found] != [(x.name, x.shape) for x in others]:
         raise ValueError("other: expected a model with adapters on the same layers")
     if set(dict(model.named_parameters())) != set(dict(other.named_parameters())):
         raise ValueError("other: expected a model with the same parameters")
+    theirs: dict[str, Tensor] = {}
+    for name, p in _outside(model, found).items():
+        owner, _, attribute = name.rpartition(".")
+        q = theirs[name] = saved(other.get_submodule(owner), attribute)
+        if q.shape != p.shape:
+            raise ValueError(
+                f"other: expected {name} of shape {tuple(p.shape)}, got {tuple(q.shape)}"
+            )
+    check_batches(batches)
+    # An evaluation takes an optimizer's perturbation out, which has to be gone before they move.
+    mean_loss(model, loss_fn, [next(iter(batches))])
     direction: dict[str, Shift] = {}
     for first, second in zip(found, others, strict=True):
         D = second.weight().to(first.device) - first.weight()
         direction[first.name] = constant(D)
     losses = []
     for x in xs:
-        with _blended(model, other, x, found):
+        with _blended(model, theirs, x, found):
             losses += slice_1d(model, loss_fn, batches, direction, [x], layers=layers)
         on_point()
     return losses
@@ -182,20 +203,28 @@ def _combination(terms: Sequence[tuple[float, Direction]], name: str) -> Tensor:
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-@contextmanager
-def _blended(
-    model: nn.Module, other: nn.Module, x: float, layers: Sequence[Layer]
-) -> Iterator[None]:
-    """Within, all but the layers' weights is ``(1 - x)`` of the model's, x of the other's."""
+def _outside(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """The floating-point parameters that are neither the layers' weights nor their factors."""
     pairs = [pair for layer in layers for pair in layer.pairs]
     factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
     weights = [getattr(layer.module, "weight", None) for layer in layers]
     inside = {id(p) for p in (*factors, *weights)}
-    theirs = dict(other.named_parameters())
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in inside and p.is_floating_point()
+    }
+
+
+@contextmanager
+def _blended(
+    model: nn.Module, theirs: Mapping[str, Tensor], x: float, layers: Sequence[Layer]
+) -> Iterator[None]:
+    """Within, all but the layers' weights is ``(1 - x)`` of the model's, x of the other's."""
     moving = [
         (p, theirs[name].to(p))
-        for name, p in model.named_parameters()
-        if id(p) not in inside and p.is_floating_point() and not torch.equal(p, theirs[name].to(p))
+        for name, p in _outside(model, layers).items()
+        if not torch.equal(p, theirs[name].to(p))
     ]
     copies = [p.detach().clone() for p, _ in moving]
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eflat_ext import trained as training
+from eflat_ext.arguments import MIN_RTOL
 from eflat_ext.data import InputError
 from eflat_ext.each_run import ABOUT, about, measure_each
 from eflat_ext.full_space import adapted_layers, gradients, mean_loss
@@ -65,8 +66,8 @@ class SharpnessConfig(MeasureConfig):
         if self.samples != 0 and self.samples < 2:
             raise InputError(f"--samples is {self.samples}, but must be 0 or at least 2")
         for rtol in self.rtol or []:
-            if not 1e-7 <= rtol < 1:
-                raise InputError(f"--rtol is {rtol}, but must lie in 1e-7 to 1, without 1")
+            if not MIN_RTOL <= rtol < 1:
+                raise InputError(f"--rtol is {rtol}, but must lie in {MIN_RTOL} to 1, without 1")
         if self.output is not None and self.output.suffix.lower() not in (".csv", ".json"):
             raise InputError(f"--output {self.output} must end in .csv or .json")
 

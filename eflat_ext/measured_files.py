@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,8 @@ def check_files(files: Mapping[Path, Columns], read: Iterable[str]) -> None:
         read: names of files that are read.
     """
     output = next(iter(files))
-    sources = [source for name in read if (source := Path(name)).exists()]
+    # Path.exists raises where the name is too long.
+    sources = [Path(name) for name in read if os.path.exists(name)]
     for path, columns in files.items():
         with writing(path, output):
             there = path.exists()

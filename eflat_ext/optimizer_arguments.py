@@ -1,4 +1,7 @@
-"""What the optimizers are given, checked before anything is hooked to the model or loaded."""
+"""What the optimizers are given, checked before anything is hooked to the model or loaded.
+
+Their factories' base optimizers are made here, too: of a class, over what a model trains.
+"""
 
 from __future__ import annotations
 

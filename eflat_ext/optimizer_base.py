@@ -26,9 +26,10 @@ from .optimizer_arguments import (
     check_saved_averages,
     number,
 )
-from .pairs import adding_modules, find_pairs, merging_layers, stacklevel_of_user
-from .perturbed import PerturbedWeights, Slot
+from .pairs import Slot, adding_modules, find_pairs, merging_layers
+from .perturbed import PerturbedWeights
 from .sharded import Sharding
+from .stacklevel import stacklevel_of_user
 from .targets import parameters_of, perturbed_pairs
 
 Rho: TypeAlias = float | Callable[[int], float]
@@ -195,10 +196,12 @@ class PerturbingOptimizer(Optimizer):
     def train(self) -> None:
         """Perturb the weights now, if a perturbation is due (idempotent).
 
-        With hooks on the model, which is the default, its training forward passes do this.
+        With hooks on the model, which is the default, its training forward passes do this. Before
+        calls of other methods than ``forward`` it is due at every step.
         """
         if self._weights.enabled:
             self._weights.perturb()
+            self._weights.watch_gradients()
             self._weights.visited |= not self._weights.alive
 
     def eval(self) -> None:
@@ -279,7 +282,8 @@ class PerturbingOptimizer(Optimizer):
 
     def _has_gradients(self) -> bool:
         """Whether any pair with a scaling has a gradient."""
-        return any(pair.has_gradient and pair.scaling != 0 for pair in self.pairs)
+        # In this order: a deleted adapter has no scaling, and perhaps no factors any more.
+        return any(pair.scaling != 0 and pair.has_gradient for pair in self.pairs)
 
     def _keep_norms(self, indices: list[int], norms: Tensor) -> None:
         """Remember the norms of those pairs that have a gradient."""

@@ -6,6 +6,7 @@ EFlat-LoRA: Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -62,8 +63,14 @@ class EFlatLoRA(Transferring):
             factors of up to 32 bits. May be assigned between steps.
 
     Raises:
-        TypeError: ``base`` is no optimizer, or one that needs a closure (LBFGS).
-        ValueError: an argument out of range, or nothing to perturb.
+        ImportError: PEFT is not installed.
+        TypeError: ``model`` is no module; ``base`` is no optimizer, one of this package, one that
+            needs a closure (LBFGS) or moves weights outside ``step`` (schedule-free ones); factors
+            A and B of a pair have different dtypes.
+        ValueError: an argument out of range; ``base`` maximises; nothing to perturb; LoRA factors
+            on several devices, or of a rank above 256.
+        NotImplementedError: the model is sharded by the older FSDP, or its factors in another
+            layout than ``eflat_ext.sharded.SUPPORTED``.
         RuntimeError: another optimizer perturbs this model already.
     """
 
@@ -226,8 +233,11 @@ class EFlatLoRA(Transferring):
         return averages
 
     def _rho_changed(self) -> None:
+        # A schedule may end with the last step. What it raises is the next step's to raise, which
+        # asks again before anything moves.
         if isinstance(self._perturbation, BoundedAverages):
-            self._perturbation.rho.fill_(self._rho_now())
+            with suppress(Exception):
+                self._perturbation.rho.fill_(self._rho_now())
 
 
 def create_eflat_optimizer(
@@ -250,6 +260,11 @@ def create_eflat_optimizer(
         optimizer_cls: class of the base optimizer.
         params: parameters, named parameters or groups for it, in place of all trainable ones.
         **optimizer_kwargs: passed on to it (``lr`` and so on).
+
+    Raises:
+        TypeError: ``optimizer_cls`` is an optimizer, no class of them; or as :class:`EFlatLoRA`.
+        ValueError: the model trains nothing; or as :class:`EFlatLoRA`.
+        ImportError, NotImplementedError, RuntimeError: as :class:`EFlatLoRA`.
     """
     base = make_base(model, optimizer_cls, params, optimizer_kwargs)
     return EFlatLoRA(

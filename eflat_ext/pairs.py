@@ -10,15 +10,15 @@ parameters.
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from .dtensors import is_dtensor
+from .stacklevel import stacklevel_of_user
 
 # Variants that change where or how ``s B A`` is used, but not that it is ``s B A``.
 _PLAIN_VARIANTS = {
@@ -33,7 +33,8 @@ _PLAIN_VARIANTS = {
 }
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-_INNER = ("torch", __name__.split(".")[0])
+# A parameter, or a method, by where it is looked up: the module and the name of its attribute.
+Slot: TypeAlias = tuple[nn.Module, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,10 @@ class LoraPair:
     def group(self) -> str:
         """The name without the expert's number."""
         return f"{self.layer_name}.{self.adapter}"
+
+    def slot(self, factor: str) -> Slot:
+        """Where the parameter of factor "A" or "B" is looked up."""
+        return (self.module_A if factor == "A" else self.module_B), self.key
 
     @property
     def parameter_A(self) -> Tensor:
@@ -178,17 +183,6 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
             f"{type(model).__name__} without any{rest}"
         )
     return pairs
-
-
-def stacklevel_of_user() -> int:
-    """For ``warnings.warn``: the first caller that is neither this package nor torch.
-
-    A count would not do: torch, and every learning rate scheduler, wraps ``Optimizer.step``.
-    """
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INNER:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def merging_layers(model: nn.Module) -> list[Any]:

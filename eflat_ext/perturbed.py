@@ -37,9 +37,9 @@ from .dtensors import (
     reshard,
     same_layout,
 )
+from .gradient_watch import GradientWatch
 from .guards import MergesItself, RestoreFirst
-
-Slot = tuple[nn.Module, str]
+from .pairs import Slot
 
 
 class PerturbedWeights:
@@ -65,11 +65,11 @@ class PerturbedWeights:
 
     Attributes:
         enabled: whether training forward passes perturb.
-        visited: whether a training forward pass found perturbed weights since someone last set it
-            to False; without hooks, whoever perturbs sets it.
+        merging: how many forward passes are under way that merge for their own use.
 
     Raises:
         RuntimeError: another, living owner perturbs this model.
+        ValueError: a target's module is none of the model's.
     """
 
     def __init__(
@@ -91,13 +91,14 @@ class PerturbedWeights:
                 )
             other.remove(model)
         self.enabled = True
-        self.visited = False
+        self._visited = False
+        self._watch: GradientWatch | None = None
         self._model: nn.Module | None = model
         self._slots = list(targets)
         self._layers = list(layers or (module for module, _ in targets))
         self._perturbation: Callable[[list[Tensor]], None] | None = perturbation
         self._suspended = 0
-        self.merging = 0  # forward passes under way that merge for their own use
+        self.merging = 0
         self._dirty = False  # the targets may differ from the copies
         self._applied = False  # the perturbation is in the targets, whole
         self._held = [
@@ -120,6 +121,27 @@ class PerturbedWeights:
     def applied(self) -> bool:
         """Whether the perturbation is in the parameters now."""
         return self._applied
+
+    @property
+    def visited(self) -> bool:
+        """Whether gradients are of the perturbed weights, since someone last set it to False.
+
+        A training forward pass found these in place, or gradients came while they were watched;
+        without hooks, whoever perturbs sets it.
+        """
+        return self._visited or (self._watch is not None and self._watch.found())
+
+    @visited.setter
+    def visited(self, visited: bool) -> None:
+        self._visited = visited
+
+    def watch_gradients(self) -> None:
+        """Let a gradient that comes before the weights are restored count as a visit.
+
+        For passes that no hook sees: calls of other methods than ``forward``.
+        """
+        if self._applied and self._watch is None:
+            self._watch = GradientWatch(self._held)
 
     def targets(self) -> list[Tensor]:
         """The parameters now; what was there last where a module holds none any more."""
@@ -166,7 +188,7 @@ class PerturbedWeights:
         """Copy the clean values back, bit for bit; nothing if they are there already."""
         if not self._dirty:
             return
-        self._applied = False
+        self._end()
         with torch.no_grad():
             _copy(self._held, self._clean)
         self._dirty = False
@@ -187,7 +209,7 @@ class PerturbedWeights:
         copied = {}
         if self._dirty:
             copied = {i: copy for i, copy in enumerate(self._clean) if self._held[i] is targets[i]}
-        self._applied = False
+        self._end()
         yield [copied.get(i, targets[i]) for i in stepped]
         if self._dirty:
             with torch.no_grad():
@@ -208,6 +230,7 @@ class PerturbedWeights:
             self._suspended = suspended
             if applied:
                 self.perturb()
+                self.watch_gradients()
 
     def remove(self, model: nn.Module | None = None) -> None:
         """Restore, and take every hook off (``model`` where this object was copied with it)."""
@@ -235,8 +258,8 @@ class PerturbedWeights:
         return {"held": held, "clean": self._clean[: len(held)]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.enabled = self.visited = False
-        self._model = self._perturbation = self._owner = None
+        self.enabled = self._visited = False
+        self._model = self._perturbation = self._owner = self._watch = None
         self._layers, self._slots, self._fsdp = [], [], []
         self._settled, self._idle = True, bool
         self._suspended = self.merging = 0
@@ -247,6 +270,10 @@ class PerturbedWeights:
 
     def _disable(self, _: object) -> None:
         self.enabled = False
+
+    def _end(self) -> None:
+        """From here on the perturbation is not whole; whether a gradient came is remembered."""
+        self._visited, self._watch, self._applied = self.visited, None, False
 
     def _copies(self, targets: list[Tensor]) -> list[Tensor]:
         """The buffers, renewed where a parameter has moved or changed its type."""
@@ -294,7 +321,7 @@ class PerturbedWeights:
             if not self._settled and distributed() and self._sharded_late():
                 return
             self.perturb()
-            self.visited |= self._applied
+            self._visited |= self._applied
         else:
             self.restore()
 
@@ -307,7 +334,7 @@ class PerturbedWeights:
                 "the model was sharded after its optimizer had been constructed: call "
                 "optimizer.train() before the first forward pass"
             )
-        self.visited |= late
+        self._visited |= late
         return late
 
     def _save_clean(

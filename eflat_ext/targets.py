@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .pairs import LoraPair, stacklevel_of_user
-from .perturbed import Slot
+from .pairs import LoraPair, Slot
+from .stacklevel import stacklevel_of_user
 
 
 def parameters_of(groups: Iterable[dict[str, Any]]) -> list[Any]:
@@ -31,8 +31,8 @@ def perturbed_pairs(
     target_of: list[int] = []
     taken: dict[int, tuple[str, int]] = {}  # by whom, and the index of the target
     for pair in pairs:
-        modules = [pair.module_A if factor == "A" else pair.module_B for factor in factors]
-        own = [slot for module in modules if id(getattr(*(slot := (module, pair.key)))) in trained]
+        of_pair = [pair.slot(factor) for factor in factors]
+        own = [slot for slot in of_pair if id(getattr(*slot)) in trained]
         new: list[int] = []
         for slot in own:
             group, index = taken.setdefault(id(getattr(*slot)), (pair.group, len(slots)))

@@ -99,7 +99,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs and labels, and the batch's predictions over the mean number of all batches."""
+    """Model inputs and labels, and the number of predictions over the mean of all batches'."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -125,7 +125,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def find(places: Iterable[Path]) -> list[Trained]:
-    """Everything trained that these folders hold.
+    """Everything trained that these folders hold, each once, however often it is named.
 
     Args:
         places: run folders of ``eflat finetune`` (all methods and seeds in them), their
@@ -134,7 +134,10 @@ def find(places: Iterable[Path]) -> list[Trained]:
     Raises:
         InputError: a folder is none of these.
     """
-    found = [trained for place in places for trained in _find(Path(place))]
+    by_folder: dict[Path, Trained] = {}
+    for trained in (one for place in places for one in _find(Path(place))):
+        by_folder.setdefault(trained.folder.resolve(), trained)
+    found = list(by_folder.values())
     if not found:
         raise InputError("nothing to measure: give a run folder or an adapter's folder")
     if len({trained.name for trained in found}) < len(found):
@@ -171,13 +174,16 @@ def make_batches(
     size: int,
     device: torch.device,
 ) -> list[Batch]:
-    """Batches of texts of similar length, for :func:`loss`.
+    """Batches of texts of similar length, for :func:`loss`, without those that predict nothing.
 
     Args:
         tokenizer: to pad with.
         inputs, labels: as :func:`eflat_ext.objective.encode` gives them.
         size: texts of a batch.
         device: for the batches.
+
+    Raises:
+        InputError: no text has anything to predict.
     """
     order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]["input_ids"]))
     chosen = [order[start : start + size] for start in range(0, len(order), size)]
@@ -186,8 +192,11 @@ def make_batches(
         for rows in chosen
     ]
     counts = [objective.count(target) for _, target in batches]
-    mean = sum(counts) / len(counts)
-    return [Batch(*batch, n / mean) for batch, n in zip(batches, counts, strict=True) if n]
+    kept = [(batch, n) for batch, n in zip(batches, counts, strict=True) if n]
+    if not kept:
+        raise InputError(f"expected a text with a token to predict, got {len(inputs)} without one")
+    mean = sum(counts) / len(kept)
+    return [Batch(*batch, n / mean) for batch, n in kept]
 
 
 # --- inner parts -------------------------------------------------------------------------
@@ -320,7 +329,11 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
         if causal
         else [names.index(label) for label in table.labels]
     )
-    batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
+    try:
+        batches = make_batches(tokenizer, inputs, labels, config.batch_size, device)
+    except InputError as error:
+        given = f"--data {config.data}, --max-length {config.max_length}"
+        raise InputError(f"{given}: {error}") from None
     return Loaded(model.to(device), config.layers, batches)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .additions import Addition
+from .additions import PartialAddition
 from .dtensors import from_local
 from .engines import initialises_state
 from .optimizer_base import PairList, PerturbingOptimizer, Rho
@@ -26,7 +26,7 @@ class TwoGradients(PerturbingOptimizer):
     """A step of two gradients: the first makes the perturbation, the second moves the weights."""
 
     def _prepare(self, model: nn.Module) -> None:
-        self._perturbation = Addition([])
+        self._perturbation = PartialAddition()
         self._pending = False
         self._first_gradients = False
         self._perturb_with(model, self._perturbation)
@@ -108,6 +108,7 @@ class TwoGradients(PerturbingOptimizer):
         self._weights.visited = False
         if zero_grad:
             self.base.zero_grad()
+        self._weights.watch_gradients()
 
     def _new_perturbations(self, rho: float) -> dict[int, Tensor]:
         """What to add to targets, by their index; norms are kept, and counted."""

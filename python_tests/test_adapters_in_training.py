@@ -9,6 +9,7 @@ import pytest
 import torch
 from lora_layers import BETA, RHO, as_matrix, step_as_the_reference
 from models import (
+    CREATE,
     assert_same_bits,
     batches,
     lora_gpt2,
@@ -161,6 +162,57 @@ def test_adapters_are_merged_for_a_while(onto: str) -> None:
     for one, other in zip(ends, ends_again, strict=True):
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=1e-7, atol=1e-10)
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Embedding(20, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)).sum()
+
+
+def table_without_its_first_adapter(method: str) -> tuple[nn.Module, Any]:
+    """An embedding of two adapters, the first of which is deleted after a step."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["layer"])
+    model = get_peft_model(Table(), config)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    model = randomised(model)
+    optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        model(torch.arange(8)).backward()
+
+    optimizer.step(closure)
+    model.delete_adapter("default")
+    model.base_model.set_adapter("second")
+    return model, optimizer
+
+
+def test_a_clean_gradient_after_an_embeddings_adapter_was_deleted() -> None:
+    model, optimizer = table_without_its_first_adapter("eflat")
+    optimizer.zero_grad()
+    model.eval()(torch.arange(8)).backward()
+    with pytest.warns(UserWarning, match="without the perturbation"):
+        optimizer.step()
+    assert list(optimizer.perturbation_norms) == [optimizer.pairs[1].name]
+
+
+@pytest.mark.parametrize("method", ["flat", "lora-sam"])
+def test_an_abandoned_step_after_an_embeddings_adapter_was_deleted(method: str) -> None:
+    model, optimizer = table_without_its_first_adapter(method)
+    before = weights(model)
+    optimizer.zero_grad()
+    for call in (optimizer.first_step, optimizer.zero_grad):
+        model(torch.arange(8)).backward()
+        call()
+    assert_same_bits(weights(model), before)
+    model(torch.arange(8)).backward()
+    optimizer.first_step()
 
 
 @pytest.mark.proves("LoRA layers", "tied base weights: the adapter of each use is a pair")

@@ -5,11 +5,23 @@ import math
 
 import pytest
 import torch
-from models import assert_same_bits, batches, lora_mlp, loss_of, weights
+from models import (
+    Mlp,
+    assert_same_bits,
+    batches,
+    lora_mlp,
+    loss_of,
+    same_bits,
+    train_on,
+    weights,
+)
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from eflat_ext.full_space import adapted_layers, mean_loss
 from eflat_ext.landscape import hessian_directions, line, random_direction, slice_1d, slice_2d
 from eflat_ext.landscape_figure import LandscapeConfig, draw
+from eflat_ext.optimizers import create_eflat_optimizer
 from eflat_ext.trained import Trained
 
 DATA = batches(2)
@@ -99,9 +111,48 @@ def test_a_line_joins_two_models_of_other_rank_and_head():
     assert half == pytest.approx([mean_loss(plain, loss_of, DATA)], rel=1e-10)
 
 
+def test_a_line_of_models_whose_optimizers_are_in_the_middle_of_a_step():
+    """Between clean weights, which are left behind, also of layers that the line has not."""
+    models = [random_model(seed) for seed in (1, 2)]
+    optimizers = [create_eflat_optimizer(m, torch.optim.SGD, lr=0.1, rho=0.5) for m in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train_on(model, optimizer, DATA)
+    before = [weights(model) for model in models]
+    expected = line(*models, loss_of, DATA, [0.3], layers=["up"])
+    for model, clean in zip(models, before, strict=True):
+        loss_of(model, DATA[0]).backward()
+        assert not all(same_bits(clean[name], w) for name, w in weights(model).items())
+    assert line(*models, loss_of, DATA, [0.3], layers=["up"]) == expected
+    for model, optimizer, clean in zip(models, optimizers, before, strict=True):
+        optimizer.eval()
+        assert_same_bits(weights(model), clean)
+
+
+def with_classes(count):
+    class Other(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(10, count)
+
+    lora = LoraConfig(r=4, target_modules=["up", "down"], modules_to_save=["head"])
+    return get_peft_model(Other(), lora).double()
+
+
 def test_models_that_no_line_joins():
     with pytest.raises(ValueError, match="same layers"):
         line(lora_mlp(), lora_mlp(target_modules=["up"]), loss_of, DATA, [0.0])
+    # One of a single class would be broadcast.
+    for count in (1, 2, 5):
+        model, other = lora_mlp(), with_classes(count)
+        before = weights(model)
+        shapes = rf"other: expected .*head.*weight of shape \(3, 10\), got \({count}, 10\)"
+        with pytest.raises(ValueError, match=shapes):
+            line(model, other, loss_of, DATA, [0.0])
+        assert_same_bits(weights(model), before)
+    with pytest.raises(
+        ValueError, match=r"other: expected .*down\.lora_A.* \(4, 16\), got \(3, 16\)"
+    ):
+        line(lora_mlp(), lora_mlp(r=3), loss_of, DATA, [0.0], layers=["up"])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from measured_case import SMALL, make_run, read_csv
-from tiny_model import make_rows, save_tiny_model, write_csv
+from measured_case import SMALL, make_language_model, make_run, read_csv
+from tiny_model import make_rows, write_csv
 
 from eflat_ext import cli, finetune, sharpness, trained
 from eflat_ext.config import FinetuneConfig
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("measure"))
 
 
-def test_a_loaded_run_is_what_was_trained(folder):
+def test_a_loaded_run_is_what_was_trained(folder, tmp_path):
     runs = trained.find([folder / "run"])
     assert [run.name for run in runs] == ["lora, seed 0", "eflat, seed 0", "full, seed 0"]
     for run in runs:
@@ -36,8 +36,24 @@ def test_a_loaded_run_is_what_was_trained(folder):
     (single,) = trained.find([folder / "run" / "eflat" / "seed-0"])
     assert (single.method, single.seed) == ("eflat", 0)
     assert [run.method for run in trained.find([folder / "run" / "full"])] == ["full"]
-    twice = trained.find([folder / "run" / "lora", folder / "run" / "lora"])
+    shutil.copytree(folder / "run", tmp_path / "run")
+    twice = trained.find([folder / "run" / "lora", tmp_path / "run" / "lora"])
     assert [run.name for run in twice] == [str(run.folder) for run in twice]
+    assert len(twice) == 2
+
+
+def test_a_folder_that_is_named_again_is_measured_once(folder, tmp_path):
+    run = folder / "run"
+    (tmp_path / "link").symlink_to(run / "eflat" / "seed-0")
+    places = [run / "lora" / "seed-0", run, run / "full" / ".." / "full", tmp_path / "link"]
+    assert trained.find(places) == trained.find([run])
+    adapter = shutil.copytree(run / "lora" / "seed-0", tmp_path / "mine")
+    assert trained.find([adapter, adapter / ".." / "mine"]) == trained.find([adapter])
+    output = tmp_path / "map.png"
+    given = ["landscape", str(run / "lora"), str(run / "lora" / "seed-0"), *SMALL]
+    given += ["--dimensions", "2", "--points", "3", "--output", str(output)]
+    assert cli.main(given) == 0
+    assert len(read_csv(output.with_suffix(".csv"))) == 3 * 3
 
 
 def test_a_run_in_bfloat16_is_measured_in_float32(folder, tmp_path):
@@ -171,29 +187,23 @@ def test_the_classes_of_an_adapter_are_its_own(folder, tmp_path):
         loss(tmp_path / "three.csv")
 
 
-def test_a_language_model(tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+@pytest.mark.parametrize("words", [0, 5], ids=["sentences", "and words on their own"])
+def test_a_language_model(tmp_path, words):
+    """The mean over all tokens that are predicted; in a text of one token there is none."""
+    from transformers import AutoTokenizer
 
-    base = save_tiny_model(tmp_path / "base")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2)
-    model = GPT2LMHeadModel(shape)
-    model.save_pretrained(tmp_path / "gpt")
-    tokenizer.save_pretrained(tmp_path / "gpt")
-    model = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt")
-    lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
-    data = write_csv(tmp_path / "text.csv", make_rows(30))
-    (run,) = trained.find([tmp_path / "adapter"])
-    config = MeasureConfig(data=data, examples=9, batch_size=4, max_length=32, device="cpu")
+    (run,) = trained.find([make_language_model(tmp_path)])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gpt")
+    rows = [("word1", "0")] * words + make_rows(30)
+    data = write_csv(tmp_path / "text.csv", rows)
+    examples = 9 + words
+    config = MeasureConfig(data=data, examples=examples, batch_size=4, max_length=32, device="cpu")
     loaded = trained.load(run, config)
     assert len(loaded.batches) == 3
     with torch.no_grad():
-        mean = sum(float(trained.loss(loaded.model, batch)) for batch in loaded.batches) / 3
+        mean = mean_loss(loaded.model, trained.loss, loaded.batches)
         total, count = 0.0, 0
-        for text, _ in make_rows(30)[:9]:
+        for text, _ in rows[words:examples]:
             tokens = tokenizer(text, return_tensors="pt")["input_ids"]
             n = tokens.shape[1] - 1
             total += n * float(loaded.model(tokens, labels=tokens).loss)

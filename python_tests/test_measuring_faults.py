@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from measured_case import SMALL, make_run, read_csv
+from measured_case import SMALL, make_language_model, make_run, read_csv
 from tiny_model import make_rows, write_csv
 
 from eflat_ext import cli, each_run, trained
@@ -37,6 +37,19 @@ WRONG = {
         ["sharpness", "{adapter}", "--data", "{three}", "--max-length", "32"],
         ["mine", "'2'", "0, 1 apart"],
     ),
+    "long name": (
+        [
+            "sharpness",
+            "{adapter}",
+            "--data",
+            "{long}.csv",
+            "--max-length",
+            "32",
+            "--output",
+            "a.csv",
+        ],
+        ["cannot read xxx", "too long"],
+    ),
     "output": (["sharpness", "{folder}/run", "--output", "a.txt"], ["a.txt", ".csv"]),
     "examples": (["sharpness", "{folder}/run", "--examples", "0"], ["--examples"]),
     "device": (["sharpness", "{folder}/run", "--device", "abacus"], ["abacus"]),
@@ -58,7 +71,7 @@ def test_wrong_input_is_one_sentence_that_names_it(folder, tmp_path, capsys, mon
     adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
     given, words = WRONG[case]
     three = write_csv(tmp_path / "three.csv", make_rows(30, classes=3))
-    places = {"folder": folder, "adapter": adapter, "three": three}
+    places = {"folder": folder, "adapter": adapter, "three": three, "long": "x" * 300}
     assert cli.main([text.format(**places) for text in given]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eflat: ")]
     assert len(lines) == 1
@@ -235,6 +248,18 @@ def test_an_adapter_of_another_model_does_not_fit(folder, tmp_path):
     config = MeasureConfig(data=str(folder / "data.csv"), max_length=32, device="cpu")
     with pytest.raises(InputError, match=r"mine: size mismatch for .*lora_A.*\[4, 7\].*\[4, 32\]"):
         trained.load(*trained.find([adapter]), config)
+
+
+def test_texts_in_which_nothing_is_predicted_are_named(tmp_path):
+    """The first token of a text is not."""
+    (adapter,) = trained.find([make_language_model(tmp_path)])
+    words = write_csv(tmp_path / "words.csv", [("word1", "0"), ("word2", "1")])
+    sentences = write_csv(tmp_path / "sentences.csv", make_rows(3))
+    for data, max_length, texts in ((words, 32, 2), (sentences, 1, 3)):
+        config = MeasureConfig(data=data, max_length=max_length, device="cpu")
+        given = rf"--data {data}, --max-length {max_length}: expected .* to predict, got {texts} "
+        with pytest.raises(InputError, match=given):
+            trained.load(adapter, config)
 
 
 def test_what_cannot_be_measured_names_its_folder(tmp_path):

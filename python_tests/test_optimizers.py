@@ -244,6 +244,34 @@ def test_rho_follows_a_schedule_of_completed_steps() -> None:
     assert not optimizer._weights.applied
 
 
+@pytest.mark.parametrize("onto", ["B", "A"])
+def test_a_schedule_of_rho_may_end_with_the_last_step(onto: str) -> None:
+    """It is asked for the steps there are, and one more step raises before anything has moved."""
+    radii = [0.1, 0.2, 0.3]
+    options = {"lr": 0.1, "onto": onto, "rho": radii.__getitem__}
+    model = lora_mlp()
+    optimizer = create_eflat_optimizer(model, torch.optim.SGD, **options)
+    train(model, optimizer)
+    saved, before = optimizer.state_dict(), weights(model)
+    other = lora_mlp()
+    again = create_eflat_optimizer(other, torch.optim.SGD, **options)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(saved)
+    averages = {name: average.clone() for name, average in optimizer.averages.items()}
+    for each, its_model in ((optimizer, model), (again, other)):
+        with pytest.raises(IndexError):
+            train(its_model, each, 1, skip=3)
+        with pytest.raises(IndexError):
+            each.rho = radii.__getitem__  # and what is assigned is asked at once
+        assert_same_bits(weights(its_model), before)
+        assert_same_bits(each.averages, averages)
+        assert each.state_dict()["param_groups"] == saved["param_groups"]
+    radii.append(0.4)
+    for each, its_model in ((optimizer, model), (again, other)):
+        train(its_model, each, 1, skip=3)
+        assert not same_bits(each.averages[UP], averages[UP])
+
+
 def test_average_is_the_moving_average_of_perturbations() -> None:
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=0.3, beta=0.25)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from models import Mlp, assert_same_bits, same_bits, weights
 from perturbed_case import NAMES, Case, Owner, X, add_one
 from torch import Tensor, nn
 
+from eflat_ext import perturbed
 from eflat_ext.perturbed import PerturbedWeights
+
+FOLDER = Path(perturbed.__file__).parent
 
 
 def test_perturb_and_restore_are_idempotent() -> None:
@@ -317,6 +322,24 @@ def test_compiled_whole_equals_eager(around: str) -> None:
         results.append([t.detach() for t in outputs + gradients])
     for eager, traced in zip(*results, strict=True):
         assert same_bits(eager, traced)
+
+
+def test_lower_modules_do_not_import_the_life_cycle() -> None:
+    """Pairs and targets know nothing of perturbed weights."""
+
+    def imported(module: str) -> set[str]:
+        found, left = set(), [module]
+        while left:
+            tree = ast.parse((FOLDER / f"{left.pop()}.py").read_text(encoding="utf-8"))
+            nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+            new = {node.module for node in nodes if node.module} - found
+            found |= new
+            left += new
+        return found
+
+    assert "perturbed" in imported("optimizer_base")
+    for module in ("pairs", "targets", "engines"):
+        assert "perturbed" not in imported(module)
 
 
 def test_the_mode_of_the_layers_decides_whatever_is_called() -> None:

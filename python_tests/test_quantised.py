@@ -12,7 +12,12 @@ import pytest
 import torch
 from lora_layers import Calls, factors
 from models import assert_same_bits, same_bits, trainable, weights
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from quantised_models import (
     BETA,
     EIGHT_BITS,
@@ -33,12 +38,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from trainer_case import RUNS, arguments, make, own
 
+from eflat_ext.estimate import estimate_quality
+from eflat_ext.full_space import adapted_layers, evaluating, mean_loss
+from eflat_ext.hessian import hessian
+from eflat_ext.landscape import random_direction, slice_1d
 from eflat_ext.optimizers import (
     EFlatLoRA,
     create_eflat_optimizer,
     create_flat_optimizer,
     create_lora_sam_optimizer,
 )
+from eflat_ext.sharpness import average_case, worst_case
 
 pytestmark = [
     needs("bitsandbytes", "torchao"),
@@ -322,6 +332,51 @@ def test_optimizers_of_bitsandbytes(folder: Path, name: str, method: str) -> Non
 
     train(model, optimizer, range(3, 4))
     assert_same_bits(lora_only(weights(resumed)), lora_only(weights(model)))
+
+
+INSTRUMENTS: dict[str, Callable[..., Any]] = {
+    "loss": mean_loss,
+    "worst case": lambda *given: worst_case(*given, 0.1, radius="filter"),
+    "average case": lambda *given: average_case(*given, 0.1, samples=2),
+    "estimate": estimate_quality,
+    "slice": lambda *given: slice_1d(*given, random_direction(adapted_layers(given[0])), [0.5]),
+    "hessian": lambda *given: hessian(*given, eigenvalues=1, space="lora").eigenvalues,
+}
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("instrument", INSTRUMENTS)
+def test_instruments_measure_the_clean_model(folder: Path, base: str, instrument: str) -> None:
+    """In the middle of a step and after it, with the optimizer alive."""
+    if instrument == "hessian":
+        pytest.importorskip("hessian_eigenthings")
+
+    def measured(one: nn.Module) -> Any:
+        batches = list(TOKENS)
+        return INSTRUMENTS[instrument](one, lambda m, x: m(input_ids=x, labels=x).loss, batches)
+
+    model, optimizer, clean = accumulated(folder, base, "eflat fused")
+    assert measured(model) == measured(with_lora(folder, base, clean))
+    assert_same_bits(lora_only(weights(model)), clean)
+    optimizer.step()
+    clean = lora_only(weights(model))
+    assert measured(model) == measured(with_lora(folder, base, clean))
+    assert_same_bits(lora_only(weights(model)), clean)
+
+
+@pytest.mark.parametrize("name", ["Linear4bit", "LinearNF4", "LinearFP4"])
+def test_four_bits_alone_stay_in_training_mode(name: str) -> None:
+    """Which keeps bitsandbytes from laying weights out anew; PEFT's layers have the same name."""
+    import bitsandbytes
+
+    layer = getattr(bitsandbytes.nn, name)(64, 32).to("cpu")
+    base = nn.Sequential(layer, nn.Tanh())
+    base.is_loaded_in_4bit = True  # which PEFT goes by
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"], lora_dropout=0.5)).train()
+    assert type(model.base_model.model[0]).__name__ == "Linear4bit"
+    with evaluating(model):
+        assert [module for module in model.modules() if module.training] == [layer]
+    assert all(module.training for module in model.modules())
 
 
 def test_loading_an_adapter_while_perturbed(folder: Path) -> None:

@@ -6,7 +6,17 @@ import math
 import lora_layers
 import pytest
 import torch
-from models import assert_same_bits, lora_bert, lora_gpt2, lora_mlp, loss_of, weights
+from models import (
+    CREATE,
+    assert_same_bits,
+    lora_bert,
+    lora_gpt2,
+    lora_mlp,
+    loss_of,
+    same_bits,
+    train_on,
+    weights,
+)
 from sharpness_case import DATA, flat, gradient_of, merged, trained_mlp
 from torch import nn
 
@@ -19,6 +29,7 @@ from eflat_ext.full_space import (
     shifted,
 )
 from eflat_ext.hessian import hessian
+from eflat_ext.landscape import random_direction
 from eflat_ext.sharpness import average_case, transferred_direction, worst_case
 
 # --- gradients and shifts ----------------------------------------------------------------
@@ -226,6 +237,44 @@ def test_nothing_is_left_behind():
     assert [p.requires_grad for p in model.parameters()] == needs
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+INSTRUMENTS = {
+    "weights": lambda m: [layer.weight().tolist() for layer in adapted_layers(m)],
+    "worst case": lambda m: worst_case(m, loss_of, DATA, 0.3, radius="filter"),
+    "transfer": lambda m: worst_case(m, loss_of, DATA, 0.3, radius="layer", transfer="B"),
+    "average case": lambda m: average_case(
+        m, loss_of, DATA, 0.3, samples=2, radius="filter", clean_loss=1.0
+    ),
+    "estimate": lambda m: estimate_quality(m, loss_of, DATA),
+    "random direction": lambda m: [
+        shift().tolist() for shift in random_direction(adapted_layers(m)).values()
+    ],
+}
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS.values(), ids=INSTRUMENTS)
+@pytest.mark.parametrize("method", CREATE)
+def test_clean_weights_are_measured_in_the_middle_of_a_step(method, instrument):
+    """And the step is the same, bit for bit."""
+
+    def trained(measuring):
+        model = lora_mlp()
+        optimizer = CREATE[method](model, torch.optim.AdamW, lr=0.03, rho=0.3)
+        train_on(model, optimizer, DATA)
+        clean, expected = weights(model), instrument(model)
+        optimizer.zero_grad()
+        loss_of(model, DATA[0]).backward()
+        if method != "eflat":
+            optimizer.first_step()
+            loss_of(model, DATA[0]).backward()
+        assert not all(same_bits(clean[name], w) for name, w in weights(model).items())
+        if measuring:
+            assert instrument(model) == expected
+        optimizer.step()
+        return weights(model)
+
+    assert_same_bits(trained(True), trained(False))
 
 
 def test_zero_and_broken_gradients():

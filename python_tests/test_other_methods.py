@@ -1,0 +1,212 @@
+"""Losses by other methods than ``forward``, which no hook sees: ``optimizer.train()`` perturbs."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from models import CREATE, Mlp, assert_same_bits, batches, weights
+from peft import LoraConfig, get_peft_model
+from perturbed_case import Case, X
+from torch import Tensor, nn
+
+from eflat_ext.optimizers import create_eflat_optimizer
+
+DATA = batches(4)
+
+
+class TwoWays(Mlp):
+    """The same outputs by its forward pass and by a method of another name, as CLIP has them."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return Mlp.forward(self, x)
+
+
+def two_ways() -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"], modules_to_save=["head"])
+    return get_peft_model(TwoWays(), config).double().train()
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor], by: str = "features") -> Tensor:
+    call = model if by == "forward" else model.base_model.model.features
+    return nn.functional.cross_entropy(call(batch[0]), batch[1])
+
+
+def by_evaluation(model: nn.Module, optimizer: Any) -> None:
+    model.eval()(DATA[0][0])
+    model.train()
+
+
+def by_optimizer(model: nn.Module, optimizer: Any) -> None:
+    optimizer.eval()
+
+
+def by_merging(model: nn.Module, optimizer: Any) -> None:
+    before = copy.deepcopy(model.state_dict())
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.load_state_dict(before)  # without the rounding
+
+
+def by_context(model: nn.Module, optimizer: Any) -> None:
+    with optimizer.clean(), torch.no_grad():
+        loss_of(model, DATA[0])
+
+
+RESTORED = [None, by_evaluation, by_optimizer, by_merging, by_context]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("restored", RESTORED)
+@pytest.mark.parametrize("onto", ["B", "A"])
+def test_one_gradient(onto: str, restored: Callable | None, set_to_none: bool) -> None:
+    """The steps are those of forward passes, whatever restored the weights before them."""
+    runs = []
+    for by in ("forward", "features"):
+        model = two_ways()
+        optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=0.01, rho=1.0, onto=onto)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for batch in DATA:
+                optimizer.zero_grad(set_to_none)
+                for _ in range(2):  # micro-batches
+                    if by == "features":
+                        optimizer.train()
+                    loss_of(model, batch, by).backward()
+                    if restored is not None:
+                        restored(model, optimizer)
+                optimizer.step()
+        runs.append((weights(model), optimizer.averages))
+    for one, other in zip(*runs, strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("restored", RESTORED)
+@pytest.mark.parametrize("calls", ["closure", "two calls"])
+@pytest.mark.parametrize("method", ["flat", "lora-sam"])
+def test_two_gradients(method: str, calls: str, restored: Callable | None) -> None:
+    """The first step perturbs, so that ``train`` need not be called."""
+    runs = []
+    for by in ("forward", "features"):
+        model = two_ways()
+        optimizer = CREATE[method](model, torch.optim.AdamW, lr=0.01, rho=1.0)
+
+        def closure(
+            batch: tuple[Tensor, Tensor], by: str = by, model: Any = model, it: Any = optimizer
+        ) -> None:
+            it.zero_grad()
+            loss_of(model, batch, by).backward()
+            if it._weights.applied and restored is not None:
+                restored(model, it)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for batch in DATA:
+                if calls == "closure":
+                    optimizer.step(lambda batch=batch, closure=closure: closure(batch))
+                else:
+                    closure(batch)
+                    optimizer.first_step()
+                    closure(batch)
+                    optimizer.second_step()
+        runs.append(weights(model))
+    assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("dropped", ["first", "before backward"])
+@pytest.mark.parametrize("mistake", ["eval mode", "clean", "train too late"])
+@pytest.mark.parametrize("method", CREATE)
+def test_who_takes_a_clean_gradient_is_still_told(method: str, mistake: str, dropped: str) -> None:
+    """Trainer calls ``train`` before every micro-batch, whatever comes then."""
+    model = two_ways()
+    optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        loss_of(model, DATA[0], "forward").backward()
+
+    optimizer.step(closure)
+    if method != "eflat":
+        closure()
+        optimizer.first_step(zero_grad=False)
+    if dropped == "first":
+        optimizer.base.zero_grad()
+    optimizer.eval() if mistake == "train too late" else optimizer.train()
+    model.train(mistake != "eval mode")
+    with optimizer.clean() if mistake == "clean" else nullcontext():
+        loss = loss_of(model, DATA[1], "forward" if mistake == "eval mode" else "features")
+        optimizer.base.zero_grad()
+        loss.backward()
+    if mistake == "train too late":
+        optimizer.train()
+    assert optimizer._weights.applied == (mistake != "eval mode")
+    with pytest.warns(UserWarning, match="without the perturbation"):
+        optimizer.step()
+
+
+def test_gradients_of_passes_without_a_hook() -> None:
+    """They count if they come while the weights are perturbed and watched."""
+    case = Case()
+    parameter = case.inner.up.weight
+
+    def backward() -> None:
+        case.inner.up(X).sum().backward()
+
+    def dropped() -> None:
+        parameter.grad = None
+
+    def zeroed() -> None:
+        parameter.grad.zero_()
+
+    def visited(*actions: Callable[[], object], stale: bool = False) -> bool:
+        dropped()
+        if stale:
+            backward()
+        case.weights.perturb()
+        case.weights.watch_gradients()
+        for action in actions:
+            action()
+        counted = case.weights.visited
+        case.weights.restore()
+        backward()
+        assert case.weights.visited == counted  # what comes later changes nothing
+        case.weights.visited = False
+        return counted
+
+    def aside() -> None:
+        with case.weights.clean():
+            backward()
+
+    assert visited(backward) and visited(backward, stale=True)
+    assert visited(dropped, backward, stale=True) and visited(zeroed, backward, stale=True)
+    assert visited(backward, aside) and visited(aside, backward)
+    assert visited(backward, case.weights.watch_gradients)
+    assert not visited() and not visited(stale=True) and not visited(dropped, stale=True)
+    assert not visited(aside) and not visited(aside, stale=True)
+    case.weights.watch_gradients()  # not perturbed: nothing to watch
+    backward()
+    assert not case.weights.visited
+
+
+@pytest.mark.parametrize("came", [False, True])
+def test_a_compiled_pass_tells_whether_a_gradient_came(came: bool) -> None:
+    torch._dynamo.reset()
+    case = Case()
+    evaluate = torch.compile(case.model.eval(), fullgraph=True, backend="aot_eager")
+    expected = case.model(X)
+    for _ in range(3):
+        case.weights.visited = False
+        case.weights.perturb()
+        case.weights.watch_gradients()
+        if came:
+            case.inner.up(X).sum().backward()
+        assert torch.equal(evaluate(X), expected)
+        case.assert_clean()
+        assert case.weights.visited == came
+        case.inner.zero_grad()
