@@ -23,7 +23,7 @@ MAX_CONFIG_BYTES = 1_000_000
 
 
 def _version() -> str:
-    from eflat_ext.run_folder import versions
+    from eflat_ext.versions import versions
 
     return "\n".join(f"{name} {version}" for name, version in versions().items())
 

@@ -6,17 +6,15 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from eflat_ext import loading
 from eflat_ext import trained as training
 from eflat_ext.data import InputError
+from eflat_ext.screen import make_progress
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 ABOUT = ("run", "method", "seed")
 """The first columns of every row."""
@@ -43,8 +41,10 @@ def measure_each(
     Raises:
         InputError: a run cannot be loaded or measured; the message names it.
     """
+    from rich.progress import TimeRemainingColumn
+
     rows: list[Row] = []
-    with _progress() as bars:
+    with make_progress(TimeRemainingColumn()) as bars:
         for one in runs:
             bar = bars.add_task(one.name, total=work)
             with named_errors(one):
@@ -71,18 +71,3 @@ def named_errors(trained: Trained) -> Iterator[None]:
         raise InputError(f"{trained.folder}: {loading.first_line(error)}") from None
     except torch.OutOfMemoryError:
         raise InputError(f"{trained.folder}: out of memory; lower --batch-size") from None
-
-
-def _progress() -> Progress:
-    """Progress bars on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    return Bars(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,12 @@ from eflat_ext.data import (
     with_typos,
     without,
 )
-from eflat_ext.experiment_table import print_tables
+from eflat_ext.experiment_screen import experiment_progress, print_failures, print_tables
+from eflat_ext.full_space import adapted_layers
 from eflat_ext.loading import first_line
 from eflat_ext.pending import known, pending, unfinished, without_choice
 from eflat_ext.plan import TYPOS, Experiment, Run, Sharpness, load
 from eflat_ext.results import Results, columns_of
-from eflat_ext.screen import experiment_progress, print_failures
 from eflat_ext.sources import check_sources
 from eflat_ext.trained import Batch, make_batches
 
@@ -72,7 +73,8 @@ def run(
     Args:
         path: a YAML file, see :mod:`eflat_ext.plan`.
         task, method: names of those to run, and of what the methods are like; none for all.
-        jobs: processes, each with one thread; with 1, everything runs in this one.
+        jobs: processes, each with one thread; with 1, everything runs in this one, which has its
+            threads back afterwards.
         retry_failed: run again what failed before.
         methods: by name, beside those of :data:`eflat_ext.finetune.METHODS`. Other processes
             must be able to import the functions.
@@ -81,8 +83,8 @@ def run(
         The CSV file.
 
     Raises:
-        InputError: something in the file cannot be used, or the CSV file belongs to another
-            one or cannot be written.
+        InputError: something in the file cannot be used, the CSV file belongs to another one or
+            cannot be written, or a process was killed. Rows written so far stay.
         SystemExit: with code 1, after all is shown, if one of these runs has failed.
     """
     extra = methods or {}
@@ -101,16 +103,16 @@ def run(
             show.start(left)
             if not todo:
                 break
-            for job, future in _in_turn(todo, submit, 1 if jobs == 1 else 2 * jobs):
-                try:
+            try:
+                for job, future in _in_turn(todo, submit, 1 if jobs == 1 else 2 * jobs):
                     figures = future.result()
-                except BrokenProcessPool:
-                    raise InputError(
-                        "a process was killed, perhaps for want of memory; run again to go on"
-                    ) from None
-                if retried is not None:
-                    retried.add(job.key())
-                show.done(job, results.append(job, figures))
+                    if retried is not None:
+                        retried.add(job.key())
+                    show.done(job, results.append(job, figures))
+            except BrokenProcessPool:  # of a result, or of a run that was to start
+                raise InputError(
+                    "a process was killed, perhaps for want of memory; run again to go on"
+                ) from None
     rows = [row for job in known(experiment, results) if (row := results.of(job))]
     print_tables(rows)
     print_failures(experiment, rows, without_choice(experiment, results))
@@ -120,6 +122,10 @@ def run(
 
 
 # --- one run -----------------------------------------------------------------------------
+
+
+class _Unusable(InputError):
+    """Layers to measure or a further test that no run can use: it ends the experiment."""
 
 
 class Runner:
@@ -136,10 +142,17 @@ class Runner:
         self._errors: set[str] = set()
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """The columns of its row; whatever goes wrong is a failed run."""
+        """The columns of its row; whatever goes wrong is a failed run.
+
+        Raises:
+            InputError: layers to measure or a further test cannot be used. That is found in tuning,
+                too, so that not all of it is done in vain.
+        """
         start = time.perf_counter()
         try:
             figures = {"status": "ok", **self._figures(run)}
+        except _Unusable:
+            raise
         except Exception as error:
             text = f"{type(error).__name__}: {first_line(error)}"
             figures = {"status": "failed", "error": text}
@@ -149,13 +162,23 @@ class Runner:
         return {**figures, "run_seconds": round(time.perf_counter() - start, 3)}
 
     def train(self, run: Run) -> tuple[finetune.Task, Model, finetune.Result]:
-        """The task with its drawn sentences, the model as it was trained, and its figures."""
+        """The task with its drawn sentences, the model as it was trained, and its figures.
+
+        Raises:
+            InputError: something in the file cannot be used.
+        """
         config = run.config()
         pool, _ = self._prepare(run)
         task = draw(pool, config.train_size, run.task.label_noise, run.seed)
         task = dataclasses.replace(task, steps=finetune.count_steps(config, len(task.train)))
         builder = run.method.builder
         model, optimizer = finetune.build(config, task, builder, run.seed, self._methods)
+        if self._experiment.sharpness is not None:
+            try:
+                adapted_layers(model, self._experiment.sharpness.layers)
+            except (ValueError, NotImplementedError) as error:
+                where = f"sharpness, method {run.method.name!r} on task {run.task.name!r}"
+                raise _Unusable(f"{where}: {first_line(error)}") from None
         with _peak_memory() as memory:
             result = finetune.train(config, task, builder, run.seed, model, optimizer)
         result.metrics.update({**memory, **result.metrics})  # a GPU's own figure comes first
@@ -183,9 +206,13 @@ class Runner:
         if name not in self._prepared:
             task = finetune.prepare(config)
             also = {}
-            for data in run.task.also_test if run.stage == "final" else ():
-                part = _further_test(config, task, data)
-                also[data] = finetune.encode(config, task.tokenizer, part)
+            for data in run.task.also_test:
+                try:
+                    part = _further_test(config, task, data)
+                    also[data] = finetune.encode(config, task.tokenizer, part)
+                except InputError as error:
+                    where = f"task {run.task.name!r}: also_test"
+                    raise _Unusable(f"{where}: {error}") from None
             self._prepared = {name: (task, also)}  # the next runs are of the same task, mostly
         return self._prepared[name]
 
@@ -198,6 +225,8 @@ def _further_test(config: FinetuneConfig, task: finetune.Task, data: str) -> Tex
         texts = with_typos(test.texts, _TYPOS_SHARE, seed=0)
         return dataclasses.replace(test, texts=texts, pairs=pairs)
     rows = without(loading.read_table(config, data), task.text_keys())
+    if not len(rows):
+        raise InputError(f"{data} has no text that the task lacks")
     if rows.kind != task.splits.train.kind:
         raise InputError(f"{data} holds {rows.kind}, but the task {task.splits.train.kind}")
     if config.task_type == "CAUSAL_LM":
@@ -283,18 +312,20 @@ def _peak_memory() -> Iterator[dict[str, Any]]:
 _runner: Runner
 
 
-def _start_worker(experiment: Experiment, methods: Mapping[str, finetune.Builder]) -> None:
+def _start_worker(
+    experiment: Experiment, methods: Mapping[str, finetune.Builder], parent: Connection
+) -> None:
     global _runner
     torch.set_num_threads(1)
     _runner = Runner(experiment, methods)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """End this process once its parent is gone, however that ended."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with(parent: Connection) -> None:
+    """End this process once its parent has closed its end, or is gone, however that ended."""
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv_bytes()  # which never come
     os._exit(1)
 
 
@@ -309,25 +340,34 @@ def _workers(
     """A function that starts a run and returns its future."""
     if jobs == 1:
         runner = Runner(experiment, methods)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in workers: rows of one file, whatever its jobs, are alike
 
         def at_once(run: Run) -> Future[dict[str, Any]]:
             future: Future[dict[str, Any]] = Future()
             future.set_result(runner(run))
             return future
 
-        yield at_once
+        try:
+            yield at_once
+        finally:
+            torch.set_num_threads(threads)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when a worker loads torch
+    theirs, ours = multiprocessing.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
         jobs,
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(experiment, methods),
+        initargs=(experiment, methods, theirs),
     )
     try:
         yield lambda run: pool.submit(_run_here, run)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        # After an error, Python's own exit would wait for the runs under way.
+        ours.close()
+        theirs.close()
 
 
 def _in_turn(todo: list[Run], submit: Any, at_a_time: int) -> Iterator[tuple[Run, Future[Any]]]:

@@ -16,8 +16,8 @@ from eflat_ext.data import InputError
 from eflat_ext.each_run import ABOUT, about, measure_each
 from eflat_ext.full_space import adapted_layers, gradients, mean_loss
 from eflat_ext.measured_files import Columns, check_files, make_folder, write_csv, writing
-from eflat_ext.run_folder import versions
 from eflat_ext.trained import Loaded, MeasureConfig, Trained
+from eflat_ext.versions import versions
 
 if TYPE_CHECKING:
     from rich.table import Table

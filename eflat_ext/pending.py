@@ -11,7 +11,11 @@ from eflat_ext.results import AllFailed, Results
 
 
 def known(experiment: Experiment, results: Results) -> list[Run]:
-    """The experiment's runs, but those that follow from a choice which is still to be made."""
+    """The experiment's runs, but those that follow from a choice which is still to be made.
+
+    Raises:
+        InputError: a row is of other settings than the experiment has now.
+    """
     runs: list[Run] = []
     for task, method in itertools.product(experiment.tasks, experiment.methods):
         with contextlib.suppress(AllFailed):
@@ -26,7 +30,11 @@ def known(experiment: Experiment, results: Results) -> list[Run]:
 
 
 def unfinished(experiment: Experiment, results: Results) -> list[Run]:
-    """A final run of each task and method that lacks some; what it is tuned to may be open."""
+    """A final run of each task and method that lacks some; what it is tuned to may be open.
+
+    Raises:
+        InputError: a row is of other settings than the experiment has now.
+    """
     final = [run for run in known(experiment, results) if run.stage == "final"]
     done = Counter((run.task.name, run.method.name) for run in final if results.of(run))
     return [
@@ -46,6 +54,10 @@ def pending(
 
     Args:
         retried: keys of what has been tried again; None if nothing shall be.
+
+    Raises:
+        InputError: a row is of other settings than the experiment has now, or a final run of
+            others than are chosen now.
     """
 
     def missing(run: Run) -> bool:
@@ -67,7 +79,11 @@ def pending(
 
 
 def without_choice(experiment: Experiment, results: Results) -> list[str]:
-    """One sentence for each method that could not be tuned."""
+    """One sentence for each method that could not be tuned.
+
+    Raises:
+        InputError: a row is of other settings than the experiment has now.
+    """
     sentences = []
     for task, method in itertools.product(experiment.tasks, experiment.methods):
         try:

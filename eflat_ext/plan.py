@@ -192,10 +192,14 @@ def load(path: Path, methods: Collection[str]) -> Experiment:
     shared = content.take("settings", {})
     tuning = Section("tuning", content.take("tuning", {}))
     sharpness = content.take("sharpness", None)
-    results = content.take("results", f"{path.stem}.csv")
+    results = cast(content.take("results", f"{path.stem}.csv"), str, "results")
+    try:
+        file = (path.parent / results).resolve()
+    except ValueError:
+        raise InputError(f"results is {results!r}, but must be UTF-8 without NUL") from None
     experiment = Experiment(
         name=path.stem,
-        results=(path.parent / cast(results, str, "results")).resolve(),
+        results=file,
         tasks=[
             task
             for name, entry in content.take("tasks", {}).items()

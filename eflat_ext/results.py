@@ -1,7 +1,8 @@
 """The CSV file of an experiment: one row for each run, written as soon as the run has ended.
 
-A row cut off by a crash or a full disk is dropped when the file is read. A file that is not an
-experiment's own stays as it is.
+A row cut off by a crash or a full disk is dropped when the file is read. A file that lacks the
+columns of some further tests, of tasks added later, gets them before the next row. A file that is
+not an experiment's own stays as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import math
 import os
+import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,12 +64,10 @@ class Results:
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self._path, self._columns = path, list(columns)
         self._rows: dict[tuple[str, ...], Row] = {}
-        for row in _read(path, self._columns):
+        header, rows = _read(path, self._columns)
+        self._lacks_columns = header != self._columns
+        for row in rows:
             self._rows[tuple(row[name] for name in KEY)] = row
-
-    def rows(self) -> list[Row]:
-        """One for each run; of a run that was tried again, the last."""
-        return list(self._rows.values())
 
     def of(self, run: Run) -> Row | None:
         """The row of ``run``, if it has ended.
@@ -96,12 +96,35 @@ class Results:
     def make_file(self) -> None:
         """Make an empty file if there is none, so that one that cannot be written is known early.
 
+        One that lacks some of the columns gets them, with empty cells.
+
         Raises:
             InputError: it cannot be written.
         """
         with _writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.open("ab").close()
+            self._add_columns()
+
+    def _add_columns(self) -> None:
+        if not self._lacks_columns:
+            return
+        _, rows = _read(self._path, self._columns)
+        wider = self._path.with_name(f"unfinished-{self._path.name}")
+        try:
+            with wider.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, self._columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.copymode(self._path, wider)
+            os.replace(wider, self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                wider.unlink()
+            raise
+        self._lacks_columns = False
 
     def append(self, run: Run, figures: Mapping[str, Any]) -> Row:
         """Write the row of a run that has ended.
@@ -114,13 +137,15 @@ class Results:
         row.update(zip(KEY, run.key(), strict=True), digest=run.digest())
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self._columns, lineterminator="\n")
-        with _writing(self._path), self._path.open("ab") as file:
-            if not self._path.stat().st_size:
-                writer.writeheader()
-            writer.writerow(row)
-            file.write(buffer.getvalue().encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with _writing(self._path):
+            self._add_columns()
+            with self._path.open("ab") as file:
+                if not self._path.stat().st_size:
+                    writer.writeheader()
+                writer.writerow(row)
+                file.write(buffer.getvalue().encode())
+                file.flush()
+                os.fsync(file.fileno())
         self._rows[run.key()] = row
         return row
 
@@ -129,6 +154,7 @@ class Results:
 
         Raises:
             AllFailed: nothing can be.
+            InputError: a row is of other settings than the experiment has now.
         """
         if method.like is None:
             return {}
@@ -151,6 +177,7 @@ class Results:
 
         Raises:
             AllFailed: no setting is left.
+            InputError: a row is of other settings than the experiment has now.
         """
         inherited = self.inherited(experiment, task, method)
         if inherited is None or not method.tune:
@@ -186,32 +213,36 @@ def _mean(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return first, second
 
 
-def _read(path: Path, columns: Sequence[str]) -> list[Row]:
-    """The rows of a file; one cut off is dropped, once the header has shown whose file it is."""
+def _read(path: Path, columns: list[str]) -> tuple[list[str], list[Row]]:
+    """The header and the rows of a file, which may lack further tests.
+
+    A row cut off is dropped, once the header has shown whose file it is.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return []
+        return columns, []
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     if not content:
-        return []
+        return columns, []
     whole = content[: content.rfind(b"\n") + 1]
     if content.startswith(b"stage,task,") and ",".join(columns).encode().startswith(content):
         with _writing(path):
             os.truncate(path, 0)  # cut off within our header
-        return []
+        return columns, []
     try:
         reader = csv.DictReader(io.StringIO(whole.decode()))
         header, rows = list(reader.fieldnames or []), list(reader)
     except (UnicodeDecodeError, csv.Error):
         raise InputError(f"{path} holds no results of an experiment: rename or delete it") from None
-    if header != list(columns):
+    own = len(KEY) + len(_STATE) + len(FIGURES)
+    if header[:own] != columns[:own] or sorted(header) != sorted(set(header) & set(columns)):
         raise InputError(f"{path} has other columns than this experiment: rename or delete it")
     if len(whole) < len(content):
         with _writing(path):
             os.truncate(path, len(whole))
-    return rows
+    return header, [{name: row.get(name) or "" for name in columns} for row in rows]
 
 
 @contextlib.contextmanager

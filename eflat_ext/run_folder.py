@@ -6,12 +6,9 @@ import csv
 import json
 import math
 import os
-import platform
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +16,9 @@ import torch
 
 from eflat_ext.config import FinetuneConfig
 from eflat_ext.data import InputError
+from eflat_ext.means import summarize
 from eflat_ext.screen import TITLES
+from eflat_ext.versions import versions
 
 if TYPE_CHECKING:
     from eflat_ext.finetune import Result, Task
@@ -115,34 +114,6 @@ def finish(folder: Path, results: Sequence[Result]) -> list[dict[str, Any]]:
     return summary
 
 
-def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method: mean and standard error over the seeds, seconds as a median.
-
-    Both are NaN of a figure that is not finite in some run; ``diverged`` counts such runs, if any.
-
-    Args:
-        results: ``Result.metrics`` of each run.
-    """
-    rows = []
-    for method in dict.fromkeys(result["method"] for result in results):
-        runs = [result for result in results if result["method"] == method]
-        row: dict[str, Any] = {"method": method, "seeds": len(runs)}
-        if diverged := sum(not math.isfinite(run["loss"] + run["train_loss"]) for run in runs):
-            row["diverged"] = diverged
-        for name in ("accuracy", "loss", "train_loss"):
-            values = [run[name] for run in runs]
-            finite = all(map(math.isfinite, values))
-            row[name] = statistics.fmean(values) if finite else math.nan
-            if len(runs) > 1:
-                deviation = statistics.stdev(values) if finite else math.nan
-                row[f"{name}_standard_error"] = deviation / math.sqrt(len(runs))
-        row["seconds_per_step"] = statistics.median(run["seconds_per_step"] for run in runs)
-        if "peak_memory_mib" in runs[0]:
-            row["peak_memory_mib"] = max(run["peak_memory_mib"] for run in runs)
-        rows.append(row)
-    return rows
-
-
 def plot_losses(path: Path, results: Sequence[Result]) -> None:
     """Draw each method's training loss over the steps: mean over seeds, raw and smoothed."""
     import numpy as np
@@ -167,17 +138,6 @@ def plot_losses(path: Path, results: Sequence[Result]) -> None:
     axes.legend()
     figure.savefig(_unfinished(path), dpi=150)
     _unfinished(path).rename(path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("eflat_ext", "torch", "transformers", "peft"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _unfinished(path: Path) -> Path:

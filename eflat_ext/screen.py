@@ -1,25 +1,21 @@
-"""What a comparison and an experiment show: progress, the closing table, what failed."""
+"""What a comparison shows: progress and the closing table."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eflat_ext.config import FinetuneConfig, Method
+from eflat_ext.means import cell
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
     from rich.table import Table
 
     from eflat_ext.finetune import Task
-    from eflat_ext.plan import Experiment, Run
-    from eflat_ext.results import Row
 
 TITLES: dict[Method, str] = {
     "lora": "LoRA",
@@ -28,9 +24,6 @@ TITLES: dict[Method, str] = {
     "lora-sam": "LoRA-SAM",
     "full": "full",
 }
-
-
-# --- a comparison ------------------------------------------------------------------------
 
 
 def announce(config: FinetuneConfig, task: Task) -> None:
@@ -79,31 +72,33 @@ class Bars:
 
 
 def progress() -> Bars:
-    """Progress bars on standard error."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    """A bar for each run of a comparison."""
+    from rich.progress import TimeRemainingColumn
 
-    return Bars(
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[speed]:.1f} steps/s"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
+    figures = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.1f} steps/s")
+    return Bars(make_progress(*figures, TimeRemainingColumn()))
+
+
+def make_progress(*columns: str | ProgressColumn) -> Progress:
+    """Bars on standard error: the name, the bar and how many of how many, then ``columns``.
+
+    Args:
+        columns: of Rich, or formats of ``task``.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        *columns,
+        console=Console(stderr=True),
     )
 
 
 def make_table(rows: Sequence[dict[str, Any]], part: str) -> Table:
-    """The rows of :func:`eflat_ext.run_folder.summarize` as a table.
+    """The rows of :func:`eflat_ext.means.summarize` as a table.
 
     ``part`` is what the figures were taken on.
     """
@@ -117,20 +112,12 @@ def make_table(rows: Sequence[dict[str, Any]], part: str) -> Table:
     if memory:
         table.add_column("peak MiB", justify="right")
 
-    def figure(row: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
-        if not math.isfinite(row[name]):
-            return "not finite"
-        text = f"{row[name] * scale:.{digits}f}"
-        if (error := row.get(f"{name}_standard_error")) is not None:
-            text += f" ± {error * scale:.{digits}f}"
-        return text
-
     for row in rows:
         title = TITLES[row["method"]]
         if "diverged" in row:
             title += f" ({row['diverged']} of {row['seeds']} diverged)"
-        cells = [title, figure(row, "accuracy", 2, 100) + " %"]
-        cells += [figure(row, "loss", 4), figure(row, "train_loss", 4)]
+        cells = [title, cell(row, "accuracy", 2, 100) + " %"]
+        cells += [cell(row, "loss", 4), cell(row, "train_loss", 4)]
         cells += [f"{row['seconds_per_step']:.3f}"]
         if memory:
             cells.append(f"{row['peak_memory_mib']:.0f}" if "peak_memory_mib" in row else "")
@@ -149,7 +136,7 @@ def show_results(
     Args:
         folder: of the run.
         config: its settings.
-        summary: see :func:`eflat_ext.run_folder.summarize`.
+        summary: see :func:`eflat_ext.means.summarize`.
         runs: ``Result.metrics`` of each.
     """
     from rich.console import Console
@@ -161,62 +148,3 @@ def show_results(
     if skipped := sum(run.get("skipped_perturbations", 0) for run in runs):
         console.print(f"{skipped} perturbations were skipped (gradient zero or not finite)")
     console.print(f"run folder: {folder}{os.sep}", highlight=False, markup=False, soft_wrap=True)
-
-
-# --- an experiment -----------------------------------------------------------------------
-
-
-class ExperimentProgress:
-    """A line for each run that has ended, and a bar with the time left under them."""
-
-    def __init__(self, total: int, progress: Progress) -> None:
-        self._total, self._progress = total, progress
-        self._begin = time.monotonic()
-        self._left = self._done = 0
-        self._bar = progress.add_task("", total=total)
-
-    def start(self, left: int) -> None:
-        """So many of the experiment's runs are left."""
-        self._left = left
-        self._progress.update(self._bar, completed=self._total - left)
-
-    def done(self, run: Run, row: Row) -> None:
-        """A run has ended."""
-        self._left, self._done = self._left - 1, self._done + 1
-        seconds = self._left * (time.monotonic() - self._begin) / self._done
-        outcome = row["error"] or f"{100 * float(row['accuracy']):.2f} %"
-        tuned = ", ".join(f"{name} {value}" for name, value in run.tuned.items())
-        self._progress.console.print(
-            f"{self._total - self._left}/{self._total} {run.stage} {run.task.name} "
-            f"{run.method.name} ({tuned}) seed {run.seed}: {outcome}; "
-            f"{float(row['run_seconds']):.0f} s, {timedelta(seconds=round(seconds))} left",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-        self._progress.update(self._bar, completed=self._total - self._left)
-
-
-@contextlib.contextmanager
-def experiment_progress(experiment: Experiment) -> Iterator[ExperimentProgress]:
-    """Progress of an experiment on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    columns = (BarColumn(bar_width=40), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield ExperimentProgress(experiment.count(), progress)
-
-
-def print_failures(experiment: Experiment, rows: Sequence[Row], untuned: Sequence[str]) -> None:
-    """The runs that failed, the methods that could not be tuned, and where the rows are."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    for row in rows:
-        if row["status"] != "ok":
-            run = f"{row['stage']} {row['task']} {row['method']} {row['tuned']} seed {row['seed']}"
-            console.print(f"failed: {run}: {row['error']}")
-    for sentence in untuned:
-        console.print(f"not run: {sentence}")
-    console.print(f"{len(rows)} of {experiment.count()} runs: {experiment.results}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,11 +44,11 @@ def check_sources(runs: Iterable[Run]) -> None:
 
 def _find_model(config: FinetuneConfig) -> None:
     path = loading.find_model(config.model)
-    if not Path(path).is_dir():  # the hub's: its tokenizer tells whether it can be had
+    if not os.path.isdir(path):  # the hub's: its tokenizer tells whether it can be had
         loading.load_tokenizer(path, config)
 
 
 def _of_task(run: Run, error: InputError, name: str) -> InputError:
-    looked = not Path(name).is_absolute() and not Path(name).exists()
+    looked = not os.path.isabs(name) and not os.path.exists(name)  # of any length
     where = f" ({name} was looked for in {Path.cwd()})" if looked else ""
     return InputError(f"task {run.task.name!r}: {error}{where}")

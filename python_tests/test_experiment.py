@@ -192,11 +192,43 @@ def test_other_settings_than_the_rows_have_are_refused(finished, content, tmp_pa
     path = write(tmp_path, content, sharpness=SHARPNESS, settings=settings)
     with pytest.raises(InputError, match="with other settings"):
         experiment.run(path)
-    path = write(tmp_path, content, tasks={"words": {"train_size": 48, "also_test": ["a.csv"]}})
-    (tmp_path / "grid.csv").write_bytes(before)
-    with pytest.raises(InputError, match="other columns"):
-        experiment.run(path)
-    assert (tmp_path / "grid.csv").read_bytes() == before
+    path = write(tmp_path, content, sharpness=SHARPNESS)
+    for columns in (b"run_seconds", b"device,run_seconds", b"run_seconds,device,loss@other"):
+        other = before.replace(b"run_seconds,device", columns, 1)
+        (tmp_path / "grid.csv").write_bytes(other)
+        with pytest.raises(InputError, match="other columns"):
+            experiment.run(path)
+        assert (tmp_path / "grid.csv").read_bytes() == other
+
+
+def test_a_task_with_further_tests_is_added_to_the_rows_that_are_there(
+    finished, content, tmp_path, monkeypatch
+):
+    other = write_csv(tmp_path / "other.csv", make_rows(60, seed=7))
+    more = {"train_size": 64, "also_test": ["typos", other]}
+    tasks = {"more": more, "words": {"train_size": 48}}
+    path = write(tmp_path, content, tasks=tasks, sharpness=SHARPNESS)
+    file = tmp_path / "grid.csv"
+    file.write_bytes(finished.read_bytes() + b"a row cut off")
+    experiment.run(path, method=["lora"])
+    old, new = rows_of(finished), rows_of(file)
+    names = [f"{figure}@{data}" for data in ("typos", other) for figure in ("accuracy", "loss")]
+    assert new[: len(old)] == [row | dict.fromkeys(names, "") for row in old]
+    added = [row for row in new[len(old) :] if row["stage"] == "final"]
+    assert len(added) == 3 and all(row[name] for row in added for name in names)
+    assert {row["task"] for row in new[len(old) :]} == {"more"}
+    # Those of a task that is put first come first.
+    tasks = {"first": {"also_test": [other]}, **tasks}
+    path = write(tmp_path, content, tasks=tasks, sharpness=SHARPNESS)
+    monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("trained again"))
+    before = file.read_bytes()
+    experiment.run(path, task=["words", "more"], method=["lora"])
+    assert file.read_bytes() == before  # nothing was to run
+    grid = plan.load(path, finetune.METHODS)
+    Results(file, columns_of(grid)).make_file()
+    assert rows_of(file) == new
+    assert list(rows_of(file)[0]) == columns_of(grid)
+    assert [path.name for path in tmp_path.glob("unfinished-*")] == []
 
 
 # --- equal terms -------------------------------------------------------------------------

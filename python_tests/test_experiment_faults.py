@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from experiment_case import SHARPNESS, make_content, rows_of, write
+from tiny_model import make_rows, write_csv
 
 from eflat_ext import cli, experiment, finetune, plan, results
 
@@ -67,6 +68,41 @@ def test_a_loss_that_is_not_finite_is_a_failed_run(content, tmp_path, capsys):
     assert cli.main(["experiment", str(path), "--method", "flat"]) == 0
 
 
+def make_further_test(folder, kind):
+    """A data file that no task of ``content`` can be tested on."""
+    rows = {
+        "labels": [(f"{text} again", "odd") for text, _ in make_rows(20)],
+        "own texts": make_rows(400)[:20],
+    }
+    return write_csv(folder / f"{kind}.csv", rows[kind])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("layers", ["sharpness, method 'lora' on task 'words'", "['qurey']", "query"]),
+        ("labels", ["task 'words': also_test: ", "labels.csv has the label 'odd'"]),
+        ("own texts", ["task 'words': also_test: ", "own texts.csv has no text that"]),
+    ],
+)
+def test_what_final_runs_cannot_use_is_found_before_the_first_tuning_run(
+    content, tmp_path, capsys, monkeypatch, wrong, words
+):
+    monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("trained"))
+    if wrong == "layers":
+        path = write(tmp_path, content, sharpness={**SHARPNESS, "layers": ["qurey"]})
+    else:
+        other = make_further_test(tmp_path, wrong)
+        path = write(tmp_path, content, tasks={"words": {"also_test": ["typos", other]}})
+    assert cli.main(["experiment", str(path)]) == 2
+    err = capsys.readouterr().err
+    line = err.splitlines()[-1]
+    assert "Traceback" not in err and line.startswith("eflat: ")
+    for word in words:
+        assert word in line
+    assert rows_of(tmp_path / "grid.csv") == []
+
+
 @pytest.mark.parametrize(
     ("setting", "name", "said"),
     [
@@ -75,6 +111,8 @@ def test_a_loss_that_is_not_finite_is_a_failed_run(content, tmp_path, capsys):
         ("also_test", ["absent.tsv"], "absent.tsv was looked for in "),
         ("model", "some/absent/model", "some/absent/model was looked for in "),
         ("label_column", "stars", "no column 'stars'"),
+        pytest.param("data", "x" * 300 + ".csv", "x.csv was looked for in ", id="long data"),
+        pytest.param("model", "x" * 300, "x was looked for in ", id="long model"),
     ],
 )
 def test_what_is_missing_is_found_before_the_first_run(
@@ -117,8 +155,20 @@ def test_a_file_cut_off_within_its_header_is_begun_anew(content, tmp_path):
     columns = results.columns_of(plan.load(path, finetune.METHODS))
     file = tmp_path / "grid.csv"
     file.write_text(",".join(columns)[:-30])
-    assert results.Results(file, columns).rows() == []
+    results.Results(file, columns)
     assert file.read_text() == ""
+
+
+def test_columns_that_cannot_be_added_leave_the_file_as_it_is(content, tmp_path, capsys):
+    path = write(tmp_path, content, tasks={"words": {"also_test": ["typos"]}})
+    columns = results.columns_of(plan.load(path, finetune.METHODS))
+    before = ",".join(columns[:-2]) + "\n"
+    (tmp_path / "grid.csv").write_text(before)
+    (tmp_path / "unfinished-grid.csv").mkdir()
+    assert cli.main(["experiment", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cannot write {tmp_path / 'grid.csv'}: " in line
+    assert (tmp_path / "grid.csv").read_text() == before
 
 
 def test_a_method_whose_data_are_missing_is_found_before_the_first_run(content, tmp_path, capsys):
@@ -173,6 +223,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_run(
         ({"sharpness": {**SHARPNESS, "radius": "row"}}, ["radius", "row", "filter"]),
         ({"sharpness": {**SHARPNESS, "samples": 1}}, ["samples", "1"]),
         ({"results": 5}, ["results", "5"]),
+        ({"results": "a\0b.csv"}, ["results", "NUL"]),
         ({"seeds": ["first"]}, ["seeds", "first", "whole number"]),
         ({"tuning": {"seeds": [0.5]}}, ["tuning", "0.5"]),
         ({"tasks": {"t": {"label_noise": "some"}}}, ["label_noise", "some"]),

@@ -16,6 +16,7 @@ from tiny_model import make_rows, save_tiny_language_model, write_csv
 
 from eflat_ext import finetune, run_folder
 from eflat_ext.config import FinetuneConfig
+from eflat_ext.means import summarize
 
 PAGE = Path(__file__).parent.parent / "docs" / "finetune.md"
 
@@ -149,12 +150,12 @@ def test_the_summary_is_mean_and_standard_error():
         }
         for accuracy, seconds in ((0.7, 1.0), (0.8, 9.0), (0.9, 2.0))
     ]
-    (row,) = run_folder.summarize(runs)
+    (row,) = summarize(runs)
     assert row["accuracy"] == pytest.approx(0.8)
     assert row["accuracy_standard_error"] == pytest.approx(0.1 / math.sqrt(3))
     assert row["loss_standard_error"] == 0.0
     assert row["seconds_per_step"] == 2.0
-    assert "accuracy_standard_error" not in run_folder.summarize(runs[:1])[0]
+    assert "accuracy_standard_error" not in summarize(runs[:1])[0]
 
 
 def test_a_run_that_diverges_leaves_all_files_and_is_marked(settings, tmp_path, capsys):
@@ -175,7 +176,7 @@ def test_a_run_that_diverges_leaves_all_files_and_is_marked(settings, tmp_path, 
 def test_one_diverged_seed_of_two_is_no_mean_of_the_other():
     common = {"method": "lora", "accuracy": 0.5, "train_loss": 0.4, "seconds_per_step": 1.0}
     for loss in (math.nan, math.inf):
-        (row,) = run_folder.summarize([{**common, "loss": 0.5}, {**common, "loss": loss}])
+        (row,) = summarize([{**common, "loss": 0.5}, {**common, "loss": loss}])
         assert row["diverged"] == 1
         assert math.isnan(row["loss"]) and math.isnan(row["loss_standard_error"])
         assert row["train_loss"] == 0.4 and row["train_loss_standard_error"] == 0.0
