@@ -86,7 +86,7 @@ def wanted_architectures():
     """As torch spells them: the given ones, else the visible GPUs', else all that nvcc knows."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if given:
-        names = given.replace(" ", ";").split(";")
+        names = re.split("[; ]+", given.strip("; "))
         for name in names:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
                 fail(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {given!r}")
@@ -106,9 +106,9 @@ def architectures():
     """The wanted ones that the kernels can be compiled for, with their float64 tensor cores."""
     wanted = wanted_architectures()
     able = [name for name in wanted if float(re.match(r"[\d.]+", name)[0]) >= 8]
-    if able != wanted:
-        left_out = ", ".join(name for name in wanted if name not in able)
-        message = f"the CUDA kernels need compute capability 8.0 or higher, got {left_out}"
+    if able != wanted or not able:
+        got = ", ".join(name for name in wanted if name not in able) or "an nvcc without it"
+        message = f"the CUDA kernels need compute capability 8.0 or higher, got {got}"
         if MODE == "1" and not able:
             fail(message)
         print(f"eflat_ext: {message}", file=sys.stderr)

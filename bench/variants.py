@@ -277,7 +277,7 @@ class AveragedLoRASAM(torch.optim.AdamW):
         return loss
 
     def _newest(self, pair: LoraPair) -> list[Tensor]:
-        """The perturbations of A and B by their gradients, and where these were taken."""
+        """The perturbations of A and B by their gradients, called where these were taken."""
         gradients = [factor.grad for factor in _factors(pair)]
         norm = torch.stack([g.norm() for g in gradients]).norm()
         return [self._rho * g / norm if norm > 0 else 0 * g for g in gradients]
@@ -293,8 +293,8 @@ class TangentFactors(AveragedLoRASAM):
         A, B, s = pair.A.double(), pair.B.double(), pair.scaling
         grad_A, grad_B = pair.A.grad.double(), pair.B.grad.double()
         rtol = default_rtol(pair.A, pair.B)
-        inverse_A = torch.linalg.pinv(A @ A.T, rtol=rtol, hermitian=True)
-        inverse_B = torch.linalg.pinv(B.T @ B, rtol=rtol, hermitian=True)
+        inverse_A = torch.linalg.pinv(A @ A.T, rtol=rtol**2, hermitian=True)
+        inverse_B = torch.linalg.pinv(B.T @ B, rtol=rtol**2, hermitian=True)
         E_A = inverse_B @ grad_A
         E_B = (grad_B - B @ (inverse_B @ (B.T @ grad_B))) @ inverse_A
         size = _norm(torch.cat([E_B, B], dim=1), torch.cat([A, E_A]))

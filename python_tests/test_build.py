@@ -65,7 +65,7 @@ def toolkit(folder: Path, *architectures: str) -> str:
     "given, built",
     [
         ("", ["8.0", "8.6", "8.9", "9.0+PTX"]),  # what the toolkit below knows
-        ("7.5 8.0 9.0a+PTX", ["8.0", "9.0a+PTX"]),
+        ("7.5 8.0; 9.0a+PTX", ["8.0", "9.0a+PTX"]),
         ("7.0;7.5", []),
     ],
 )
@@ -87,11 +87,15 @@ def test_architectures(given, built, tmp_path):
 
 
 def test_architectures_that_cannot_be_built_for(tmp_path):
-    environment = {"EFLAT_CUDA": "1", "CUDA_HOME": toolkit(tmp_path, "80")}
-    result = setup("--version", **environment, TORCH_CUDA_ARCH_LIST="7.0;7.5")
+    environment = {"EFLAT_CUDA": "1", "CUDA_VISIBLE_DEVICES": ""}
+    new, old = toolkit(tmp_path / "new", "80"), toolkit(tmp_path / "old", "70", "75")
+    result = setup("--version", **environment, CUDA_HOME=new, TORCH_CUDA_ARCH_LIST="7.0;7.5")
     assert result.returncode == 1
     assert "need compute capability 8.0 or higher, got 7.0, 7.5" in result.stderr
-    result = setup("--version", **environment, TORCH_CUDA_ARCH_LIST="Ampere")
+    result = setup("--version", **environment, CUDA_HOME=old, TORCH_CUDA_ARCH_LIST="")
+    assert result.returncode == 1
+    assert "need compute capability 8.0 or higher, got an nvcc without it" in result.stderr
+    result = setup("--version", **environment, CUDA_HOME=new, TORCH_CUDA_ARCH_LIST="Ampere")
     assert result.returncode == 1
     assert "TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got 'Ampere'" in result.stderr
 
