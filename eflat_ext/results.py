@@ -96,7 +96,7 @@ class Results:
     def make_file(self) -> None:
         """Make an empty file if there is none, so that one that cannot be written is known early.
 
-        One that lacks some of the columns gets them, with empty cells.
+        One that lacks some of the columns gets them, with empty cells. Comes before ``append``.
 
         Raises:
             InputError: it cannot be written.
@@ -104,11 +104,10 @@ class Results:
         with _writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.open("ab").close()
-            self._add_columns()
+            if self._lacks_columns:
+                self._add_columns()
 
     def _add_columns(self) -> None:
-        if not self._lacks_columns:
-            return
         _, rows = _read(self._path, self._columns)
         wider = self._path.with_name(f"unfinished-{self._path.name}")
         try:
@@ -137,15 +136,13 @@ class Results:
         row.update(zip(KEY, run.key(), strict=True), digest=run.digest())
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self._columns, lineterminator="\n")
-        with _writing(self._path):
-            self._add_columns()
-            with self._path.open("ab") as file:
-                if not self._path.stat().st_size:
-                    writer.writeheader()
-                writer.writerow(row)
-                file.write(buffer.getvalue().encode())
-                file.flush()
-                os.fsync(file.fileno())
+        with _writing(self._path), self._path.open("ab") as file:
+            if not self._path.stat().st_size:
+                writer.writeheader()
+            writer.writerow(row)
+            file.write(buffer.getvalue().encode())
+            file.flush()
+            os.fsync(file.fileno())
         self._rows[run.key()] = row
         return row
 
