@@ -6,6 +6,7 @@ direction, or at the points of a grid that two span. Weights are the same afterw
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -153,21 +154,21 @@ def line(
     """The loss on the line from ``model`` (x = 0) to ``other`` (x = 1), two models of one base.
 
     The adapted layers' whole weights move, and so does everything else in which the models differ,
-    such as a head that was trained whole.
+    such as a head that was trained whole, or the statistics of a batch norm.
 
     Args:
         model, other: with adapters on the same layers; the factors may differ in rank.
         loss_fn, batches, layers, on_point: as for :func:`slice_1d`. xs: the coordinates.
 
     Raises:
-        ValueError: the models differ in their layers, in the names of their parameters, or in the
-            shapes of those outside of the layers.
+        ValueError: the models differ in their layers, in the names of their parameters and buffers,
+            or in the shapes of those outside of the layers.
     """
     found, others = adapted_layers(model, layers), adapted_layers(other, layers)
     if [(x.name, x.shape) for x in found] != [(x.name, x.shape) for x in others]:
         raise ValueError("other: expected a model with adapters on the same layers")
-    if set(dict(model.named_parameters())) != set(dict(other.named_parameters())):
-        raise ValueError("other: expected a model with the same parameters")
+    if {name for name, _ in _state(model)} != {name for name, _ in _state(other)}:
+        raise ValueError("other: expected a model with the same parameters and buffers")
     theirs: dict[str, Tensor] = {}
     for name, p in _outside(model, found).items():
         owner, _, attribute = name.rpartition(".")
@@ -203,17 +204,18 @@ def _combination(terms: Sequence[tuple[float, Direction]], name: str) -> Tensor:
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers."""
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
 def _outside(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """The floating-point parameters that are neither the layers' weights nor their factors."""
+    """What is floating-point, and neither the layers' weights nor their factors."""
     pairs = [pair for layer in layers for pair in layer.pairs]
     factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
     weights = [getattr(layer.module, "weight", None) for layer in layers]
     inside = {id(p) for p in (*factors, *weights)}
-    return {
-        name: p
-        for name, p in model.named_parameters()
-        if id(p) not in inside and p.is_floating_point()
-    }
+    return {name: p for name, p in _state(model) if id(p) not in inside and p.is_floating_point()}
 
 
 @contextmanager

@@ -111,6 +111,26 @@ def test_a_line_joins_two_models_of_other_rank_and_head():
     assert half == pytest.approx([mean_loss(plain, loss_of, DATA)], rel=1e-10)
 
 
+def test_a_line_joins_the_statistics_of_batch_norms_too():
+    class Normed(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 3))
+
+    torch.manual_seed(0)
+    base = Normed()
+    lora = LoraConfig(r=4, target_modules=["up", "down"])
+    model, other = (get_peft_model(copy.deepcopy(base), lora).double() for _ in range(2))
+    optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.1)
+    train_on(other, optimizer, DATA)
+    before, theirs = copy.deepcopy((model.state_dict(), other.state_dict()))
+    ends = line(model, other, loss_of, DATA, [0.0, 1.0])
+    assert ends[0] == pytest.approx(mean_loss(model, loss_of, DATA), rel=1e-10)
+    assert ends[1] == pytest.approx(mean_loss(other, loss_of, DATA), rel=1e-10)
+    assert_same_bits(model.state_dict(), before)
+    assert_same_bits(other.state_dict(), theirs)
+
+
 def test_a_line_of_models_whose_optimizers_are_in_the_middle_of_a_step():
     """Between clean weights, which are left behind, also of layers that the line has not."""
     models = [random_model(seed) for seed in (1, 2)]
@@ -153,6 +173,10 @@ def test_models_that_no_line_joins():
         ValueError, match=r"other: expected .*down\.lora_A.* \(4, 16\), got \(3, 16\)"
     ):
         line(lora_mlp(), lora_mlp(r=3), loss_of, DATA, [0.0], layers=["up"])
+    odd = lora_mlp()
+    odd.register_buffer("statistics", torch.zeros(2))
+    with pytest.raises(ValueError, match="same parameters and buffers"):
+        line(lora_mlp(), odd, loss_of, DATA, [0.0])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
