@@ -19,7 +19,7 @@ TITLES = {
     "bi-lora": "Bi-LoRA",
     "eflat-full": "EFlat-LoRA without transfer",
     "eflat-tangent": "EFlat-LoRA, tangent space",
-    "eflat-both": "EFlat-LoRA onto both, tangent",
+    "eflat-both": "EFlat-LoRA onto both",
     "eflat-restored": "EFlat-LoRA, radius restored",
     "lora-sam-ema": "LoRA-SAM, averaged",
     "lora-sam-memory": "LoRA-SAM, remembered",

@@ -15,19 +15,14 @@ E, of norm rho in each layer, or in all together for ``norm_scope="global"``:
                   started from the last step's V, follows its leading directions (as PowerSGD does,
                   Vogels et al., arXiv 1905.13727).
 
-Two more perturb the factors themselves, so that no layer computes more:
-
-"lora-sam-ema"    LoRA-SAM's perturbation of both factors, each along its own gradient, averaged
-                  over steps as EFlat-LoRA averages its own, so that it takes one gradient, too
-"eflat-both"      those of both factors that make "eflat-tangent"'s E to first order, onto B alone
-                  while the product of the two, which E lacks, is not small
+"lora-sam-ema" is none of these: LoRA-SAM's perturbation of both factors, each along its own
+gradient, averaged over steps as EFlat-LoRA averages its own, so that it takes one gradient, too.
 
 "full-sam" is what all of these stand in for, at two gradients: SAM (Foret et al., arXiv 2010.01412)
 on the weights W of the adapted layers, along their true gradient of the same batch. What it does
 not gain, a better estimate of the gradient will hardly gain.
 
-"eflat-full", "eflat-tangent" and "eflat-both" take the newest gradient alone (beta 1): of the first
-two an average would have a higher rank.
+The first two take the newest gradient alone (beta 1): an average would have a higher rank.
 """
 
 from __future__ import annotations
@@ -67,7 +62,8 @@ class Carrier:
     def norm(self) -> float:
         """||U V||."""
         assert self.U is not None and self.V is not None
-        return _norm(self.U, self.V)
+        # Not from Gram matrices: where B is ill-conditioned, the columns of U nearly cancel.
+        return float((torch.linalg.qr(self.U).R @ self.V).norm())
 
     def _add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if self.U is None or self.V is None or not layer.training:
@@ -255,74 +251,32 @@ class AveragedLoRASAM(torch.optim.AdamW):
     def __init__(self, model: nn.Module, *, rho: float, beta: float, **adamw: Any) -> None:
         super().__init__(trainable_parameters(model), **adamw)
         self._rho, self._beta = rho, beta
-        self._pairs = find_pairs(model)
-        self.averages = [[torch.zeros_like(f) for f in _factors(pair)] for pair in self._pairs]
+        self._pairs = [(pair.parameter_A, pair.parameter_B) for pair in find_pairs(model)]
+        self.averages = [[torch.zeros_like(f) for f in pair] for pair in self._pairs]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:
         """One step; the closure runs at perturbed factors."""
-        clean = [[factor.clone() for factor in _factors(pair)] for pair in self._pairs]
+        clean = [[factor.clone() for factor in pair] for pair in self._pairs]
         for pair, averages in zip(self._pairs, self.averages, strict=True):
-            torch._foreach_add_(_factors(pair), averages)
+            torch._foreach_add_(pair, averages)
         try:
             with torch.enable_grad():
                 loss = closure()
-            newest = [self._newest(pair) for pair in self._pairs]
         finally:
             for pair, values in zip(self._pairs, clean, strict=True):
-                torch._foreach_copy_(_factors(pair), values)
-        for averages, perturbations in zip(self.averages, newest, strict=True):
-            torch._foreach_lerp_(averages, perturbations, self._beta)
+                torch._foreach_copy_(pair, values)
+        for pair, averages in zip(self._pairs, self.averages, strict=True):
+            gradients = [factor.grad for factor in pair]
+            norm = torch.stack([g.norm() for g in gradients]).norm()
+            newest = [self._rho * g / norm if norm > 0 else 0 * g for g in gradients]
+            torch._foreach_lerp_(averages, newest, self._beta)
         super().step()
         return loss
-
-    def _newest(self, pair: LoraPair) -> list[Tensor]:
-        """The perturbations of A and B by their gradients, called where these were taken."""
-        gradients = [factor.grad for factor in _factors(pair)]
-        norm = torch.stack([g.norm() for g in gradients]).norm()
-        return [self._rho * g / norm if norm > 0 else 0 * g for g in gradients]
-
-
-class TangentFactors(AveragedLoRASAM):
-    """AdamW with its gradient taken at factors perturbed in the full space's tangent direction.
-
-    ``E = s (E_B A + B E_A)`` of norm rho is the projection of the gradient on the tangent space.
-    """
-
-    def _newest(self, pair: LoraPair) -> list[Tensor]:
-        A, B, s = pair.A.double(), pair.B.double(), pair.scaling
-        grad_A, grad_B = pair.A.grad.double(), pair.B.grad.double()
-        rtol = default_rtol(pair.A, pair.B)
-        inverse_A = torch.linalg.pinv(A @ A.T, rtol=rtol**2, hermitian=True)
-        inverse_B = torch.linalg.pinv(B.T @ B, rtol=rtol**2, hermitian=True)
-        E_A = inverse_B @ grad_A
-        E_B = (grad_B - B @ (inverse_B @ (B.T @ grad_B))) @ inverse_A
-        size = _norm(torch.cat([E_B, B], dim=1), torch.cat([A, E_A]))
-        scale = self._rho / (abs(s) * size) if size else 0.0
-        # s E_B E_A is no part of E. It is large while B is small.
-        if abs(s) * scale**2 * _norm(E_B, E_A) > self._rho / 2:
-            E_A, E_B = torch.zeros_like(A), grad_B @ inverse_A
-            size = _norm(E_B, A)
-            scale = self._rho / (abs(s) * size) if size else 0.0
-        return [(scale * E).to(pair.A.dtype) for E in (E_A, E_B)]
-
-
-def _factors(pair: LoraPair) -> list[Tensor]:
-    return [pair.parameter_A, pair.parameter_B]
-
-
-def _norm(U: Tensor, V: Tensor) -> float:
-    """||U V||."""
-    # Not from Gram matrices: where B is ill-conditioned, the columns of U nearly cancel.
-    return float((torch.linalg.qr(U).R @ V).norm())
 
 
 def _lora_sam_ema(config: FinetuneConfig, model: Any, steps: int) -> AveragedLoRASAM:
     return AveragedLoRASAM(model, rho=config.rho, beta=config.beta, **adamw_settings(config))
-
-
-def _eflat_both(config: FinetuneConfig, model: Any, steps: int) -> TangentFactors:
-    return TangentFactors(model, rho=config.rho, beta=1.0, **adamw_settings(config))
 
 
 def _variant(carrier: Callable[..., Carrier], **options: Any) -> Builder:
@@ -344,6 +298,5 @@ VARIANTS: dict[str, Builder] = {
     "sketch-1": _variant(SketchCarrier, rank=1),
     "sketch-4": _variant(SketchCarrier, rank=4),
     "lora-sam-ema": _lora_sam_ema,
-    "eflat-both": _eflat_both,
     "full-sam": _full_sam,
 }

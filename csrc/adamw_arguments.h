@@ -30,19 +30,24 @@ class AdamWSteps {
              const std::vector<Tensor>& clean, const AdamWLists& lists, bool on_device)
       : on_device_(on_device) {
     lists.check_lengths(A.size());
-    check_length("clean", clean.size(), A.size());
+    arguments.check_perturbed("clean", clean.size(), A.size());
+    const std::vector<Tensor> targets = arguments.perturbed(A, B);
+    for (size_t i = 0; i < targets.size(); ++i) {
+      const std::string name = argument("clean", i), like = arguments.perturbed_name(i, A.size());
+      check_like(clean[i], name, targets[i], like);
+      check_dtype_and_device(clean[i], name, targets[i], like);
+    }
     steps_.reserve(A.size());
     counters_.resize(2 * A.size());
     for (size_t l = 0; l < A.size(); ++l) {
-      const Tensor& target = arguments.onto_B ? B[l] : A[l];
-      const std::string name = argument("clean", l),
-                        like = argument(arguments.onto_B ? "B" : "A", l);
-      check_like(clean[l], name, target, like);
-      check_dtype_and_device(clean[l], name, target, like);
       const AdamW a = of_factor(A[l], "A", l, lists, l),
                   b = of_factor(B[l], "B", l, lists, A.size() + l);
+      const AdamW &target = arguments.onto_B ? b : a, &other = arguments.onto_B ? a : b;
+      const size_t i = arguments.both ? A.size() + l : l;
       steps_.push_back(
-          {arguments.keep(clean[l], name), arguments.onto_B ? b : a, arguments.onto_B ? a : b});
+          {arguments.keep(clean[i], argument("clean", i)),
+           arguments.both ? arguments.keep(clean[l], argument("clean", l)) : other.factor, target,
+           other});
       Pair& pair = arguments.pairs[l];
       pair.step = &steps_.back();
       // Written memory of a tensor that is copied on write is not what was there to be read.

@@ -150,19 +150,22 @@ inline void check_length(const char* name, int64_t given, int64_t expected) {
 struct Arguments {
   std::vector<Pair> pairs;
   std::vector<Tensor> kept;
-  bool onto_B;
+  bool onto_B;  // whether B is the target, as it is onto both
+  bool both;
   bool global_norm;
   bool all_float64 = true;
 
   Arguments(const std::string& onto, const std::string& norm_scope, double rho,
             std::optional<double> rtol) {
-    STD_TORCH_CHECK(onto == "B" || onto == "A", "onto must be 'B' or 'A', got '", onto, "'");
+    STD_TORCH_CHECK(onto == "B" || onto == "A" || onto == "both",
+                    "onto must be 'B', 'A' or 'both', got '", onto, "'");
     STD_TORCH_CHECK(norm_scope == "layer" || norm_scope == "global",
                     "norm_scope must be 'layer' or 'global', got '", norm_scope, "'");
     STD_TORCH_CHECK(std::isfinite(rho) && rho >= 0, "rho must be finite and at least 0, got ", rho);
     STD_TORCH_CHECK(!rtol || (*rtol >= 1e-7 && *rtol < 1),
                     "rtol must be None or in [1e-7, 1), got ", rtol.value_or(0));
-    onto_B = onto == "B";
+    both = onto == "both";
+    onto_B = onto != "A";
     global_norm = norm_scope == "global";
   }
 
@@ -171,6 +174,26 @@ struct Arguments {
     check_memory(t, contiguous, name);
     kept.push_back(contiguous ? t : torch::stable::contiguous(t));
     return kept.back().const_data_ptr();
+  }
+
+  // The factors that are perturbed: all A, then all B, where it is both.
+  std::vector<Tensor> perturbed(const std::vector<Tensor>& A, const std::vector<Tensor>& B) const {
+    std::vector<Tensor> all;
+    if (both || !onto_B) all.insert(all.end(), A.begin(), A.end());
+    if (onto_B) all.insert(all.end(), B.begin(), B.end());
+    return all;
+  }
+
+  // The name of entry i of `perturbed`, of `count` pairs.
+  std::string perturbed_name(int64_t i, int64_t count) const {
+    return argument(!onto_B || (both && i < count) ? "A" : "B", i % count);
+  }
+
+  // Where E of entry i of `perturbed` goes.
+  void*& out_of(int64_t i) {
+    const int64_t count = pairs.size();
+    Pair& pair = pairs[i % count];
+    return both && i < count ? pair.out_other : pair.out;
   }
 
   // Checks a pair and appends it, with `out` still to be set. index < 0: no list.
@@ -202,6 +225,13 @@ struct Arguments {
     p.rtol = rtol.value_or(default_rtol(p));
     all_float64 = all_float64 && p.dtype == DType::f64;
     pairs.push_back(p);
+  }
+
+  // A list of one entry for each perturbed factor.
+  void check_perturbed(const char* name, int64_t given, int64_t count) const {
+    if (!both) return check_length(name, given, count);
+    STD_TORCH_CHECK(given == 2 * count, name, " must have two entries per pair, all A and all B, ",
+                    2 * count, ", got ", given);
   }
 
   static void check_lengths(const std::vector<Tensor>& A, const std::vector<Tensor>& B,
@@ -237,7 +267,7 @@ struct Arguments {
     STD_TORCH_CHECK(type_of(skipped) == ScalarType::Long && skipped.dim() == 0,
                     "skipped must be an int64 tensor without dimensions, got ",
                     dtype_name(type_of(skipped)), " of shape ", shape_of(skipped));
-    check_length("ema", ema.size(), A.size());
+    check_perturbed("ema", ema.size(), A.size());
     if (A.empty()) {
       check_lengths(A, B, grad_A, grad_B, scaling);
       return torch::stable::new_empty(skipped, {0}, ScalarType::Float);
@@ -245,10 +275,11 @@ struct Arguments {
     check_memory(skipped, true, "skipped");
     const Tensor norms = add_all(A, B, grad_A, grad_B, scaling, rtol);
     check_device(skipped, "skipped", A[0], "A[0]");
-    for (size_t l = 0; l < A.size(); ++l) {
-      check_average(ema[l], l, onto_B ? B[l] : A[l], onto_B ? "B" : "A");
-      pairs[l].out = written(ema[l], argument("ema", l));
-      pairs[l].out_dtype = dtype_of(ema[l]);
+    const std::vector<Tensor> targets = perturbed(A, B);
+    for (size_t i = 0; i < targets.size(); ++i) {
+      check_average(ema[i], i, targets[i], perturbed_name(i, A.size()));
+      out_of(i) = written(ema[i], argument("ema", i));
+      pairs[i % A.size()].out_dtype = dtype_of(ema[i]);
     }
     return norms;
   }
@@ -299,8 +330,8 @@ struct Arguments {
 
   // Whether a moving average can be updated.
   static void check_average(const Tensor& ema, int64_t index, const Tensor& target,
-                            const char* target_name) {
-    const std::string name = argument("ema", index), like = argument(target_name, index);
+                            const std::string& like) {
+    const std::string name = argument("ema", index);
     check_like(ema, name, target, like);
     check_device(ema, name, target, like);
     const ScalarType expected =

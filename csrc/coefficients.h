@@ -16,6 +16,15 @@
 //
 // onto B: Q = M_B^+ N M_A^+, E_B = c [ B Q + G_B M_A^+ ].  onto A: the transpose of
 // E_A = c [ M_B^+ G_A + (M_B^+ C M_A^+) A ].
+//
+// Onto both, of which B is the target, E is rho times the direction of the gradient's projection P
+// on the tangent space of the matrices of rank r, whose two terms are orthogonal:
+//
+//     s P = [ (G_B - B M_B^+ C) M_A^+ ] A + B [ M_B^+ G_A ] = (E_B A + B E_A) / c'
+//     (s ||P||)^2 = tr(M_A^+ S) + tr(M_B^+ K_A)    S = K_B - C^T M_B^+ C    c' = rho / (s^2 ||P||)
+//
+// The perturbed factors also have the product s E_B E_A. Where it would be more than half of rho,
+// as while B is small, B alone carries the direction of G_B M_A^+ A.
 #pragma once
 #include "pseudo_inverse.h"
 
@@ -30,6 +39,22 @@ EFLAT_HD double scale_of(double scaling, double rho, double scope_norm) {
 EFLAT_HD bool usable(double norm) { return norm > 0 && norm <= 1.7976931348623157e308; }
 
 inline namespace EFLAT_TARGET {
+
+// What a norm counts as in the type that norms are reported in; NaN or infinite when a factor or
+// gradient is not finite, which shows in a trace whatever became of it in `norm`.
+template <class Team>
+EFLAT_HD double reported_norm(const Team& team, int r, const double* gram_t, const double* gram_o,
+                              double norm, DType norms_dtype) {
+  const int d = 2 * r;
+  double trace = 0;
+  for (int i = thread_of(team); i < d; i += threads_of(team))
+    trace += gram_t[i * d + i] + gram_o[i * d + i];
+  trace = team.total(trace);
+  norm += trace - trace;
+  // What is zero or infinite there counts as such.
+  const double reported = static_cast<float>(norm);
+  return norms_dtype == DType::f64 || usable(reported) ? norm : reported;
+}
 
 // ||G_hat|| of a pair (NaN or infinite when its input is) and the weights [Q; P_o], (2r, r).
 // gram_t, gram_o: (2r, 2r), symmetric; P_t, P_o: (r, r). work: r^2.
@@ -46,7 +71,7 @@ EFLAT_HD double norm_and_weights(const Team& team, int r, const double* gram_t, 
   multiply(team, r, r, r, P_t, FP, Q);
   copy(team, r * r, P_o, weights + r * r);
 
-  double square = 0, trace = 0;
+  double square = 0;
   for (int i = team.row(); i < r; i += team.rows()) {
     EFLAT_SUM_OVER(square)
     for (int j = team.lane(); j < r; j += team.lanes())
@@ -54,16 +79,89 @@ EFLAT_HD double norm_and_weights(const Team& team, int r, const double* gram_t, 
                 P_t[i * r + j] * gram_o[(r + i) * d + r + j] +
                 2 * Q[i * r + j] * gram_t[i * d + r + j];
   }
-  for (int i = thread_of(team); i < d; i += threads_of(team))
-    trace += gram_t[i * d + i] + gram_o[i * d + i];
   square = team.total(square);
-  trace = team.total(trace);
-  // A factor or gradient that is not finite shows in a trace, whatever became of it above.
-  const double finite_or_not = trace - trace;
-  const double norm = sqrt(square < 0 ? 0 : square) / (2 * fabs(scaling)) + finite_or_not;
-  // What is zero or infinite in the type that norms are reported in counts as such.
-  const double reported = static_cast<float>(norm);
-  return norms_dtype == DType::f64 || usable(reported) ? norm : reported;
+  const double norm = sqrt(square < 0 ? 0 : square) / (2 * fabs(scaling));
+  return reported_norm(team, r, gram_t, gram_o, norm, norms_dtype);
+}
+
+// x (r, r) becomes T x T^T. work: r^2.
+template <class Team>
+EFLAT_HD void congruence(const Team& team, int r, const double* T, double* x, double* work) {
+  multiply_transposed(team, r, r, r, x, T, work);
+  multiply(team, r, r, r, T, work, x);
+}
+
+// Onto both: ||P|| of a pair and twice the weights, as c is half of c': of the target, (2r, r), and
+// of the other side. T_t, T_o: the bases that all of it is in, null where there are none. length:
+// of the target. work: 4 r^2.
+template <class Team>
+EFLAT_HD double tangent_norm_and_weights(const Team& team, int r, const double* gram_t,
+                                         const double* P_t, const double* gram_o, const double* P_o,
+                                         const double* T_t, const double* T_o, double scaling,
+                                         double rho, int64_t length, DType norms_dtype,
+                                         double* weights, double* weights_other, double* work) {
+  const int d = 2 * r, n = r * r;
+  double* PC = work;  // P_t C
+  double* S = work + n;
+  double* x = work + 2 * n;
+  double* y = work + 3 * n;
+  const double* C = gram_t + r;            // row stride d, as all of these
+  const double* K_t = gram_t + r * d + r;  // of the gradients
+  const double* K_o = gram_o + r * d + r;
+  double rank = 0;
+  for (int i = team.row(); i < r; i += team.rows()) {
+    combine_rows(team, r, r, P_t + i * r, 1, C, d, nullptr, 1, PC + i * r);
+    for (int j = team.lane(); j < r; j += team.lanes()) rank += P_t[i * r + j] * gram_t[i * d + j];
+  }
+  // Nothing is beside B's columns then, and rounding must not take its place.
+  const bool spans = team.total(rank) > length - 0.5;
+  for (int i = team.row(); i < r; i += team.rows()) {
+    if (spans) {
+      for (int j = team.lane(); j < r; j += team.lanes()) S[i * r + j] = 0;
+    } else {
+      combine_rows(team, r, r, C + i, d, PC, r, K_t + i * d, -1, S + i * r);
+    }
+  }
+  double of_B = 0, of_B_alone = 0, of_A = 0;  // squares of the norms of s P's terms
+  for (int i = team.row(); i < r; i += team.rows()) {
+    for (int j = team.lane(); j < r; j += team.lanes()) {
+      of_B += P_o[i * r + j] * S[i * r + j];
+      of_B_alone += P_o[i * r + j] * K_t[i * d + j];
+      of_A += P_t[i * r + j] * K_o[i * d + j];
+    }
+  }
+  of_B = team.total(of_B);
+  of_B_alone = team.total(of_B_alone);
+  of_A = team.total(of_A);
+  double square = (of_B < 0 ? 0 : of_B) + (of_A < 0 ? 0 : of_A);  // NaN stays
+
+  // ||E_B E_A||^2 = tr(E_B^T E_B E_A E_A^T), both by c'.
+  multiply(team, r, r, r, P_o, S, y);
+  multiply(team, r, r, r, y, P_o, x);
+  if (T_o) congruence(team, r, T_o, x, y);
+  for (int i = team.row(); i < r; i += team.rows())
+    combine_rows(team, r, r, P_t + i * r, 1, K_o, d, nullptr, 1, S + i * r);
+  team.sync();
+  multiply(team, r, r, r, S, P_t, y);
+  if (T_t) congruence(team, r, T_t, y, S);
+  // As of gradients of norm 1, whose fourth powers do not leave float64.
+  for (int e = thread_of(team); e < n; e += threads_of(team)) {
+    x[e] /= square;
+    y[e] /= square;
+  }
+  const double product = dot(team, n, x, y);
+  const bool alone = 2 * rho * sqrt(product < 0 ? 0 : product) > fabs(scaling);
+  if (alone) square = of_B_alone;
+
+  multiply(team, r, r, r, PC, P_o, x);
+  for (int e = thread_of(team); e < n; e += threads_of(team)) {
+    weights[e] = alone || spans ? 0 : -2 * x[e];
+    weights[n + e] = spans && !alone ? 0 : 2 * P_o[e];
+    weights_other[e] = 0;
+    weights_other[n + e] = alone ? 0 : 2 * P_t[e];
+  }
+  const double norm = sqrt(square < 0 ? 0 : square) / fabs(scaling);
+  return reported_norm(team, r, gram_t, gram_o, norm, norms_dtype);
 }
 
 // Weights made in the bases T_t, T_o of pseudo_inverse.h, for the factors and gradients as they

@@ -27,12 +27,11 @@ Norms foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<
   const Tensor norms = arguments.add_all(A, B, grad_A, grad_B, scaling, rtol);
   Device device(A[0]);
   std::vector<Tensor> E;
-  for (size_t l = 0; l < A.size(); ++l) {
-    const Tensor& target = arguments.onto_B ? B[l] : A[l];
+  for (const Tensor& target : arguments.perturbed(A, B)) {
     E.push_back(torch::stable::new_empty(target, {target.size(0), target.size(1)}));
-    arguments.pairs[l].out = E[l].mutable_data_ptr();
-    arguments.pairs[l].out_dtype = arguments.pairs[l].dtype;
+    arguments.out_of(E.size() - 1) = E.back().mutable_data_ptr();
   }
+  for (Pair& pair : arguments.pairs) pair.out_dtype = pair.dtype;
   device.perturb(arguments.problem(rho, {false, 0}), norms, nullptr);
   return {E, norms};
 }
@@ -41,6 +40,8 @@ template <class Device>
 std::tuple<Tensor, Tensor> perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, double scaling,
                                    double rho, std::string onto, std::optional<double> rtol) {
   Arguments arguments(onto, "layer", rho, rtol);
+  STD_TORCH_CHECK(!arguments.both, "onto must be 'B' or 'A', got 'both', which has two E: see ",
+                  "foreach_perturb");
   arguments.add(A, B, grad_A, grad_B, scaling, rtol, -1);
   Device device(A);
   const Tensor& target = arguments.onto_B ? B : A;
@@ -68,9 +69,9 @@ Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
   return norms;
 }
 
-// As foreach_perturb_ema_; then the targets become `clean`, and every A and B takes a step of
-// torch.optim.AdamW. Lists from exp_avg on hold two entries per pair, those of all A and those of
-// all B.
+// As foreach_perturb_ema_; then what was perturbed becomes `clean`, and every A and B takes a step
+// of torch.optim.AdamW. Lists from exp_avg on hold two entries per pair, those of all A and those
+// of all B; so do E, ema and clean onto both.
 template <class Device>
 Tensor foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> grad_A,
                            std::vector<Tensor> grad_B, std::vector<Tensor> clean,

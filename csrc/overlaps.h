@@ -87,15 +87,17 @@ class Overlaps {
 inline void check_overlaps(const Arguments& arguments, const std::vector<float*>& counters,
                            const Tensor& skipped) {
   const int64_t count = arguments.pairs.size();
-  Overlaps overlaps(12 * count + 1);
-  const bool onto_B = arguments.onto_B;
+  Overlaps overlaps(14 * count + 1);
+  const bool onto_B = arguments.onto_B, both = arguments.both;
   for (int64_t l = 0; l < count; ++l) {
     const Pair& p = arguments.pairs[l];
-    overlaps.written(p.out, p.target.length * p.rank * size_of(p.out_dtype), "ema", l);
     for (bool is_target : {true, false}) {
       const Side& side = is_target ? p.target : p.other;
       const bool is_B = is_target == onto_B;
       const int64_t bytes = side.length * p.rank * size_of(p.dtype), i = is_B ? count + l : l;
+      if (is_target || both)
+        overlaps.written(is_target ? p.out : p.out_other,
+                         side.length * p.rank * size_of(p.out_dtype), "ema", both ? i : l);
       overlaps.read(side.grad, bytes, is_B ? "grad_B" : "grad_A", l);
       if (!p.step) {
         overlaps.read(side.factor, bytes, is_B ? "B" : "A", l);
@@ -106,9 +108,9 @@ inline void check_overlaps(const Arguments& arguments, const std::vector<float*>
       overlaps.written(a.exp_avg, bytes, "exp_avg", i);
       overlaps.written(a.exp_avg_sq, bytes, "exp_avg_sq", i);
       overlaps.written(counters[i], sizeof(float), "step", i);
+      const void* clean = is_target ? p.step->clean : p.step->clean_other;
+      if (clean != a.factor) overlaps.read(clean, bytes, "clean", both ? i : l);
     }
-    if (p.step && p.step->clean != p.step->target.factor)
-      overlaps.read(p.step->clean, p.target.length * p.rank * size_of(p.dtype), "clean", l);
   }
   overlaps.written(skipped.const_data_ptr(), sizeof(int64_t), "skipped");
   overlaps.check();

@@ -27,10 +27,11 @@ struct AdamW {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
-// The optimizer's step of a pair, after its perturbation has gone into the moving average: the
-// target returns to its clean values, then AdamW of both factors.
+// The optimizer's step of a pair, after its perturbation has gone into the moving average: what was
+// perturbed returns to its clean values, then AdamW of both factors.
 struct Step {
-  const void* clean;  // like the target, perhaps the target itself
+  const void* clean;        // like the target, perhaps the target itself
+  const void* clean_other;  // of the other factor, likewise; it is the factor where no E is for it
   AdamW target, other;
 };
 
@@ -42,7 +43,8 @@ struct Pair {
   DType dtype;  // of factors and gradients
   double scaling;
   double rtol;
-  void* out;  // E, or the moving average of it
+  void* out;        // E, or the moving average of it
+  void* out_other;  // null; or both factors are perturbed: the target is B, and this is for A
   DType out_dtype;
   const Step* step;  // null: the perturbation alone
 };

@@ -49,26 +49,36 @@ class PartialAddition(Addition):
 
 
 class BoundedAverages(Addition):
-    """Adds averages onto A, scaled down until ``||s B average|| <= rho``.
+    """Adds averages, those onto A scaled down until ``||s B average|| <= rho``.
 
     They were made with an earlier B: while B is small and grows, the product would explode.
+
+    Args:
+        target_of: for each pair, the indices of its targets by factor.
     """
 
     def __init__(
         self,
         averages: list[Tensor],
         pairs: list[LoraPair],
-        target_of: list[int],
+        target_of: list[dict[str, int]],
         norm_scope: str,
     ) -> None:
         super().__init__(averages)
+        self._onto_B = sorted({targets["B"] for targets in target_of if "B" in targets})
         # A tensor on the host: a compiled forward pass would be compiled anew for each number.
         self.rho = torch.zeros((), dtype=torch.float64)
-        self._pairs, self._target_of = pairs, target_of
+        self._pairs, self._target_of = pairs, [targets["A"] for targets in target_of]
         self._scope = norm_scope
 
     def __call__(self, targets: list[Tensor]) -> None:
         averages = self.on_devices_of(targets)
+        self._add_onto_A(targets, averages)  # first: its bound needs B as it is
+        if self._onto_B:
+            onto, added = ([local(x[i]) for i in self._onto_B] for x in (targets, averages))
+            torch._foreach_add_(onto, added)
+
+    def _add_onto_A(self, targets: list[Tensor], averages: list[Tensor]) -> None:
         # A layer scaled by zero has no full-space norm, and adds nothing to the model either; a
         # deleted adapter has no factors any more.
         rows = [(p, i) for p, i in zip(self._pairs, self._target_of, strict=True) if p.scaling != 0]

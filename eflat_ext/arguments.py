@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 _FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 256
@@ -24,12 +27,25 @@ def check_options(rho: float, onto: str, norm_scope: str, rtol: float | None) ->
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (_is_finite(rho) and rho >= 0):
         raise ValueError(f"rho must be finite and at least 0, got {rho}")
-    if onto not in ("A", "B"):
-        raise ValueError(f"onto must be 'B' or 'A', got {onto!r}")
+    if onto not in ("A", "B", "both"):
+        raise ValueError(f"onto must be 'B', 'A' or 'both', got {onto!r}")
     if norm_scope not in ("layer", "global"):
         raise ValueError(f"norm_scope must be 'layer' or 'global', got {norm_scope!r}")
     if rtol is not None and not MIN_RTOL <= rtol < 1:
         raise ValueError(f"rtol must be None or in [{MIN_RTOL}, 1), got {rtol}")
+
+
+def check_one_factor(onto: str) -> None:
+    """ValueError for "both", where there are two perturbations."""
+    if onto == "both":
+        raise ValueError(
+            "onto must be 'B' or 'A', got 'both', which has two E: see foreach_perturb"
+        )
+
+
+def perturbed(onto: str, A: Sequence[T], B: Sequence[T]) -> list[T]:
+    """Of what goes with all A and with all B, that for the factors that are perturbed."""
+    return [*(A if onto != "B" else ()), *(B if onto != "A" else ())]
 
 
 def check_pairs(

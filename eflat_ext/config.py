@@ -80,8 +80,8 @@ class FinetuneConfig:
     """Radius of the perturbation (eflat, flat, lora-sam)."""
     beta: float = 0.9
     """Weight of the newest perturbation in the moving average (eflat)."""
-    onto: Literal["B", "A"] = "B"
-    """Factor that carries the perturbation (eflat, flat)."""
+    onto: Literal["B", "A", "both"] = "B"
+    """Factor that carries the perturbation, or both, in the tangent direction (eflat, flat)."""
     norm_scope: Literal["layer", "global"] = "layer"
     """Scale the perturbation to rho in each layer or over all layers together (eflat, flat,
     lora-sam)."""

@@ -41,6 +41,43 @@ def gram_form(
     return U, norm, rho / (2 * scaling**2 * norm)
 
 
+def tangent_form(
+    A: Tensor,
+    B: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    scaling: float,
+    rho: float,
+    rtol: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(U_A, U_B, norm)`` onto both: as :func:`gram_form`, with the same c."""
+    inverse_A = torch.linalg.pinv(A @ A.T, rtol=rtol**2, hermitian=True)
+    inverse_B = torch.linalg.pinv(B.T @ B, rtol=rtol**2, hermitian=True)
+    C, K_B = B.T @ grad_B, grad_B.T @ grad_B
+    U_A = inverse_B @ grad_A
+    U_B = (grad_B - B @ (inverse_B @ C)) @ inverse_A
+    of_B = (inverse_A * (K_B - C.T @ inverse_B @ C)).sum().clamp_min(0)
+    if B.shape[0] <= B.shape[1]:  # of full rank: nothing is beside its columns
+        U_B, of_B = torch.zeros_like(U_B), torch.zeros_like(of_B)
+    square = of_B + (inverse_B * (grad_A @ grad_A.T)).sum().clamp_min(0)
+    # ||U_B U_A||
+    product = ((U_B.T @ U_B) * (U_A @ U_A.T)).sum().clamp_min(0).sqrt()
+    alone = 2 * rho * product > abs(scaling) * square
+    U_A, U_B = torch.where(alone, 0, U_A), torch.where(alone, grad_B @ inverse_A, U_B)
+    square = torch.where(alone, (inverse_A * K_B).sum().clamp_min(0), square)
+    return 2 * U_A, 2 * U_B, square.sqrt() / abs(scaling)
+
+
+def _forms(pair, scaling, rho, onto, rtol):
+    """The perturbations of a pair over c, and its norm."""
+    A, B, grad_A, grad_B = pair
+    if onto == "both":
+        U_A, U_B, norm = tangent_form(A, B, grad_A, grad_B, scaling, rho, rtol)
+        return [U_A, U_B], norm
+    U, norm, _ = gram_form(A, B, grad_A, grad_B, scaling, rho, onto, rtol)
+    return [U], norm
+
+
 def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
     """E and norms of a list of pairs; tensors: all A, all B, all grad_A, all grad_B."""
     count = len(scaling)
@@ -50,12 +87,12 @@ def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
         cutoff = default_rtol(A, B) if rtol is None else rtol
         pair = [t.double() for t in (A, B, grad_A, grad_B)]
         with torch.no_grad():
-            _, norm, _ = gram_form(pair[0], pair[1], pair[2], pair[3], s, rho, onto, cutoff)
+            _, norm = _forms(pair, s, rho, onto, cutoff)
             ok = norm.isfinite() & (norm > 0)
         # A layer that is left alone has no gradient; anything that has one stands in for it.
         stand_ins = [torch.eye(*t.shape, dtype=t.dtype, device=t.device) for t in pair]
         pair = [torch.where(ok, t, x) for t, x in zip(pair, stand_ins, strict=True)]
-        U, norm, _ = gram_form(pair[0], pair[1], pair[2], pair[3], s, rho, onto, cutoff)
+        U, norm = _forms(pair, s, rho, onto, cutoff)
         Us.append(U)
         norms.append(norm)
         usable.append(ok)
@@ -63,9 +100,11 @@ def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
     total = stacked.where(torch.stack(usable), 0).square().sum().sqrt()
     for A, U, norm, ok, s in zip(lists[0], Us, norms, usable, scaling, strict=True):
         shared = torch.where(ok, total, 1) if norm_scope == "global" else norm
-        E = torch.where(ok, U * (rho / (2 * s**2 * shared)), 0)
-        results.append(E.to(A.dtype))
-    return results, torch.where(torch.stack(usable), stacked, 0)
+        c = rho / (2 * s**2 * shared)
+        results.append([torch.where(ok, u * c, 0).to(A.dtype) for u in U])
+    # Those of all A, then those of all B.
+    E = [e for of_factor in zip(*results, strict=True) for e in of_factor]
+    return E, torch.where(torch.stack(usable), stacked, 0)
 
 
 def _gradients(ctx, grad_E, grad_norms):

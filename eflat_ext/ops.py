@@ -17,10 +17,12 @@ from .arguments import (
     check_averages,
     check_devices,
     check_memory,
+    check_one_factor,
     check_options,
     check_pair,
     check_pairs,
     check_shapes,
+    perturbed,
 )
 from .derivatives import backward, backward_foreach, setup, setup_foreach
 
@@ -65,6 +67,7 @@ def perturb(
         return torch.ops.eflat.perturb(A, B, grad_A, grad_B, scaling, rho, onto, rtol)
     except RuntimeError:
         check_options(rho, onto, "layer", rtol)
+        check_one_factor(onto)
         check_pair(A, B, grad_A, grad_B, scaling, "")
         check_memory({"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B})
         raise
@@ -83,13 +86,20 @@ def foreach_perturb(
 ) -> tuple[list[Tensor], Tensor]:
     """:func:`perturb` for a list of pairs of any shapes, ranks and dtypes on one device.
 
+    Onto both factors is not the paper's: ``scaling (E_B A + B E_A)``, of norm rho, is then the
+    projection of the gradient on the tangent space of the matrices of rank r, and the norm that is
+    returned the projection's; where ``scaling E_B E_A`` would be larger than rho / 2, as while B is
+    small, E_A is zero (:func:`eflat_ext.reference.tangent`).
+
     Args:
+        onto: the factor that carries the perturbation, "B" or "A", or "both".
         norm_scope: "layer" divides each perturbation by its own norm; "global" all of them by the
             root of the sum of squares, leaving out layers whose norm is not finite.
 
     Returns:
-        The perturbations, and the norms per layer as one tensor (float64 when all inputs are, else
-        float32). Empty lists give an empty list and an empty tensor.
+        The perturbations, one for each pair (onto both, those of all A, then those of all B), and
+        the norms per layer as one tensor (float64 when all inputs are, else float32). Empty lists
+        give an empty list and an empty tensor.
 
     Raises:
         TypeError, ValueError: as :func:`perturb`; lists of different lengths; several devices.
@@ -121,6 +131,7 @@ def _norms_like(tensors: Sequence[Tensor]) -> Tensor:
 @torch.library.register_fake("eflat::perturb")
 def _(A, B, grad_A, grad_B, scaling, rho, onto="B", rtol=None):
     check_options(rho, onto, "layer", rtol)
+    check_one_factor(onto)
     check_pair(A, B, grad_A, grad_B, scaling, "")
     target = B if onto == "B" else A
     return target.new_empty(target.shape), A.new_empty((), dtype=_norm_dtype([A]))
@@ -130,8 +141,7 @@ def _(A, B, grad_A, grad_B, scaling, rho, onto="B", rtol=None):
 def _(A, B, grad_A, grad_B, scaling, rho, onto="B", norm_scope="layer", rtol=None):
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
-    targets = B if onto == "B" else A
-    return [t.new_empty(t.shape) for t in targets], _norms_like(A)
+    return [t.new_empty(t.shape) for t in perturbed(onto, A, B)], _norms_like(A)
 
 
 @torch.library.register_fake("eflat::foreach_perturb_ema_")
@@ -151,7 +161,7 @@ def _(
 ):
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
-    check_averages(ema, skipped, B if onto == "B" else A, beta)
+    check_averages(ema, skipped, perturbed(onto, A, B), beta)
     return skipped.new_empty(len(A), dtype=_norm_dtype(A))
 
 
@@ -181,7 +191,7 @@ def _(
 ):
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
-    targets, factors = list(B if onto == "B" else A), [*A, *B]
+    targets, factors = perturbed(onto, A, B), [*A, *B]
     check_averages(ema, skipped, targets, beta)
     check_alike("clean", clean, targets)
     check_alike("exp_avg", exp_avg, factors)

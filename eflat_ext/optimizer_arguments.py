@@ -46,9 +46,9 @@ def check_base(base: Optimizer) -> None:
 
 
 def check_transfer(onto: str, rtol: float | None) -> None:
-    """ValueError unless ``onto`` is "A" or "B" and ``rtol`` is None or in [1e-7, 1)."""
-    if onto not in ("A", "B"):
-        raise ValueError(f'onto: expected "A" or "B", got {onto!r}')
+    """ValueError unless ``onto`` is "A", "B" or "both" and ``rtol`` is None or in [1e-7, 1)."""
+    if onto not in ("A", "B", "both"):
+        raise ValueError(f'onto: expected "A", "B" or "both", got {onto!r}')
     if rtol is not None and not MIN_RTOL <= number(rtol) < 1:
         raise ValueError(f"rtol: expected None or a number in [{MIN_RTOL}, 1), got {rtol!r}")
 

@@ -74,6 +74,7 @@ class PerturbingOptimizer(Optimizer):
         rho: Rho,
         norm_scope: str,
         factors: Sequence[str],
+        together: bool = False,
     ) -> None:
         if isinstance(base, PerturbingOptimizer):
             raise TypeError(f"base: expected a plain optimizer, got {type(base).__name__}")
@@ -85,7 +86,9 @@ class PerturbingOptimizer(Optimizer):
             reshard(fsdp_modules(model))
         self.base = base
         self._norm_scope = norm_scope
-        self.pairs, slots, self._target_of = perturbed_pairs(find_pairs(model), base, factors)
+        self.pairs, slots, self._target_of = perturbed_pairs(
+            find_pairs(model), base, factors, together
+        )
         check_one_device(self.pairs)
         Sharding.of(self.pairs)  # refuses what it cannot handle
         # Optimizer.__init__ would make groups and state of its own; this sets the hooks alone.

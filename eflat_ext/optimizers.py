@@ -5,7 +5,7 @@ EFlat-LoRA: Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -37,13 +37,13 @@ class EFlatLoRA(Transferring):
     """EFlat-LoRA: one gradient per step, taken at weights perturbed by a moving average.
 
     Training forward passes of the model run at ``B + average`` (``A + average`` for ``onto="A"``,
-    scaled down until its full-space norm is at most rho). ``step`` folds the perturbation of
-    equations (1)-(3), computed from the gradients and the factors where they were taken, into the
-    average, restores the clean weights and lets the base optimizer step. So weights are clean
-    after ``step``; gradients accumulated over micro-batches belong to one perturbed point; and
-    what saves or merges weights at any other time is given the clean ones. Averages are float32
-    (float64 for float64 factors) and have the shape of their target. Each expert of a layer counts
-    as a layer of its own.
+    scaled down until its full-space norm is at most rho; both for ``onto="both"``). ``step`` folds
+    the perturbation of equations (1)-(3), computed from the gradients and the factors where they
+    were taken, into the average, restores the clean weights and lets the base optimizer step. So
+    weights are clean after ``step``; gradients accumulated over micro-batches belong to one
+    perturbed point; and what saves or merges weights at any other time is given the clean ones.
+    Averages are float32 (float64 for float64 factors) and have the shape of their target. Each
+    expert of a layer counts as a layer of its own.
 
     A pair whose gradients are zero, or whose norm is not finite, keeps its average bit for bit
     and is counted in ``skipped_perturbations``.
@@ -54,7 +54,9 @@ class EFlatLoRA(Transferring):
         rho: radius, in units of the weights: a finite number >= 0 or a callable of the number of
             completed steps. It may be assigned between steps; it is not in ``state_dict``.
         beta: weight of the newest perturbation in the average, in (0, 1].
-        onto: the factor that carries the perturbation, "B" or "A".
+        onto: the factor that carries the perturbation, "B" or "A", or "both", which is not the
+            paper's: see :func:`eflat_ext.ops.foreach_perturb`. Pairs of which one factor is frozen
+            or tied to another's train without a perturbation then.
         norm_scope: "layer" gives every pair the radius rho, "global" all pairs together.
         rtol: relative singular value below which a factor's direction counts as zero, in
             [1e-7, 1); None for the default of the operators.
@@ -98,7 +100,7 @@ class EFlatLoRA(Transferring):
         ]
         self._perturbation = (
             BoundedAverages(averages, self.pairs, self._target_of, norm_scope)
-            if onto == "A"
+            if "A" in self._factors
             else Addition(averages)
         )
         self._rho_changed()
@@ -113,16 +115,17 @@ class EFlatLoRA(Transferring):
     def averages(self) -> dict[str, Tensor]:
         """The moving average of each pair's perturbation, by pair name; live tensors.
 
-        Where factors are sharded these are DTensors laid out as their targets; of experts, gathered
-        copies, so that all ranks have to ask.
+        Onto both, the names end in ".A" and ".B". Where factors are sharded these are DTensors laid
+        out as their targets; of experts, gathered copies, so that all ranks have to ask.
         """
         averages = self._averages()
         found = {}
-        for pair, index in zip(self.pairs, self._target_of, strict=True):
+        for pair, factor, index in self._perturbed(range(len(self.pairs))):
             average: Any = averages[index]
             if pair.experts > 1 and is_dtensor(average):
                 average = average.full_tensor()
-            found[pair.name] = pair.part(self.onto, average)
+            name = f"{pair.name}.{factor}" if self.onto == "both" else pair.name
+            found[name] = pair.part(factor, average)
         return found
 
     @torch.no_grad()
@@ -177,7 +180,7 @@ class EFlatLoRA(Transferring):
             self._fold_in_shards(*sharding, rho)
             return []
         rows = self._with_gradients()
-        parts = self._parts(rows.indices)
+        parts = self._parts(rows.indices, self._averages())
         averages = [part.flatten(1).contiguous() for part in parts]
         skipped = self._skipped_on(rows.A[0].device if rows.A else self._skipped.device)
         gradients = (rows.A, rows.B, rows.grad_A, rows.grad_B)
@@ -190,7 +193,8 @@ class EFlatLoRA(Transferring):
             )
         else:
             moments, numbers = adamw[:3], adamw[3:]
-            with self._weights.restored_by([self._target_of[i] for i in rows.indices]) as clean:
+            stepped = [target for _, _, target in self._perturbed(rows.indices)]
+            with self._weights.restored_by(stepped) as clean:
                 clean = [value.flatten(1) for value in clean]
                 norms = torch.ops.eflat.foreach_adamw_step_(
                     *gradients, clean, averages, *moments, skipped, *radius, *numbers, *options
@@ -219,11 +223,6 @@ class EFlatLoRA(Transferring):
             average.copy_(average.lerp(value, self.beta).where(usable, average))
         self._skipped_on(norms.skipped.device).add_(norms.skipped)
         self._keep_norms(indices, norms.values)
-
-    def _parts(self, indices: Iterable[int]) -> list[Tensor]:
-        """The averages of some pairs."""
-        averages = self._averages()
-        return [self.pairs[i].part(self.onto, averages[self._target_of[i]]) for i in indices]
 
     def _averages(self) -> list[Tensor]:
         targets = self._weights.targets()

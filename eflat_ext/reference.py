@@ -7,6 +7,9 @@ Deng et al., "EFlat-LoRA" (arXiv 2508.00522), with ``W = W0 + s B A``:
     (3)  E_B   = (1/s) E_W A^+                             transfer onto B          (n, r)
          E_A   = (1/s) B^+ E_W                             transfer onto A          (r, m)
 
+Not the paper's is ``onto="both"``: the perturbation of both factors that is, to first order, rho
+times the direction of the gradient's projection on the tangent space of the matrices of rank r.
+
 Every test of the fast operators and optimizers compares with this page.
 """
 
@@ -66,6 +69,43 @@ def transfer(
     return torch.linalg.pinv(B.double(), rtol=rtol) @ E_W / scaling
 
 
+def tangent(
+    A: Tensor,
+    B: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    scaling: float,
+    rho: float,
+    rtol: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(E_A, E_B, norm)`` of both factors, float64: ``s (E_B A + B E_A)`` is ``rho P / ||P||``.
+
+    ``P = (1/s) [ (1 - B B^+) G_B (A^T)^+ + (B^T)^+ G_A ]`` is the projection of the gradient of W
+    on the tangent space at ``B A``, exact for LoRA's gradients, and ``norm`` its norm. What moves
+    are both factors, so that W also moves by ``s E_B E_A``. Where that is more than half of rho,
+    which it is while B is small, B alone is perturbed, along ``P = (1/s) G_B (A^T)^+``.
+    """
+    rtol = default_rtol(A, B) if rtol is None else rtol
+    A, B, grad_A, grad_B = (t.double() for t in (A, B, grad_A, grad_B))
+    pinv_A, pinv_B = torch.linalg.pinv(A, rtol=rtol), torch.linalg.pinv(B, rtol=rtol)
+    pinv_At = pinv_A.T
+    columns, values, _ = torch.linalg.svd(B, full_matrices=False)
+    columns = columns[:, values > rtol * values[0]]  # an orthonormal basis
+    beside = grad_B - columns @ (columns.T @ grad_B)
+    if columns.shape[0] == columns.shape[1]:
+        beside = torch.zeros_like(beside)  # and no rounding
+    of_B = beside @ pinv_At
+    of_A = pinv_B.T @ grad_A
+    P = (of_B + of_A) / scaling
+    E_B, E_A = of_B @ pinv_A, pinv_B @ of_A
+    size = P.norm() * scaling * scaling / rho if rho else P.new_tensor(math.inf)
+    if (scaling * (E_B / size) @ (E_A / size)).norm() > rho / 2:
+        P = grad_B @ pinv_At / scaling
+        E_B, E_A = grad_B @ pinv_At @ pinv_A, torch.zeros_like(A)
+        size = P.norm() * scaling * scaling / rho
+    return E_A / size, E_B / size, P.norm()
+
+
 def perturb(
     A: Tensor,
     B: Tensor,
@@ -81,6 +121,8 @@ def perturb(
     E is zero where the norm is zero or not finite (the pseudo-inverse of a factor that is not
     finite does not exist: the norm is NaN then).
     """
+    if onto not in ("B", "A"):
+        raise ValueError(f"onto must be 'B' or 'A', got {onto!r}")
     E, norms = foreach_perturb([A], [B], [grad_A], [grad_B], [scaling], rho, onto, "layer", rtol)
     return E[0], norms[0]
 
@@ -99,9 +141,12 @@ def foreach_perturb(
     """Equations (1)-(3) for a list of pairs, in float64: ``(list of E, norms per layer)``.
 
     ``norm_scope="global"`` divides by the root of the sum of squares over the layers whose own
-    norm is finite; a layer whose norm is zero or not finite gets E = 0.
+    norm is finite; a layer whose norm is zero or not finite gets E = 0. For ``onto="both"`` the
+    list has those of all A, then those of all B.
     """
     pairs = list(zip(A, B, grad_A, grad_B, scaling, strict=True))
+    if onto == "both":
+        return _foreach_tangent(pairs, rho, norm_scope, rtol)
     gradients = [
         full_space_gradient(*pair, rtol)
         if all(bool(t.isfinite().all()) for t in pair[:4])
@@ -120,6 +165,30 @@ def foreach_perturb(
     return E, torch.tensor(norms, dtype=torch.float64)
 
 
+def _foreach_tangent(
+    pairs: list[tuple[Tensor, Tensor, Tensor, Tensor, float]],
+    rho: float,
+    norm_scope: str,
+    rtol: float | None,
+) -> tuple[list[Tensor], Tensor]:
+    E_A, E_B, norms = [], [], []
+    for pair in pairs:
+        A, B = pair[0].double(), pair[1].double()
+        norm = math.nan
+        if all(bool(t.isfinite().all()) for t in pair[:4]):
+            A, B, size = tangent(*pair, rho, rtol)
+            norm = float(size.detach())
+        good = norm > 0 and math.isfinite(norm)
+        E_A.append(A if good else torch.zeros_like(A))
+        E_B.append(B if good else torch.zeros_like(B))
+        norms.append(norm)
+    if norm_scope == "global":
+        total = math.sqrt(sum(norm**2 for norm in norms if math.isfinite(norm)))
+        shares = [norm / total if total and math.isfinite(norm) else 0.0 for norm in norms]
+        E_A, E_B = ([e * x for e, x in zip(E, shares, strict=True)] for E in (E_A, E_B))
+    return [*E_A, *E_B], torch.tensor(norms, dtype=torch.float64)
+
+
 # The training loops.  `pairs` are (A, B, scaling); `closure` does zero_grad, forward, backward and
 # returns the loss; `base` is any torch optimizer over the factors (and anything else).
 
@@ -129,6 +198,11 @@ Closure = Callable[[], Tensor]
 
 def _gradient(factor: Tensor) -> Tensor:
     return torch.zeros_like(factor) if factor.grad is None else factor.grad
+
+
+def _targets(pairs: Pairs, onto: str) -> list[Tensor]:
+    A, B, _ = map(list, zip(*pairs, strict=True))
+    return [*(A if onto != "B" else []), *(B if onto != "A" else [])]
 
 
 def _perturbations(
@@ -165,7 +239,7 @@ def flat_lora_step(
 ) -> Tensor:
     """One step of Flat-LoRA: two gradients, the second at the perturbed point."""
     loss = closure()
-    targets = [b if onto == "B" else a for a, b, _ in pairs]
+    targets = _targets(pairs, onto)
     clean = [t.detach().clone() for t in targets]
     with torch.no_grad():
         for target, E in zip(
@@ -193,13 +267,15 @@ def eflat_lora_step(
 ) -> Tensor:
     """One step of EFlat-LoRA: one gradient, at the point perturbed by the moving average.
 
-    ``ema`` holds the moving averages (zeros at the start) and is updated in place; for
-    ``onto="A"`` each is bounded where it is applied.
+    ``ema`` holds the moving averages (zeros at the start) and is updated in place; those of A are
+    bounded where they are applied.
     """
-    targets = [b if onto == "B" else a for a, b, _ in pairs]
+    targets = _targets(pairs, onto)
     clean = [t.detach().clone() for t in targets]
     with torch.no_grad():
-        applied = ema if onto == "B" else bounded(pairs, ema, rho, norm_scope)
+        applied = list(ema)
+        if onto != "B":
+            applied[: len(pairs)] = bounded(pairs, ema[: len(pairs)], rho, norm_scope)
         for target, mean in zip(targets, applied, strict=True):
             target.add_(mean)
     loss = closure()

@@ -16,12 +16,14 @@ by one collective operation, in which every rank takes part whatever its gradien
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arguments import perturbed
 from .dtensors import is_dtensor, local, same_layout
 from .exchange import Compressed, Exchange, Own, Rows, Side, compress
 from .pairs import LoraPair
@@ -109,7 +111,7 @@ class Sharding:
     def perturb(
         self,
         pairs: Sequence[LoraPair],
-        target_of: Sequence[int],
+        target_of: Sequence[dict[str, int]],
         rho: float,
         onto: str,
         norm_scope: str,
@@ -119,7 +121,8 @@ class Sharding:
         """As ``torch.ops.eflat.foreach_perturb``, from the parameters' gradients.
 
         Args:
-            target_of: for each pair, the key of its target, shared by the experts of a layer.
+            target_of: for each pair, the keys of its targets by factor, shared by the experts of a
+                layer.
             dtype_of: gives the type of the perturbation for that of a factor.
         """
         exchange = Exchange(self.group, self.rank, self.world)
@@ -129,7 +132,8 @@ class Sharding:
         A, B = ([side.stack() for side in of_factor] for of_factor in sides)
         kinds = [p.parameter_B.dtype for p in pairs]
         cutoffs = [_rtol(pair) if rtol is None else rtol for pair in pairs]
-        E: list[Tensor] = [torch.empty(0)] * len(pairs)
+        factors = perturbed(onto, ["A"], ["B"])
+        E = {factor: [torch.empty(0)] * len(pairs) for factor in factors}
         norms: list[Tensor] = [torch.empty(0)] * len(pairs)
         for cutoff in dict.fromkeys(cutoffs):
             chosen = [i for i, own in enumerate(cutoffs) if own == cutoff]
@@ -145,25 +149,31 @@ class Sharding:
                 "layer",
                 cutoff,
             )
-            for i, e, norm in zip(chosen, made, sizes.unbind(), strict=True):
-                E[i], norms[i] = (e.T if onto == "A" else e), norm
+            for i, norm in zip(chosen, sizes.unbind(), strict=True):
+                norms[i] = norm
+            for (factor, i), e in zip(itertools.product(factors, chosen), made, strict=True):
+                E[factor][i] = e.T if factor == "A" else e
         values = torch.stack(norms)
         if norm_scope == "global":
-            E = list(torch._foreach_mul(E, list((values / _total(values)).nan_to_num().unbind())))
+            shares = list((values / _total(values)).nan_to_num().unbind())
+            E = {factor: list(torch._foreach_mul(own, shares)) for factor, own in E.items()}
         # The operator has seen float64: what the types of the factors cannot hold counts, too.
-        largest = [torch.finfo(dtype_of(kind)).max for kind in kinds]
-        sizes = torch.stack(torch._foreach_norm(E))
-        values = values.where(sizes <= sizes.new_tensor(largest), torch.inf)
+        limits = values.new_tensor([torch.finfo(dtype_of(kind)).max for kind in kinds])
+        for own in E.values():
+            values = values.where(torch.stack(torch._foreach_norm(own)) <= limits, torch.inf)
         found = self._norms(values, kinds, exchange[traced])
-        # Q holds NaN where the factors do: the choice has to come last.
-        own = [side.own(e) for side, e in zip(sides["AB".index(onto)], E, strict=True)]
-        own = [torch.where(ok, e, 0) for ok, e in zip(found.usable.unbind(), own, strict=True)]
-        shards = self._shards(pairs, target_of, onto, own)
-        usable = self.spread(pairs, target_of, onto, found.usable.unbind())
-        return {
-            key: Perturbation(shard.to(dtype_of(pair.parameter_B.dtype)), usable[key])
-            for (key, shard), pair in zip(shards.items(), _one_each(pairs, target_of), strict=True)
-        }, found
+        perturbations: dict[int, Perturbation] = {}
+        for factor, made in E.items():
+            # Q holds NaN where the factors do: the choice has to come last.
+            own = [side.own(e) for side, e in zip(sides["AB".index(factor)], made, strict=True)]
+            own = [torch.where(ok, e, 0) for ok, e in zip(found.usable.unbind(), own, strict=True)]
+            keys = [targets[factor] for targets in target_of]
+            shards = self._shards(pairs, keys, factor, own)
+            usable = self.spread(pairs, keys, factor, found.usable.unbind())
+            for (key, shard), pair in zip(shards.items(), _one_each(pairs, keys), strict=True):
+                shard = shard.to(dtype_of(pair.parameter_B.dtype))
+                perturbations[key] = Perturbation(shard, usable[key])
+        return perturbations, found
 
     @torch.no_grad()
     def bound(

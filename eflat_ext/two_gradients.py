@@ -205,9 +205,8 @@ class FlatLoRA(Transferring, TwoGradients):
         )
         targets = self._weights.targets()
         deltas: dict[int, Tensor] = {}
-        for row, e in zip(rows.indices, E, strict=True):
-            index = self._target_of[row]
-            _put(deltas, index, self.pairs[row], self.onto, targets[index], e)
+        for (pair, factor, index), e in zip(self._perturbed(rows.indices), E, strict=True):
+            _put(deltas, index, pair, factor, targets[index], e)
         return deltas, norms
 
     def _perturbed_shards(

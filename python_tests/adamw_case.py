@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from strategies import RHO, Pair, averages, generator, lists
+from strategies import RHO, Pair, averages, generator, lists, targets
 from torch import Tensor, nn
 
 ops = torch.ops.eflat
@@ -29,7 +29,6 @@ def random_call(
 
     A, B, grad_A, grad_B, scaling = (list(column) for column in lists([p.clone() for p in given]))
     factors, gradients = [*A, *B], [*grad_A, *grad_B]
-    targets = B if onto == "B" else A
     ema = averages(given, onto)
     for average, noise in zip(ema, like(ema, 0.1), strict=True):
         average.copy_(noise)
@@ -38,7 +37,7 @@ def random_call(
         "B": B,
         "grad_A": grad_A,
         "grad_B": grad_B,
-        "clean": like(targets, 1.0),
+        "clean": like(targets(given, onto), 1.0),
         "ema": ema,
         "exp_avg": like(gradients, 0.5),
         "exp_avg_sq": [t.square() for t in like(gradients, 0.5)],
@@ -55,6 +54,12 @@ def random_call(
         "onto": onto,
         "norm_scope": norm_scope,
     }
+
+
+def of_targets(call: dict[str, Any]) -> list[Tensor]:
+    """The factors of a call that are perturbed, in the order of ema and clean."""
+    names = {"A": ("A",), "B": ("B",), "both": ("A", "B")}[call.get("onto", "B")]
+    return [t for name in names for t in call[name]]
 
 
 def mapped(call: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -84,15 +89,14 @@ def one_after_another(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         onto=call["onto"],
         norm_scope=call["norm_scope"],
     )
-    targets = call[call["onto"]]
-    for target, clean in zip(targets, call["clean"], strict=True):
+    for target, clean in zip(of_targets(call), call["clean"], strict=True):
         target.copy_(clean)
     factors = [*call["A"], *call["B"]]
     for i, (factor, grad) in enumerate(zip(factors, call["grad_A"] + call["grad_B"], strict=True)):
         wide = torch.float64 if factor.dtype.itemsize == 2 else factor.dtype
         parameter = nn.Parameter(factor.to(wide))
         parameter.grad = grad.to(wide)
-        numbers = {name: call[name][i] for name in NUMBERS}
+        numbers = {name: float(call[name][i]) for name in NUMBERS}
         betas = (numbers.pop("beta1"), numbers.pop("beta2"))
         adamw = torch.optim.AdamW([parameter], betas=betas, foreach=False, **numbers)
         state = {name: call[name][i].to(wide) for name in ("exp_avg", "exp_avg_sq")}

@@ -20,5 +20,12 @@ for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         assert error < bound, f"{dtype} onto {onto}: E is off by {error}"
         assert abs(float(norm / expected_norm) - 1) < bound, f"{dtype} onto {onto}: norm {norm}"
 
+    both, norms = eflat_ext.foreach_perturb([A], [B], [grad_A], [grad_B], [2.0], 0.05, "both")
+    E_A, E_B, size = reference.tangent(A, B, grad_A, grad_B, 2.0, 0.05)
+    for name, E, expected in zip("AB", both, (E_A, E_B), strict=True):
+        error = float((E.double() - expected).norm() / expected.norm())
+        assert error < bound, f"{dtype} onto both: E of {name} is off by {error}"
+    assert abs(float(norms[0] / size) - 1) < bound, f"{dtype} onto both: norm {norms[0]}"
+
 torch.library.opcheck(torch.ops.eflat.perturb.default, (A, B, grad_A, grad_B, 2.0, 0.05, "B", None))
 print(f"torch {torch.__version__}, {eflat_ext.build_info()}: 1 passed, 0 failed")

@@ -44,7 +44,7 @@ def save(folder: str, onto: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     assert optimizer._weights.applied
     weights, state = get_state_dict(model, optimizer)
     averages = {n: s["perturbation_ema"] for n, s in state["state"].items() if len(s) > 3}
-    assert len(averages) == 2
+    assert len(averages) == (4 if onto == "both" else 2)
     parameters = dict(model.named_parameters())
     for name, average in averages.items():
         assert average.placements == parameters[name].placements

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -102,15 +103,11 @@ def operators(
             for p in pairs
         ]
     )
-    made, norms = [], []
-    for pair, row in zip(pairs, rows, strict=True):
-        E, norm = reference.perturb(*row, pair.scaling, 0.3, onto)
-        made.append(E)
-        norms.append(norm)
-    total = torch.stack(norms).norm()
-    if norm_scope == "global":
-        made = [E * (norm / total) for E, norm in zip(made, norms, strict=True)]
-    target_of = [[p.group for p in pairs].index(pair.group) for pair in pairs]
+    columns = [*zip(*rows, strict=True), [pair.scaling for pair in pairs]]
+    made, norms = reference.foreach_perturb(*columns, 0.3, onto, norm_scope)
+    carriers = ["A", "B"] if onto == "both" else [onto]
+    first = [[p.group for p in pairs].index(pair.group) for pair in pairs]
+    target_of = [{f: 2 * i + k for k, f in enumerate(carriers)} for i in first]
     distribute(model, dim_A)
     sharding = Sharding.of(pairs)
     assert sharding is not None
@@ -119,15 +116,15 @@ def operators(
     assert calls.count == 1
     assert_same_on_all_ranks({"norms": found.values})
     assert found.usable.all() and not found.skipped
-    errors = {"norms": float((found.values / torch.stack(norms) - 1).abs().max())}
+    errors = {"norms": float((found.values / norms - 1).abs().max())}
     largest = 0.0
-    for pair, key, E in zip(pairs, target_of, made, strict=True):
-        parameter: Any = pair.parameter_A if onto == "A" else pair.parameter_B
-        assert given[key].value.shape == parameter.to_local().shape
-        local = given[key].value
+    for (factor, i), E in zip(itertools.product(carriers, range(len(pairs))), made, strict=True):
+        pair, local = pairs[i], given[target_of[i][factor]].value
+        parameter: Any = pair.parameter(factor)
+        assert local.shape == parameter.to_local().shape
         full = from_local(local, parameter).full_tensor()
-        part = pair.part(onto, full).flatten(1)
-        largest = max(largest, float((part - E).norm() / E.norm()))
+        part = pair.part(factor, full).flatten(1)
+        largest = max(largest, float((part - E).norm() / E.norm().clamp_min(1e-9)))
     return {**errors, "perturbation": largest}
 
 

@@ -18,6 +18,13 @@ from torch import Tensor
 import eflat_ext
 
 TWO_PER_PAIR = ("exp_avg", "exp_avg_sq", "step", *ADAMW_NUMBERS)
+TWO_ONTO_BOTH = ("ema", "clean")
+
+
+def two_per_pair(arguments: dict[str, Any]) -> tuple[str, ...]:
+    """The lists that have an entry for all A, then one for all B."""
+    both = arguments.get("onto") == "both"
+    return TWO_PER_PAIR + TWO_ONTO_BOTH if both else TWO_PER_PAIR
 
 
 def schemas() -> dict[str, Any]:
@@ -132,7 +139,8 @@ def valid_call(rng: random.Random) -> Call:
     operator = rng.choice(sorted(SCHEMAS))
     public = operator in PUBLIC and rng.random() < 0.5
     count = rng.choice([0, 1, 1, 2, 2, 3, 5])
-    dtype, onto = rng.choice(DTYPES), rng.choice("AB")
+    dtype = rng.choice(DTYPES)
+    onto = rng.choice("AB" if operator == "perturb" else ("A", "B", "both"))
 
     def size() -> int:
         return rng.choice([rng.randint(1, 12), rng.randint(1, 12), 33, 65, 300])
@@ -274,10 +282,11 @@ def change_all(rng: random.Random, call: Call) -> None:
         every_tensor(call, lambda t: t.clone().requires_grad_(t.is_floating_point()))
     else:  # many pairs
         copies = rng.choice([10, 10, 50])
+        doubled = two_per_pair(call.arguments)
         for name, value in call.arguments.items():
             if isinstance(value, list):
-                parts = len(value) if name not in TWO_PER_PAIR else len(value) // 2
-                if name in TWO_PER_PAIR:  # all A, then all B
+                parts = len(value) if name not in doubled else len(value) // 2
+                if name in doubled:  # all A, then all B
                     value = value[:parts] * copies + value[parts:] * copies
                 else:
                     value = value * copies
@@ -304,7 +313,7 @@ def make_call(seed: int, number: int) -> Call:
         elif kind == "Tensor":
             value = changed_tensor(rng, call, name, value)
         elif kind == "str":
-            value = change.string(rng)
+            value = "both" if rng.random() < 0.1 else change.string(rng)
             call.changes.append(f"{name}: {str(value)[:10]!r}")
         else:
             value = changed_number(rng, call, name)

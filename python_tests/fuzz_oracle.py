@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from fuzz_calls import SCHEMAS, TWO_PER_PAIR, Call, tensors_of, usable
+from fuzz_calls import SCHEMAS, Call, tensors_of, two_per_pair, usable
 from strategies import DTYPES
 from torch import Tensor
 
@@ -35,7 +35,7 @@ def wrong_arguments(call: Call) -> set[str]:
             if (
                 ("Tensor" in kind and not usable(x))
                 or ("float" in kind and not (is_number(x) or (x is None and "Opt" in kind)))
-                or (kind == "str" and x not in STRINGS[name])
+                or (kind == "str" and x not in legal_strings(call.operator, name))
             ):
                 wrong.add(name)
     number = {n: a.get(n) for n in ("rho", "beta", "rtol") if is_number(a.get(n))}
@@ -57,7 +57,7 @@ def wrong_arguments(call: Call) -> set[str]:
         first = "ema" if call.operator == "foreach_bound" else "A"
         if isinstance(a.get(first), (list, tuple)):
             for name, kind in types.items():
-                expected = len(a[first]) * (2 if name in TWO_PER_PAIR else 1)
+                expected = len(a[first]) * (2 if name in two_per_pair(a) else 1)
                 value = a.get(name)
                 if kind.startswith("List[") and isinstance(value, (list, tuple)):
                     wrong |= {name, first} if len(value) != expected else set()
@@ -67,7 +67,10 @@ def wrong_arguments(call: Call) -> set[str]:
     return wrong
 
 
-STRINGS = {"onto": ("A", "B"), "norm_scope": ("layer", "global")}
+def legal_strings(operator: str, name: str) -> tuple[str, ...]:
+    if name == "norm_scope":
+        return ("layer", "global")
+    return ("A", "B") if operator == "perturb" else ("A", "B", "both")
 
 
 def wrong_numbers(a: dict[str, Any]) -> set[str]:
@@ -105,7 +108,6 @@ def wrong_shapes(call: Call, lists: dict[str, Any]) -> set[str]:
             wrong.update((name, like))
 
     count = max((len(v) for v in lists.values()), default=0)
-    target = "A" if call.arguments.get("onto", "B") == "A" else "B"
     first = "ema" if call.operator == "foreach_bound" else "A"
     for i in range(count):
         A, B = of(first, i), of("B", i)
@@ -117,15 +119,16 @@ def wrong_shapes(call: Call, lists: dict[str, Any]) -> set[str]:
                 wrong.update((first, "B"))
             if not 1 <= A.shape[0] <= 256:
                 wrong.add(first)
-            if min(*A.shape, *B.shape) == 0 and first == "A":
-                wrong.update(("A", "B"))
+            if min(*A.shape, *B.shape) == 0:
+                wrong.update((first, "B"))
         if first == "ema":
             continue
         check("grad_A", i, "A", i)
         check("grad_B", i, "B", i)
-        check("clean", i, target, i)
-        check("ema", i, target, i, average_dtype)
         pairs = len(lists.get("A", ()))
+        for at, target in enumerate(perturbed(call)):
+            check("clean", at * pairs + i, target, i)
+            check("ema", at * pairs + i, target, i, average_dtype)
         for name in ("exp_avg", "exp_avg_sq"):
             check(name, i, "A", i)
             check(name, pairs + i, "B", i)
@@ -138,16 +141,27 @@ def wrong_shapes(call: Call, lists: dict[str, Any]) -> set[str]:
     return wrong
 
 
+def perturbed(call: Call) -> tuple[str, ...]:
+    """The factors that are."""
+    onto = call.arguments.get("onto", "B")
+    return ("A", "B") if onto == "both" else ("A",) if onto == "A" else ("B",)
+
+
 def average_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def same_memory(t: Tensor, other: Any) -> bool:
+    return usable(other) and (t.data_ptr(), t.nbytes) == (other.data_ptr(), other.nbytes)
 
 
 def wrong_to_write(call: Call, lists: dict[str, Any]) -> set[str]:
     """Not contiguous, part of something else that is given, or recorded by autograd."""
     wrong: set[str] = set()
     ranges = []
+    own = [t for name in perturbed(call) for t in lists.get(name, ())]
     for name, tensors in lists.items():
-        for t in tensors:
+        for i, t in enumerate(tensors):
             if not usable(t):
                 continue
             writes = name in call.written
@@ -155,17 +169,13 @@ def wrong_to_write(call: Call, lists: dict[str, Any]) -> set[str]:
                 wrong.add(name)
             if writes and call.mode == "grad" and t.requires_grad:
                 wrong.add(name)
+            if name == "clean" and i < len(own) and same_memory(t, own[i]):
+                continue  # the target may stand for its clean values
             if t.is_contiguous() and not t.is_neg() and not t.is_conj() and t.numel():
                 start = t.data_ptr()
                 ranges.append((start, start + t.numel() * t.element_size(), writes, name))
     furthest = [(0, ""), (0, "")]  # of all so far, of what is written
-    target = "A" if call.arguments.get("onto", "B") == "A" else "B"
-    targets = {
-        (t.data_ptr(), t.numel() * t.element_size()) for t in lists.get(target, ()) if usable(t)
-    }
     for start, end, writes, name in sorted(ranges):
-        if name == "clean" and (start, end - start) in targets:
-            continue  # the target may stand for its clean values
         reach, other = furthest[0 if writes else 1]
         if reach > start:
             wrong.update((name, other))

@@ -133,6 +133,8 @@ sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 511, 512, 513
 ranks = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 48, 64]))
 dtypes = st.sampled_from(DTYPES)
 sides = st.sampled_from(["B", "A"])
+ONTO = ("B", "A", "both")
+ontos = st.sampled_from(ONTO)  # of the operators of lists
 scopes = st.sampled_from(["layer", "global"])
 seeds = st.integers(0, 2**32 - 1)
 
@@ -174,42 +176,110 @@ def lists(pairs: list[Pair]) -> tuple[list, list, list, list, list]:
     return tuple(list(column) for column in zip(*pairs, strict=True))
 
 
+def targets(pairs: list[Pair], onto: str = "B") -> list[Tensor]:
+    """The factors that are perturbed: of both, all A, then all B."""
+    return [*(p.A for p in pairs if onto != "B"), *(p.B for p in pairs if onto != "A")]
+
+
 def averages(pairs: list[Pair], onto: str = "B") -> list[Tensor]:
     """Moving averages of the pairs' perturbations, as they are before the first step."""
-    targets = [p.B if onto == "B" else p.A for p in pairs]
     wide = (torch.float64, torch.float32)
-    return [torch.zeros(t.shape, dtype=wide[t.dtype != wide[0]], device=t.device) for t in targets]
+    return [
+        torch.zeros(t.shape, dtype=wide[t.dtype != wide[0]], device=t.device)
+        for t in targets(pairs, onto)
+    ]
 
 
-def ambiguous(pair: Pair, rtol: float | None = None) -> bool:
+def ambiguous(
+    pair: Pair, rtol: float | None = None, onto: str = "B", rho: float | None = None
+) -> bool:
     """Whether the reference's own answer is a matter of luck: a singular value within 5 % of the
-    cutoff (either rank is right), or two terms of equation (1) that nearly cancel."""
+    cutoff (either rank is right), or two terms of equation (1) that nearly cancel. Onto both: a
+    gradient of B nearly within B's columns, or a product of the two E within 1 % of what is allowed
+    (see :func:`product_share`)."""
     rtol = reference.default_rtol(pair.A, pair.B) if rtol is None else rtol
     for t in (pair.A, pair.B):
         values = torch.linalg.svdvals(t.double())
         if bool(((values / (rtol * values[0])).sub(1).abs() < 0.05).any()):
             return True
+    if onto == "both":
+        whole, beside, _ = tangent_terms(pair, rtol)
+        if 0 < float(beside.norm()) < 0.03 * float(whole.norm()):
+            return True
+        return abs(product_share(pair, RHO if rho is None else rho, rtol) - 1) < 0.01
     term_A = pair.grad_B.double() @ torch.linalg.pinv(pair.A.T.double(), rtol=rtol)
     term_B = torch.linalg.pinv(pair.B.T.double(), rtol=rtol) @ pair.grad_A.double()
     return bool((term_A + term_B).norm() < 0.03 * (term_A.norm() + term_B.norm()))
 
 
-def error(value: Tensor, expected: Tensor) -> float:
+def column_space(t: Tensor, rtol: float) -> Tensor:
+    """An orthonormal basis of the columns of t, float64."""
+    left, values, _ = torch.linalg.svd(t.double(), full_matrices=False)
+    return left[:, values > rtol * values[0]]
+
+
+def tangent_terms(pair: Pair, rtol: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What the gradients say of s G, float64: B's rows of it, their part beside B's columns (of
+    which no rounding is left where B has all columns), and A's columns."""
+    rtol = reference.default_rtol(pair.A, pair.B) if rtol is None else rtol
+    A, B, grad_A, grad_B = (t.double() for t in pair[:4])
+    columns = column_space(B, rtol)
+    whole = grad_B @ torch.linalg.pinv(A.T, rtol=rtol)
+    beside = whole - columns @ (columns.T @ whole)
+    if columns.shape[0] == columns.shape[1]:
+        beside = torch.zeros_like(beside)
+    return whole, beside, torch.linalg.pinv(B.T, rtol=rtol) @ grad_A
+
+
+def product_share(pair: Pair, rho: float, rtol: float | None = None) -> float:
+    """||s E_B E_A|| over the most that is allowed, rho / 2, if both factors are perturbed."""
+    rtol = reference.default_rtol(pair.A, pair.B) if rtol is None else rtol
+    _, beside, of_A = tangent_terms(pair, rtol)
+    size = float((beside.square().sum() + of_A.square().sum()).sqrt())
+    if size == 0:
+        return 0.0
+    E_B = beside / size @ torch.linalg.pinv(pair.A.double(), rtol=rtol)
+    E_A = torch.linalg.pinv(pair.B.double(), rtol=rtol) @ (of_A / size)
+    return 2 * rho / abs(pair.scaling) * float((E_B @ E_A).norm())
+
+
+def with_small_B(pair: Pair, scale: float = 2.0**-10) -> Pair:
+    """The pair with a smaller B and the gradient of A that goes with it."""
+    return pair._replace(B=pair.B * scale, grad_A=pair.grad_A * scale)
+
+
+def floors(
+    pairs: list[Pair], onto: str, rho: float, scope_norms: Tensor, rtol: float | None = None
+) -> list[float]:
+    """What :func:`error` should take for the least size of each perturbation: zero, but for E_B
+    onto both where B has all columns and nothing is left of G_B beside them but rounding."""
+    if onto != "both":
+        return [0.0] * len(pairs)
+    of_B = []
+    for pair, norm in zip(pairs, scope_norms.tolist(), strict=True):
+        cutoff = reference.default_rtol(pair.A, pair.B) if rtol is None else rtol
+        whole, beside, _ = tangent_terms(pair, cutoff)
+        E_B = whole @ torch.linalg.pinv(pair.A.double(), rtol=cutoff)
+        size = rho / pair.scaling**2 * float(E_B.norm())
+        of_B.append(size / norm if not beside.any() and 0 < norm < torch.inf else 0.0)
+    return [0.0] * len(pairs) + of_B
+
+
+def error(value: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """Relative error in the Frobenius norm; absolute where nothing is expected."""
-    size = float(expected.double().norm())
+    size = max(float(expected.double().norm()), floor)
     return float((value.double() - expected.double()).norm()) / (size if size > 0 else 1.0)
 
 
-def rounding_errors(value: Tensor, expected: Tensor) -> float:
+def rounding_errors(value: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """Largest elementwise error in units of the half step of ``value``'s dtype there, after an
     allowance of 1e-6 of the largest element for the arithmetic itself."""
     info = torch.finfo(value.dtype)
     half_step = torch.maximum(
         expected.abs() * info.eps / 2, torch.tensor(info.smallest_normal * info.eps / 2)
     )
-    return float(
-        ((value.double() - expected).abs() / (half_step + 1e-6 * expected.abs().max())).max()
-    )
+    largest = max(float(expected.abs().max()), floor)
+    return float(((value.double() - expected).abs() / (half_step + 1e-6 * largest)).max())
 
 
 def poison(*tensors: Tensor) -> None:
@@ -232,6 +302,25 @@ def perturb(
     return E, norm
 
 
+def perturbations(
+    pair: Pair, rho: float = RHO, onto: str = "B", rtol: float | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """:func:`perturb`, also onto both."""
+    if onto != "both":
+        E, norm = perturb(pair, rho, onto, rtol)
+        return [E], norm
+    both, norms = foreach_perturb([pair], rho, onto, "layer", rtol)
+    return both, norms[0]
+
+
+def expected_perturbations(
+    pair: Pair, rho: float = RHO, onto: str = "B", rtol: float | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The reference's :func:`perturbations`."""
+    E, norms = reference.foreach_perturb(*lists([pair]), rho, onto, "layer", rtol)
+    return E, norms[0]
+
+
 def foreach_perturb(
     pairs: list[Pair],
     rho: float = RHO,
@@ -239,10 +328,12 @@ def foreach_perturb(
     norm_scope: str = "layer",
     rtol: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    poison(*(p.B if onto == "B" else p.A for p in pairs))
+    like = targets(pairs, onto)
+    poison(*like)
     E, norms = on_device(eflat_ext.foreach_perturb, *lists(pairs), rho, onto, norm_scope, rtol)
     assert norms.shape == (len(pairs),)
-    assert all(bool(e.isfinite().all()) for e in E)
+    assert [(e.shape, e.dtype) for e in E] == [(t.shape, t.dtype) for t in like]
+    assert all(e.is_contiguous() and bool(e.isfinite().all()) for e in E)
     return E, norms
 
 

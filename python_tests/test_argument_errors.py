@@ -58,14 +58,17 @@ OPTION_ERRORS = [
     ("rho", math.inf, ValueError, "finite.*inf"),
     ("rho", "x", TypeError, "number.*str"),
     ("rho", None, TypeError, "number.*NoneType"),
-    ("onto", "C", ValueError, "'B' or 'A'.*'C'"),
-    ("onto", "", ValueError, "'B' or 'A'"),
-    ("onto", None, (TypeError, ValueError), "'B' or 'A'.*None"),
+    ("onto", "C", ValueError, "'B', 'A' or 'both'.*'C'"),
+    ("onto", "", ValueError, "'B', 'A' or 'both'"),
+    ("onto", None, (TypeError, ValueError), "'B', 'A' or 'both'.*None"),
     ("rtol", 1e-8, ValueError, r"\[1e-07, 1\).*1e-08"),
     ("rtol", 1.0, ValueError, r"\[1e-07, 1\).*1"),
     ("rtol", -1e-3, ValueError, r"\[1e-07, 1\)"),
     ("rtol", math.nan, ValueError, r"\[1e-07, 1\).*nan"),
     ("rtol", "x", TypeError, "number.*str"),
+]
+ONE_FACTOR_ERRORS = [  # of perturb alone, which gives one E
+    ("onto", "both", ValueError, "'B' or 'A'.*'both'.*foreach_perturb"),
 ]
 SCOPE_ERRORS = [
     ("norm_scope", "both", ValueError, "'layer' or 'global'.*'both'"),
@@ -118,7 +121,7 @@ def check_operator(op, call: dict, name: str, says: str) -> None:
         op(**call)
 
 
-@cases(TENSOR_ERRORS, SCALING_ERRORS, OPTION_ERRORS)
+@cases(TENSOR_ERRORS, SCALING_ERRORS, OPTION_ERRORS, ONE_FACTOR_ERRORS)
 def test_perturb(name, value, error, says):
     call = arguments(valid(), **{name: value})
     with pytest.raises(error, match=named("", name) + says):
@@ -127,8 +130,9 @@ def test_perturb(name, value, error, says):
 
 
 @cases(TENSOR_ERRORS, SCALING_ERRORS)
-def test_foreach_perturb_names_the_entry(name, value, error, says):
-    call = list_arguments(valid(), valid()._replace(**{name: value}), valid())
+@pytest.mark.parametrize("onto", ["B", "both"])
+def test_foreach_perturb_names_the_entry(onto, name, value, error, says):
+    call = list_arguments(valid(), valid()._replace(**{name: value}), valid(), onto=onto)
     with_index = says.replace("of A", r"of A\[[01]\]").replace("of B", r"of B\[1\]")
     with pytest.raises(error, match=named("[1]", name) + with_index):
         eflat_ext.foreach_perturb(**call)
@@ -174,6 +178,7 @@ def test_errors_while_tracing():
     meta = {name: t.to("meta") for name, t in valid()._asdict().items() if name != "scaling"}
     for changed, error in (
         ({"onto": "C"}, ValueError),
+        ({"onto": "both"}, ValueError),
         ({"rtol": 2.0}, ValueError),
         ({"grad_A": torch.ones(R, M + 1, device="meta")}, ValueError),
         ({"B": torch.ones(N, R + 1, device="meta")}, ValueError),
@@ -205,6 +210,7 @@ def average_arguments() -> dict:
         ({"beta": math.nan}, "beta must be in .*nan"),
         ({"rho": -1.0}, "rho must be"),
         ({"onto": "A"}, r"ema\[0\] must have the shape of A\[0\]"),
+        ({"onto": "both"}, "ema must have two entries per pair, all A and all B, 4, got 2"),
         ({"skipped": torch.tensor(7.0)}, "skipped must be an int64 tensor"),
         ({"skipped": torch.tensor([7])}, "skipped must be an int64 tensor"),
         ({"ema": [torch.ones(N, R)]}, "ema must have one entry per pair, 2, got 1"),

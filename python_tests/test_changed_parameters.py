@@ -15,7 +15,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 
 
 @pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_a_model_may_change_its_type(onto: str, to: torch.dtype) -> None:
     model = lora_mlp(torch.float32)
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, onto=onto)

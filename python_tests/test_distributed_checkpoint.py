@@ -12,7 +12,7 @@ from ranks import together
 @pytest.mark.proves(
     "Several devices", "FSDP2: resumes bit-exact through torch.distributed.checkpoint"
 )
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_resumes_bit_exact(onto: str, tmp_path: Path) -> None:
     saved, later = together(2, "checkpoint_cases:save", str(tmp_path), onto)[0]
     for full in (False, True):

@@ -16,9 +16,12 @@ CASES: list[dict[str, Any]] = [
     {"dim_A": 1},
     {"onto": "A"},
     {"onto": "A", "dim_A": 1, "norm_scope": "global"},
+    {"onto": "both"},
+    {"onto": "both", "dim_A": 1, "norm_scope": "global", "config": RANDOM_B},
     {"method": "flat", "norm_scope": "global"},
     # From B = 0 the pseudo-inverse of B amplifies rounding beyond any comparison.
     {"method": "flat", "onto": "A", "dim_A": 1, "config": RANDOM_B},
+    {"method": "flat", "onto": "both", "dim_A": 1, "config": RANDOM_B},
     {"method": "lora-sam"},
     {"method": "lora-sam", "dim_A": 1, "norm_scope": "global", "layers": False},
 ]
@@ -41,7 +44,14 @@ def test_replicas_of_shards() -> None:
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding", "experts"])
 @pytest.mark.parametrize(
     ("dim_A", "onto", "norm_scope"),
-    [(0, "B", "layer"), (1, "B", "global"), (0, "A", "global"), (1, "A", "layer")],
+    [
+        (0, "B", "layer"),
+        (1, "B", "global"),
+        (0, "A", "global"),
+        (1, "A", "layer"),
+        (0, "both", "layer"),
+        (1, "both", "global"),
+    ],
 )
 def test_operators_against_the_reference(kind: str, dim_A: int, onto: str, norm_scope: str) -> None:
     """Four ranks: uneven shards, and empty ones of an A of two rows."""
@@ -49,12 +59,12 @@ def test_operators_against_the_reference(kind: str, dim_A: int, onto: str, norm_
         assert max(errors.values()) < 1e-10, errors
 
 
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_steps_of_experts(onto: str) -> None:
     together(2, "fsdp_cases:experts", onto)
 
 
-@pytest.mark.parametrize(("dim_A", "onto"), [(0, "B"), (1, "A")])
+@pytest.mark.parametrize(("dim_A", "onto"), [(0, "B"), (1, "A"), (0, "both")])
 def test_ill_conditioned_factors(dim_A: int, onto: str) -> None:
     """The condition number itself is lost at most, not its square."""
     for errors in together(

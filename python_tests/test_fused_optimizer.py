@@ -84,7 +84,7 @@ def difference(one: tuple[nn.Module, EFlatLoRA, int], other: tuple[nn.Module, EF
 
 
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
 @pytest.mark.parametrize(
     "adamw", [{"weight_decay": 0.0}, {"foreach": True}, {"foreach": False}, {"fused": True}]
 )
@@ -97,7 +97,7 @@ def test_trajectories_agree(adamw: dict[str, Any], onto: str, norm_scope: str) -
     assert 0 < difference(fused, unfused) <= (1e-7 if onto == "A" else 1e-9)
 
 
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_trajectories_in_float32(onto: str) -> None:
     options = {"dtype": torch.float32, "onto": onto, "rtol": 1e-3, "lr": 1e-3}
     fused, unfused = run(True, **options), run(False, **options)
@@ -312,7 +312,7 @@ def test_the_base_optimizer_takes_its_step_in_the_profile(modules_to_save: list 
 
 
 @pytest.mark.parametrize("gradients", ["perturbed", "perturbed, then evaluated", "clean"])
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_a_step_leaves_clean_weights_and_the_gradients(onto: str, gradients: str) -> None:
     runs = []
     for fused_step in (True, False):

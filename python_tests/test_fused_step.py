@@ -12,22 +12,30 @@ from typing import Any
 
 import pytest
 import torch
-from adamw_case import NUMBERS, WRITTEN, copied, on_meta, one_after_another, random_call
+from adamw_case import (
+    WRITTEN,
+    copied,
+    of_targets,
+    on_meta,
+    one_after_another,
+    random_call,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     DEVICE,
     DTYPES,
+    ONTO,
     Pair,
     error,
     make_pair,
     moved,
+    ontos,
     pairs,
     rounding_errors,
     same_bits,
     scopes,
     seeds,
-    sides,
 )
 from torch import nn
 
@@ -55,13 +63,13 @@ def check(call: dict[str, Any]) -> None:
                 assert error(x, y) <= (1e-12 if x.dtype == torch.float64 else 2e-6), (name, i)
 
 
-@given(st.lists(pairs(), min_size=1, max_size=4), sides, scopes, seeds)
+@given(st.lists(pairs(), min_size=1, max_size=4), ontos, scopes, seeds)
 def test_mixed_lists(given: list[Pair], onto: str, norm_scope: str, seed: int) -> None:
     check(random_call(given, onto, norm_scope, seed))
 
 
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ONTO)
 @pytest.mark.parametrize("n, m, r", [(1300, 5, 4), (5, 1100, 16), (700, 600, 33), (300, 290, 256)])
 def test_more_than_one_block(n: int, m: int, r: int, onto: str, norm_scope: str) -> None:
     check(random_call([make_pair(n + r, n, m, r)], onto, norm_scope, seed=r))
@@ -84,13 +92,13 @@ def test_a_graph_needs_steps_on_the_device() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ONTO)
 def test_factors_that_are_clean_already(dtype: torch.dtype, onto: str) -> None:
     """The targets themselves may stand for their clean values."""
     call = random_call([make_pair(seed, 40, 600, 5, dtype) for seed in range(2)], onto)
     separate = copied(call)
-    separate["clean"] = [t.clone() for t in separate[onto]]
-    call["clean"] = call[onto]
+    separate["clean"] = [t.clone() for t in of_targets(separate)]
+    call["clean"] = of_targets(call)
     ops.foreach_adamw_step_(**call)
     ops.foreach_adamw_step_(**separate)
     for name in WRITTEN:
@@ -105,7 +113,7 @@ def test_the_first_step_starts_from_moments_of_zero() -> None:
 
 
 def check_every_dtype() -> None:
-    for onto in "BA":
+    for onto in ONTO:
         for r in (1, 3, 8, 17):
             given = [make_pair(i, 40 + 67 * r, 300 - 3 * r, r, t) for i, t in enumerate(DTYPES)]
             check(random_call(given, onto, "global", seed=r))
@@ -129,8 +137,9 @@ def test_every_instruction_set(instructions: str) -> None:
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("onto", ["B", "both"])
 def test_bad_pairs_are_stepped_and_not_averaged(
-    bad: float, dtype: torch.dtype, norm_scope: str
+    onto: str, bad: float, dtype: torch.dtype, norm_scope: str
 ) -> None:
     given = [make_pair(seed, 30, 20, 4, dtype) for seed in range(3)]
     for gradient in (given[1].grad_A, given[1].grad_B):
@@ -138,24 +147,28 @@ def test_bad_pairs_are_stepped_and_not_averaged(
             gradient.zero_()
         else:
             gradient[3, 1] = bad
-    call = random_call(given, "B", norm_scope)
-    alone = copied({name: v[::2] if isinstance(v, list) else v for name, v in call.items()})
-    for name in ("exp_avg", "exp_avg_sq", "step", *NUMBERS):
-        alone[name] = copied({name: [call[name][i] for i in (0, 2, 3, 5)]})[name]
-    average = call["ema"][1].clone()
+    call = random_call(given, onto, norm_scope)
+
+    def others(value: Any) -> Any:  # than those of the bad pair
+        if not isinstance(value, list):
+            return value
+        return [x for i, x in enumerate(value) if i % 3 != 1]
+
+    alone = copied({name: others(value) for name, value in call.items()})
+    average = [t.clone() for t in call["ema"][1::3]]
     check(call)
     assert int(call["skipped"]) == 4
-    assert same_bits(call["ema"][1], average)
+    assert all(map(same_bits, call["ema"][1::3], average))
     assert int(call["A"][1].isnan().sum()) == (0 if bad == 0 else 1)
     ops.foreach_adamw_step_(**alone)
     for name in ("A", "B", "ema"):
-        assert same_bits(call[name][0], alone[name][0]) and same_bits(call[name][2], alone[name][1])
+        assert all(map(same_bits, others(call[name]), alone[name])), name
 
 
 # What is written, and how.
 
 
-@given(st.lists(pairs(), min_size=1, max_size=3), sides, seeds, st.integers(0, 9))
+@given(st.lists(pairs(), min_size=1, max_size=3), ontos, seeds, st.integers(0, 9))
 def test_nothing_beside_the_tensors_is_written(
     given: list[Pair], onto: str, seed: int, offset: int
 ) -> None:
@@ -178,7 +191,7 @@ def test_nothing_beside_the_tensors_is_written(
 
 
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ONTO)
 @pytest.mark.parametrize("count", [1, 7])
 def test_threads_make_no_difference(count: int, onto: str, norm_scope: str) -> None:
     given = [make_pair(seed, 1200, 700, 5 + seed) for seed in range(count)]
@@ -195,8 +208,9 @@ def test_threads_make_no_difference(count: int, onto: str, norm_scope: str) -> N
         assert all(same_bits(x, y) for x, y in zip(other, results[0], strict=True))
 
 
-def test_gradients_and_clean_values_may_have_any_strides() -> None:
-    call = random_call([make_pair(1, 30, 20, 4)])
+@pytest.mark.parametrize("onto", ["B", "both"])
+def test_gradients_and_clean_values_may_have_any_strides(onto: str) -> None:
+    call = random_call([make_pair(1, 30, 20, 4)], onto)
     strided = copied(call)
     for name in ("grad_A", "grad_B", "clean"):
         strided[name] = [t.T.contiguous().T for t in strided[name]]
@@ -210,8 +224,9 @@ def test_gradients_and_clean_values_may_have_any_strides() -> None:
 # As an operator of PyTorch.
 
 
-def test_no_pairs() -> None:
-    call = random_call([make_pair(1, 5, 5, 2)])
+@pytest.mark.parametrize("onto", ONTO)
+def test_no_pairs(onto: str) -> None:
+    call = random_call([make_pair(1, 5, 5, 2)], onto)
     empty = {name: [] if isinstance(value, list) else value for name, value in call.items()}
     assert ops.foreach_adamw_step_(**empty).shape == (0,)
     assert int(call["skipped"]) == 3
@@ -240,9 +255,9 @@ def two_pairs() -> list[Pair]:
     return [make_pair(0, 9, 11, 3), make_pair(1, 5, 6, 2)]
 
 
-def one_changed(name: str, index: int, value: Callable) -> dict[str, Any]:
+def one_changed(name: str, index: int, value: Callable, onto: str = "B") -> dict[str, Any]:
     """The call with one entry of a list made another, which a function of it gives."""
-    call = random_call(two_pairs())
+    call = random_call(two_pairs(), onto)
     call[name][index] = value(call[name][index])
     return call
 
@@ -286,8 +301,15 @@ def one_changed(name: str, index: int, value: Callable) -> dict[str, Any]:
     ],
     ids=lambda value: "" if callable(value) else str(value),  # equal in every process
 )
-def test_errors_name_the_entry(name: str, index: int, value: Callable, says: str) -> None:
-    call = one_changed(name, index, value)
+@pytest.mark.parametrize("onto", ["B", "both"])
+def test_errors_name_the_entry(
+    onto: str, name: str, index: int, value: Callable, says: str
+) -> None:
+    if onto == "both" and name in ("clean", "ema"):
+        says = says.replace(f"[{index}\\]", f"[{index + 2}\\]", 1)
+        assert f"[{index + 2}" in says
+        index += 2  # after those of all A
+    call = one_changed(name, index, value, onto)
     before = copied(call)
     with pytest.raises(RuntimeError, match=says):
         ops.foreach_adamw_step_(**call)
@@ -300,8 +322,9 @@ def test_errors_name_the_entry(name: str, index: int, value: Callable, says: str
     "name", ["clean", "ema", "exp_avg", "exp_avg_sq", "step", "lr", "beta1", "beta2", "eps"]
 )
 @pytest.mark.parametrize("pairs", [0, 2])
-def test_lists_of_other_lengths(name: str, pairs: int) -> None:
-    call = random_call(two_pairs())
+@pytest.mark.parametrize("onto", ["B", "both"])
+def test_lists_of_other_lengths(onto: str, name: str, pairs: int) -> None:
+    call = random_call(two_pairs(), onto)
     value = call[name][:1]
     if pairs == 0:
         call = {key: [] if isinstance(x, list) else x for key, x in call.items()}
@@ -316,6 +339,7 @@ def test_lists_of_other_lengths(name: str, pairs: int) -> None:
         ({"beta": 1.1}, "beta must be in .*1.1"),
         ({"rho": -1.0}, "rho must be"),
         ({"onto": "A"}, r"ema\[0\] must have the shape of A\[0\]"),
+        ({"onto": "both"}, "ema must have two entries per pair, all A and all B, 4, got 2"),
         ({"onto": "C"}, "onto must be"),
         ({"norm_scope": "x"}, "norm_scope must be"),
         ({"rtol": 0.0}, "rtol must be"),
@@ -330,9 +354,12 @@ def test_options(changed: dict[str, Any], says: str) -> None:
 
 @pytest.mark.parametrize("name", ["grad_A", "clean", "skipped", *WRITTEN])
 @pytest.mark.parametrize("to", ["meta", "cpu"])
-def test_devices_are_not_mixed(to: str, name: str) -> None:
+@pytest.mark.parametrize("onto", ["B", "both"])
+def test_devices_are_not_mixed(onto: str, to: str, name: str) -> None:
     """One tensor on meta sends the whole call to the kernel that computes nothing."""
-    call = random_call(two_pairs()) if to == "meta" else on_meta(random_call(two_pairs()))
+    call = random_call(two_pairs(), onto)
+    if to == "cpu":
+        call = on_meta(call)
     before = copied(call)
     if name == "skipped":
         call[name] = torch.zeros_like(call[name], device=to)
@@ -348,16 +375,17 @@ def test_devices_are_not_mixed(to: str, name: str) -> None:
         ops.foreach_adamw_step_(**call)
     if name in ("grad_A", "A", "B", "ema", "skipped"):
         with pytest.raises(ValueError, match=says):
-            ops.foreach_perturb_ema_(**{n: call[n] for n in FOR_AVERAGES})
+            ops.foreach_perturb_ema_(**{n: call[n] for n in FOR_AVERAGES}, onto=onto)
     if to == "meta":
         for written in WRITTEN:
             for x, y in zip(call[written], before[written], strict=True):
                 assert x.device.type == "meta" or same_bits(x, y)
 
 
-def test_shapes_are_checked_while_traced() -> None:
+@pytest.mark.parametrize("onto", ["B", "both"])
+def test_shapes_are_checked_while_traced(onto: str) -> None:
     for name in ("clean", "ema", "exp_avg", "exp_avg_sq", "step"):
-        call = on_meta(one_changed(name, 1, lambda t: torch.ones(4, 4)))
+        call = on_meta(one_changed(name, 1, lambda t: torch.ones(4, 4), onto))
         with pytest.raises(ValueError, match=f"{name} must have the shapes"):
             ops.foreach_adamw_step_(**call)
     for name in ("lr", "weight_decay"):

@@ -117,7 +117,7 @@ def test_gradient_clipping_leaves_the_perturbation_alone() -> None:
 
 
 @pytest.mark.proves("Plain loops", "`torch.compile` of the model, in one graph")
-@pytest.mark.parametrize("onto", ["A", "B"])
+@pytest.mark.parametrize("onto", ["A", "B", "both"])
 def test_compiled_model_equals_eager(onto: str) -> None:
     """Radius schedule, accumulation and evaluation; never a graph break, few graphs."""
     torch._dynamo.reset()
@@ -169,7 +169,7 @@ class Blocks(nn.Module):
 @pytest.mark.proves(
     "Plain loops", "`torch.compile` of a model with gradient checkpointing, in one graph"
 )
-@pytest.mark.parametrize("onto", ["A", "B"])
+@pytest.mark.parametrize("onto", ["A", "B", "both"])
 def test_compiled_model_with_gradient_checkpointing(onto: str) -> None:
     results = []
     for compiled in (False, True):
@@ -231,7 +231,7 @@ def test_compiled_step_equals_eager(create: Callable, options: dict[str, Any]) -
 )
 @pytest.mark.filterwarnings("ignore")  # of transformers
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("onto", ["A", "B"])
+@pytest.mark.parametrize("onto", ["A", "B", "both"])
 def test_gradient_checkpointing(onto: str, reentrant: bool) -> None:
     results = []
     for checkpointing in (False, True):

@@ -12,27 +12,33 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import (
     DTYPES,
+    ONTO,
     RHO,
     Pair,
     ambiguous,
     averages,
     dtypes,
     error,
+    expected_perturbations,
     factor,
+    floors,
     foreach_perturb,
     generator,
     make_pair,
     normal,
     on_device,
+    ontos,
     pairs,
     perturb,
     perturb_ema_,
+    perturbations,
     rounding_errors,
     same_bits,
     scopes,
     seeds,
     sides,
 )
+from torch import Tensor
 
 from eflat_ext import reference
 
@@ -42,14 +48,20 @@ inner_sizes = st.integers(1, 30)
 
 
 def check(pair: Pair, onto: str, rtol: float | None = None) -> None:
-    E, norm = perturb(pair, RHO, onto, rtol)
-    expected, expected_norm = reference.perturb(*pair, RHO, onto, rtol)
-    bound = 1e-9 if E.dtype == torch.float64 else 1e-6
+    E, norm = perturbations(pair, RHO, onto, rtol)
+    expected, expected_norm = expected_perturbations(pair, RHO, onto, rtol)
+    bound = 1e-9 if norm.dtype == torch.float64 else 1e-6
     assert error(norm, expected_norm) <= bound
-    if E.dtype.itemsize == 2:
-        assert rounding_errors(E, expected) <= 1.001
-    else:
-        assert error(E, expected) <= bound
+    least = floors([pair], onto, RHO, expected_norm.reshape(1), rtol)
+    for e, x, floor in zip(E, expected, least, strict=True):
+        if e.dtype.itemsize == 2:
+            assert rounding_errors(e, x, floor) <= 1.001
+        else:
+            assert error(e, x, floor) <= bound
+
+
+def moves(E: list[Tensor]) -> bool:
+    return any(bool(e.any()) for e in E)
 
 
 def replaced(pair: Pair, name: str, value: float, index: int = 0) -> Pair:
@@ -65,24 +77,24 @@ def zeroed(pair: Pair, *names: str) -> Pair:
 # Zeros and deficient ranks.
 
 
-@given(pairs(max_condition=20), sides)
+@given(pairs(max_condition=20), ontos)
 def test_B_zero_leaves_the_first_term(pair, onto):
     start = zeroed(pair, "B", "grad_A")  # G_A = s B^T G_W = 0 too
     check(start, onto)
-    E, norm = perturb(start, RHO, onto)
+    E, norm = perturbations(start, RHO, onto)
     assert norm > 0
-    assert bool(E.any()) == (onto == "B")
+    assert [bool(e.any()) for e in E] == {"A": [False], "B": [True], "both": [False, True]}[onto]
     check(zeroed(pair, "B"), onto)
     check(zeroed(pair, "A"), onto)
 
 
-@given(pairs(), sides, st.sampled_from([("A", "B"), ("grad_A", "grad_B"), ("A", "grad_A", "B")]))
+@given(pairs(), ontos, st.sampled_from([("A", "B"), ("grad_A", "grad_B"), ("A", "grad_A", "B")]))
 def test_all_zero_gives_zero(pair, onto, names):
-    E, norm = perturb(zeroed(pair, *names), RHO, onto)
-    assert norm == 0 and not E.any()
+    E, norm = perturbations(zeroed(pair, *names), RHO, onto)
+    assert norm == 0 and not moves(E)
 
 
-@given(seeds, inner_sizes, inner_sizes, st.integers(2, 12), dtypes, sides)
+@given(seeds, inner_sizes, inner_sizes, st.integers(2, 12), dtypes, ontos)
 def test_factors_of_exactly_deficient_rank(seed, n, m, r, dtype, onto):
     # Repeated and zero rows and columns: the rank is exact in every type.
     pair = make_pair(seed, n, m, r, dtype)
@@ -93,11 +105,11 @@ def test_factors_of_exactly_deficient_rank(seed, n, m, r, dtype, onto):
     if r > 2:
         B[:, 1] = 2 * B[:, 2]
     deficient = pair._replace(A=A, B=B)
-    assume(not ambiguous(deficient))
+    assume(not ambiguous(deficient, None, onto))
     check(deficient, onto)
 
 
-@given(seeds, st.sampled_from([(30, 20, 6), (6, 40, 6), (9, 5, 16)]), sides)
+@given(seeds, st.sampled_from([(30, 20, 6), (6, 40, 6), (9, 5, 16)]), ontos)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("distance", [0.5, 0.94, 1.06, 2.0])
 def test_singular_values_near_the_cutoff(dtype, distance, seed, shape, onto):
@@ -115,14 +127,16 @@ def test_singular_values_near_the_cutoff(dtype, distance, seed, shape, onto):
 
     g = generator(seed)
     pair = Pair(near(r, m), near(n, r), normal(g, r, m).to(dtype), normal(g, n, r).to(dtype), 2.0)
+    # The decision between both and B alone is another one, and looked at elsewhere.
+    assume(onto != "both" or not ambiguous(pair, rtol, onto))
     check(pair, onto, rtol)
     # The direction is dropped or kept as a whole: without it the norm is of another size.
-    _, norm = perturb(pair, RHO, onto, rtol)
-    _, norm_without = perturb(pair, RHO, onto, 0.5)
+    _, norm = perturbations(pair, RHO, onto, rtol)
+    _, norm_without = perturbations(pair, RHO, onto, 0.5)
     assert (norm > 30 * norm_without) == (distance > 1)
 
 
-@given(seeds, sides)
+@given(seeds, ontos)
 def test_factor_after_one_adam_step(seed, onto):
     # Every entry of B is about the learning rate, of either sign: ratios of singular values of 1e-4
     # to 1e-8 between the sign pattern's rank and the rest.
@@ -132,22 +146,23 @@ def test_factor_after_one_adam_step(seed, onto):
     step = gradient @ A.T
     B = 1e-3 * step / (step.abs() + 1e-8)
     pair = Pair(A, B, 2 * B.T @ gradient, 2 * gradient @ A.T, 2.0).to(torch.float32)
-    assume(not ambiguous(pair))
+    assume(not ambiguous(pair, None, onto))
     check(pair, onto)
 
 
 # Values that are not finite.
 
 
-@given(pairs(sizes=inner_sizes), sides, st.sampled_from(FIELDS), st.sampled_from(NOT_FINITE), seeds)
+@given(pairs(sizes=inner_sizes), ontos, st.sampled_from(FIELDS), st.sampled_from(NOT_FINITE), seeds)
 def test_not_finite_gives_zero_and_a_norm_that_tells(pair, onto, name, value, index):
-    E, norm = perturb(replaced(pair, name, value, index % getattr(pair, name).numel()), RHO, onto)
-    assert not E.any() and not norm.isfinite()
+    bad = replaced(pair, name, value, index % getattr(pair, name).numel())
+    E, norm = perturbations(bad, RHO, onto)
+    assert not moves(E) and not norm.isfinite()
 
 
 @given(
     st.lists(pairs(sizes=inner_sizes), min_size=2, max_size=6),
-    sides,
+    ontos,
     st.sampled_from(FIELDS),
     st.sampled_from(NOT_FINITE),
     seeds,
@@ -159,8 +174,14 @@ def test_bad_layer_leaves_the_others_alone(listed, onto, name, value, seed):
     for scope in ("layer", "global"):
         E, norms = foreach_perturb(with_bad, RHO, onto, scope)
         expected, expected_norms = foreach_perturb(rest, RHO, onto, scope)
-        assert not E.pop(bad).any() and not norms[bad].isfinite()
-        assert all(same_bits(x, y) for x, y in zip(E, expected, strict=True))
+        assert not moves(E[bad :: len(listed)]) and not norms[bad].isfinite()
+        del E[bad :: len(listed)]
+        for e, x in zip(E, expected, strict=True):
+            if scope == "layer":
+                assert same_bits(e, x)
+            else:  # a thread block sums the norms, in an order of their places in the list
+                eps, tiny = torch.finfo(e.dtype).eps, torch.finfo(e.dtype).smallest_normal
+                torch.testing.assert_close(e, x, rtol=2 * eps, atol=tiny * eps)
         others = [norm for i, norm in enumerate(norms.tolist()) if i != bad]
         assert others == pytest.approx(expected_norms.tolist(), rel=1e-7)
 
@@ -180,7 +201,7 @@ def test_scratch_memory_keeps_nothing_of_a_bad_call():
 # What does not fit the type.
 
 
-@given(seeds, sides)
+@given(seeds, sides)  # onto both in its own file
 def test_float16_overflow_counts_as_an_infinite_norm(seed, onto):
     # The rule: the Frobenius norm of E beyond the largest finite number of its type.
     pair = make_pair(seed, 20, 30, 4, torch.float16)
@@ -204,13 +225,14 @@ def test_float16_overflow_leaves_the_global_norm(seed, onto):
     assert same_bits(E[0], alone[0]) and same_bits(E[2], alone[1])
 
 
-@given(pairs(sizes=inner_sizes), sides, st.floats(-280, 280))
+@given(pairs(sizes=inner_sizes), ontos, st.floats(-280, 280))
 def test_any_radius_gives_finite_numbers(pair, onto, exponent):
     rho = 10.0**exponent
-    E, norm = perturb(pair, rho, onto)  # asserts that E is finite
-    exact, _ = reference.perturb(*pair, 1.0, onto)
-    if rho * float(exact.norm()) > 1.01 * torch.finfo(E.dtype).max:
-        assert norm == math.inf and not E.any()
+    E, norm = perturbations(pair, rho, onto)  # asserts that E is finite
+    exact, _ = expected_perturbations(pair, rho if onto == "both" else 1.0, onto)
+    size = max(float(e.norm()) for e in exact) * (1.0 if onto == "both" else rho)
+    if size > 1.01 * torch.finfo(pair.A.dtype).max:
+        assert norm == math.inf and not moves(E)
 
 
 def test_the_largest_radius_where_nothing_is_moved():
@@ -218,8 +240,9 @@ def test_the_largest_radius_where_nothing_is_moved():
     pair = zeroed(make_pair(1, 20, 30, 4, torch.float64, scaling=0.25), "B", "grad_A")
     pair = pair._replace(grad_B=pair.grad_B * 1e-3)
     for scope in ("layer", "global"):
-        E, norms = foreach_perturb([pair, pair], 1e308, "A", scope)  # asserts that E is finite
-        assert not any(bool(e.any()) for e in E) and bool((norms == math.inf).all())
+        for onto in ("A", "both"):
+            E, norms = foreach_perturb([pair, pair], 1e308, onto, scope)  # asserts that E is finite
+            assert not moves(E) and bool((norms == math.inf).all())
 
 
 def test_radius_zero():
@@ -228,9 +251,10 @@ def test_radius_zero():
         E, norm = perturb(pair, 0.0)
         assert not E.any() and float(norm) == float(perturb(pair, RHO)[1])
         listed = [pair, replaced(pair, "A", math.nan)]
-        E, norms = foreach_perturb(listed, 0.0, "A", "global")
-        assert not E[0].any() and not E[1].any()
-        assert norms[0].isfinite() and not norms[1].isfinite()
+        for onto in ("A", "both"):
+            E, norms = foreach_perturb(listed, 0.0, onto, "global")
+            assert not moves(E)
+            assert norms[0].isfinite() and not norms[1].isfinite()
 
 
 # Sizes at the ends of the types.
@@ -244,26 +268,27 @@ def test_float32_values_whose_squares_do_not_fit_float32(names, scale):
         if names != ("grad_A", "grad_B"):  # or E is beyond float32
             pair = pair._replace(grad_A=pair.grad_A * scale, grad_B=pair.grad_B * scale)
         scaled = pair._replace(**{name: getattr(pair, name) * scale for name in names})
-        for onto in "BA":
-            exact = reference.perturb(*scaled, RHO, onto)[0].norm()
-            if 1e-30 < float(exact) < 3e38:
+        for onto in ONTO:
+            exact = [float(e.norm()) for e in expected_perturbations(scaled, RHO, onto)[0]]
+            if all(1e-30 < size < 3e38 or (size == 0 and onto == "both") for size in exact):
                 check(scaled, onto)
 
 
-@given(seeds, sides)
+@given(seeds, ontos)
 def test_denormal_gradients(seed, onto):
     g = generator(seed)
     pair = make_pair(seed, 12, 15, 4, torch.float32)
     pair = pair._replace(
         grad_A=(normal(g, 4, 15) * 1e-41).float(), grad_B=(normal(g, 12, 4) * 1e-41).float()
     )
-    E, norm = perturb(pair, RHO, onto)
-    exact, exact_norm = reference.perturb(*pair, RHO, onto)
-    assert error(E, exact) <= 1e-6
+    assume(onto != "both" or not ambiguous(pair, None, onto))
+    E, norm = perturbations(pair, RHO, onto)
+    exact, exact_norm = expected_perturbations(pair, RHO, onto)
+    assert max(map(error, E, exact)) <= 1e-6
     assert abs(float(norm) - float(exact_norm)) <= 2**-149
 
 
-@given(seeds, sides, scopes)
+@given(seeds, ontos, scopes)
 def test_no_perturbation_beside_a_norm_that_is_not_usable(seed, onto, scope):
     # Norms beyond float32, or below, say what was done with E.
     pair = make_pair(seed, 12, 15, 4, torch.float32, consistent=False)
@@ -273,8 +298,8 @@ def test_no_perturbation_beside_a_norm_that_is_not_usable(seed, onto, scope):
     )
     listed = [large, pair, small]
     E, norms = foreach_perturb(listed, RHO, onto, scope)
-    for e, norm in zip(E, norms.tolist(), strict=True):
-        assert not e.any() or 0 < norm < math.inf
+    for i, norm in enumerate(norms.tolist()):
+        assert not moves(E[i :: len(listed)]) or 0 < norm < math.inf
     ema = [torch.ones_like(e) for e in E]
     skipped = torch.tensor(0)
     norms = perturb_ema_(listed, ema, skipped, 0.9, onto, scope)
@@ -299,7 +324,7 @@ def test_gradients_that_cancel():
 
 @given(
     st.lists(pairs(sizes=inner_sizes), min_size=1, max_size=5),
-    sides,
+    ontos,
     scopes,
     st.sampled_from(FIELDS),
     st.sampled_from(NOT_FINITE),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from strategies import (
     DEVICE,
     DTYPES,
+    ONTO,
     RHO,
     averages,
     cpu_only,
@@ -25,10 +26,12 @@ from strategies import (
     lists,
     make_pair,
     on_device,
+    ontos,
     pairs,
     perturb,
+    perturb_ema_,
+    perturbations,
     same_bits,
-    sides,
 )
 
 import eflat_ext
@@ -49,13 +52,13 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_strides_do_not_matter(layout, dtype):
     pair = make_pair(3, 600, 33, 7, dtype)
-    for onto in "BA":
-        expected = perturb(pair, RHO, onto)
+    for onto in ONTO:
+        expected, expected_norm = perturbations(pair, RHO, onto)
         for which in ({0}, {1}, {2}, {3}, {0, 1, 2, 3}):
             inputs = [LAYOUTS[layout](t) if i in which else t for i, t in enumerate(pair[:4])]
             assert all(torch.equal(x, y) for x, y in zip(inputs, pair[:4], strict=True))
-            result = perturb(pair.__class__(*inputs, pair.scaling), RHO, onto)
-            assert all(same_bits(x, y) for x, y in zip(result, expected, strict=True))
+            E, norm = perturbations(pair.__class__(*inputs, pair.scaling), RHO, onto)
+            assert same_bits(norm, expected_norm) and all(map(same_bits, E, expected))
 
 
 def test_expanded_inputs():
@@ -66,28 +69,21 @@ def test_expanded_inputs():
     contiguous = [t.contiguous() for t in (A, B, ones_A, ones_B)]
     expected = on_device(eflat_ext.perturb, *contiguous, 1.0, RHO)
     assert all(same_bits(x, y) for x, y in zip(result, expected, strict=True))
+    expanded = [[t] for t in (A, B, ones_A, ones_B)]
+    E, norms = on_device(eflat_ext.foreach_perturb, *expanded, [1.0], RHO, "both")
+    listed = [[t] for t in contiguous]
+    expected_E, expected = on_device(eflat_ext.foreach_perturb, *listed, [1.0], RHO, "both")
+    assert same_bits(norms, expected) and all(map(same_bits, E, expected_E))
 
 
-@given(st.lists(pairs(), min_size=1, max_size=4), sides)
+@given(st.lists(pairs(), min_size=1, max_size=4), ontos)
 def test_inputs_are_never_modified(listed, onto):
     before = [p.clone() for p in listed]
     versions = [t._version for p in listed for t in p[:4]]
     foreach_perturb(listed, RHO, onto)
-    perturb(listed[0], RHO, onto)
-    A, B, grad_A, grad_B, scaling = lists(listed)
-    on_device(
-        ops.foreach_perturb_ema_,
-        A,
-        B,
-        grad_A,
-        grad_B,
-        averages(listed, onto),
-        torch.tensor(0),
-        scaling,
-        RHO,
-        0.9,
-        onto,
-    )
+    perturbations(listed[0], RHO, onto)
+    perturb_ema_(listed, averages(listed, onto), torch.tensor(0), 0.9, onto)
+    _, B, _, _, scaling = lists(listed)
     on_device(ops.foreach_bound, averages(listed, "A"), B, scaling, RHO)
     for p, q in zip(listed, before, strict=True):
         assert all(same_bits(x, y) for x, y in zip(p[:4], q[:4], strict=True))
@@ -124,12 +120,13 @@ def test_results_can_be_copied_and_stored():
 
 
 def test_empty_lists():
-    for options in ((), ("A", "global", 1e-3)):
+    for options in ((), ("A", "global", 1e-3), ("both", "layer"), ("both", "global")):
         E, norms = eflat_ext.foreach_perturb([], [], [], [], [], RHO, *options)
         assert E == [] and norms.shape == (0,)
     skipped = torch.tensor(3)
-    assert ops.foreach_perturb_ema_([], [], [], [], [], skipped, [], RHO, 0.9).shape == (0,)
-    assert int(skipped) == 3
+    for onto in ONTO:
+        norms = ops.foreach_perturb_ema_([], [], [], [], [], skipped, [], RHO, 0.9, onto)
+        assert norms.shape == (0,) and int(skipped) == 3
     assert ops.foreach_bound([], [], [], RHO).shape == (0,)
 
 
@@ -146,7 +143,9 @@ def hard_list():
 
 
 @cpu_only
-@pytest.mark.parametrize("onto, scope", [("B", "layer"), ("A", "global")])
+@pytest.mark.parametrize(
+    "onto, scope", [("B", "layer"), ("A", "global"), ("both", "layer"), ("both", "global")]
+)
 def test_results_do_not_depend_on_the_number_of_threads(onto, scope):
     listed = hard_list()
     ema = averages(listed, "A")
@@ -155,7 +154,9 @@ def test_results_do_not_depend_on_the_number_of_threads(onto, scope):
     def everything():
         E, norms = foreach_perturb(listed, RHO, onto, scope)
         factors = ops.foreach_bound([e + 1 for e in ema], B, scaling, RHO, scope)
-        return [*E, norms, factors]
+        means = [torch.ones_like(e) for e in averages(listed, onto)]
+        perturb_ema_(listed, means, torch.tensor(0), 0.9, onto, scope)
+        return [*E, norms, factors, *means]
 
     threads = torch.get_num_threads()
     try:
@@ -171,12 +172,13 @@ def test_results_do_not_depend_on_the_number_of_threads(onto, scope):
 
 def test_calls_from_several_threads_at_once():
     lists_of_pairs = [hard_list()[i::3] for i in range(3)]
-    expected = [foreach_perturb(listed) for listed in lists_of_pairs]
+    calls = [(listed, RHO, onto) for listed in lists_of_pairs for onto in ("B", "both")]
+    expected = [foreach_perturb(*call) for call in calls]
     with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(foreach_perturb, lists_of_pairs * 8))
+        results = list(pool.map(lambda call: foreach_perturb(*call), calls * 6))
     for i, (E, norms) in enumerate(results):
-        assert all(same_bits(x, y) for x, y in zip(E, expected[i % 3][0], strict=True))
-        assert same_bits(norms, expected[i % 3][1])
+        assert all(same_bits(x, y) for x, y in zip(E, expected[i % 6][0], strict=True))
+        assert same_bits(norms, expected[i % 6][1])
 
 
 @cpu_only
@@ -192,7 +194,8 @@ def test_every_instruction_set_gives_the_same_numbers(instructions, tmp_path):
         "import sys, torch, eflat_ext\n"
         "pairs = torch.load(sys.argv[1])\n"
         "columns = [list(c) for c in zip(*pairs)]\n"
-        "results = [eflat_ext.foreach_perturb(*columns, 0.05, o, 'global') for o in 'BA']\n"
+        "ontos = ('B', 'A', 'both')\n"
+        "results = [eflat_ext.foreach_perturb(*columns, 0.05, o, 'global') for o in ontos]\n"
         "torch.save(results, sys.argv[2])\n"
     )
     subprocess.run(
@@ -201,7 +204,7 @@ def test_every_instruction_set_gives_the_same_numbers(instructions, tmp_path):
         check=True,
         timeout=120,
     )
-    for onto, (E, norms) in zip("BA", torch.load(tmp_path / "out.pt"), strict=True):
+    for onto, (E, norms) in zip(ONTO, torch.load(tmp_path / "out.pt"), strict=True):
         expected, expected_norms = foreach_perturb(listed, RHO, onto, "global")
         assert error(norms, expected_norms) <= 1e-7
         for x, y in zip(E, expected, strict=True):
@@ -219,5 +222,6 @@ def test_memory_grows_with_n_plus_m_not_with_n_times_m():
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     perturb(pair)
-    foreach_perturb([pair, pair], RHO, "A", "global")
+    for onto in ("A", "both"):
+        foreach_perturb([pair, pair], RHO, onto, "global")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB

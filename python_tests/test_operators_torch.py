@@ -5,25 +5,27 @@ import math
 import pytest
 import torch
 from adamw_case import copied, mapped, on_meta, random_call
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import (
     DEVICE,
     DTYPES,
+    ONTO,
     RHO,
+    ambiguous,
     averages,
     error,
     lists,
+    ontos,
     same_bits,
     seeds,
-    sides,
 )
 from strategies import make_pair_on_device as make_pair
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import eflat_ext
-from eflat_ext.derivatives import gram_form
+from eflat_ext.derivatives import gram_form, tangent_form
 
 ops = torch.ops.eflat
 
@@ -41,12 +43,14 @@ def two_pairs(dtype, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("onto, scope, rtol", [("B", "layer", None), ("A", "global", 1e-5)])
+@pytest.mark.parametrize(
+    "onto, scope, rtol", [("B", "layer", None), ("A", "global", 1e-5), ("both", "global", 1e-5)]
+)
 def test_opcheck(dtype, onto, scope, rtol):
     pair, listed = make_pair(0, 9, 11, 3, dtype), two_pairs(dtype)
     A, B, grad_A, grad_B, scaling = lists(listed)
     for op, arguments in (
-        (ops.perturb, (*pair, RHO, onto, rtol)),
+        (ops.perturb, (*pair, RHO, "B" if onto == "both" else onto, rtol)),
         (ops.foreach_perturb, (A, B, grad_A, grad_B, scaling, RHO, onto, scope, rtol)),
         (
             ops.foreach_perturb_ema_,
@@ -77,6 +81,7 @@ def test_opcheck_with_gradients(dtype):
     for op, arguments in (
         (ops.perturb, (*leaves(pair), 2.0, RHO, "A", None)),
         (ops.foreach_perturb, (*columns, [2.0, 1.0], RHO, "B", "global", 1e-5)),
+        (ops.foreach_perturb, (*columns, [2.0, 1.0], RHO, "both", "layer", 1e-5)),
     ):
         result = torch.library.opcheck(op.default, arguments)
         assert set(result.values()) == {"SUCCESS"}, result
@@ -99,18 +104,20 @@ def test_meta_tensors_give_shapes_and_dtypes():
         listed = two_pairs(dtype)
         columns = lists(listed)
         meta = [[t.to("meta") for t in column] for column in columns[:4]]
-        for onto in "BA":
+        for onto in ONTO:
             E, norms = ops.foreach_perturb(*meta, [1.0, 2.0], RHO, onto)
             real, real_norms = ops.foreach_perturb(*columns[:4], [1.0, 2.0], RHO, onto)
             for x, y in zip([*E, norms], [*real, real_norms], strict=True):
                 assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
                 assert x.device.type == "meta"
+            if onto == "both":
+                continue
             E, norm = ops.perturb(*[column[0] for column in meta], 1.0, RHO, onto)
             real_norm = ops.perturb(*[column[0] for column in columns[:4]], 1.0, RHO, onto)[1]
             assert E.shape == real[0].shape and norm.dtype == real_norm.dtype and norm.dim() == 0
 
 
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ONTO)
 def test_meta_tensors_of_the_fused_step(onto):
     for dtype in DTYPES:
         call = random_call(two_pairs(dtype), onto)
@@ -124,24 +131,33 @@ def test_meta_tensors_of_the_fused_step(onto):
 
 
 @settings(max_examples=10)
-@given(seeds, sides, st.integers(1, 4), st.integers(0, 3), st.integers(0, 3))
+@given(seeds, ontos, st.integers(1, 4), st.integers(0, 3), st.integers(0, 3))
 def test_gradcheck(seed, onto, r, more_n, more_m):
     pair = make_pair(seed, r + more_n, r + more_m, r, torch.float64, 3.0, 3.0)
-    assert torch.autograd.gradcheck(
-        lambda *t: eflat_ext.perturb(*t, -1.5, 0.5, onto), leaves(pair), atol=1e-4
-    )
+    assume(onto != "both" or not ambiguous(pair._replace(scaling=-1.5), None, onto, 0.5))
+
+    def function(*t):
+        if onto != "both":
+            return eflat_ext.perturb(*t, -1.5, 0.5, onto)
+        E, norms = eflat_ext.foreach_perturb(*([x] for x in t), [-1.5], 0.5, onto)
+        return (*E, norms)
+
+    assert torch.autograd.gradcheck(function, leaves(pair), atol=1e-4)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("onto", ["B", "A"])
-def test_gradcheck_of_lists(onto, scope):
+@pytest.mark.parametrize("onto, rho", [("B", 0.5), ("A", 0.5), ("both", 0.05), ("both", 5.0)])
+def test_gradcheck_of_lists(onto, rho, scope):
     listed = [make_pair(i, 4, 5, 2 + i, torch.float64, 3.0, 3.0) for i in range(2)]
 
     def function(*t):
         columns = [list(t[i::4]) for i in range(4)]
-        E, norms = eflat_ext.foreach_perturb(*columns, [2.0, -1.0], 0.5, onto, scope)
+        E, norms = eflat_ext.foreach_perturb(*columns, [2.0, -1.0], rho, onto, scope)
         return (*E, norms)
 
+    if onto == "both":  # of the larger radius B alone is perturbed
+        E = function(*listed[0][:4], *listed[1][:4])
+        assert bool(E[0].any()) == bool(E[1].any()) == (rho < 1)
     assert torch.autograd.gradcheck(function, [*leaves(listed[0]), *leaves(listed[1])], atol=1e-4)
 
 
@@ -170,16 +186,16 @@ def test_gradients_of_some_inputs_and_some_outputs():
     assert E.requires_grad and not eflat_ext.perturb(*pair, RHO)[0].requires_grad
 
 
-@given(seeds)
-def test_gradients_at_the_start_of_training_are_finite(seed):
+@given(seeds, st.sampled_from(["B", "both"]))
+def test_gradients_at_the_start_of_training_are_finite(seed, onto):
     pair = make_pair(seed, 8, 9, 3, torch.float64)
     inputs = leaves(pair._replace(B=torch.zeros_like(pair.B)))
-    E, norm = eflat_ext.perturb(*inputs, 2.0, RHO)
-    (E.sum() + norm).backward()
+    E, norms = eflat_ext.foreach_perturb(*([t] for t in inputs), [2.0], RHO, onto)
+    (E[-1].sum() + norms.sum()).backward()
     assert all(bool(t.grad.isfinite().all()) for t in inputs)
 
 
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ONTO)
 def test_second_derivatives_are_right_or_refused(onto):
     # The operators promise one differentiation. Another must not silently lose terms.
     pair = make_pair(5, 8, 9, 3, torch.float64, 3.0, 3.0)
@@ -187,16 +203,24 @@ def test_second_derivatives_are_right_or_refused(onto):
     def second(function):
         inputs = leaves(pair)
         E = function(*inputs)
-        target = inputs[1] if onto == "B" else inputs[0]
-        (first,) = torch.autograd.grad((E * target).sum(), target, create_graph=True)
+        target, grad = inputs[::2] if onto == "A" else inputs[1::2]
+        (first,) = torch.autograd.grad((E * grad).sum(), target, create_graph=True)
         return torch.autograd.grad(first.square().sum(), target)[0]
 
     def plain(*inputs):
+        if onto == "both":
+            _, U, norm = tangent_form(*inputs, 2.0, RHO, 1e-7)
+            return RHO / (8 * norm) * U
         U, _, c = gram_form(*inputs, 2.0, RHO, onto)
         return c * U
 
+    def operator(*inputs):
+        if onto == "both":
+            return eflat_ext.foreach_perturb(*([t] for t in inputs), [2.0], RHO, onto)[0][1]
+        return eflat_ext.perturb(*inputs, 2.0, RHO, onto)[0]
+
     try:
-        result = second(lambda *t: eflat_ext.perturb(*t, 2.0, RHO, onto)[0])
+        result = second(operator)
     except RuntimeError:
         return
     assert error(result, second(plain)) <= 1e-8
@@ -219,32 +243,34 @@ def test_in_place_operators_stay_outside_the_graph():
 # Tracing.
 
 
-def doubled(A, B, grad_A, grad_B, scaling):
-    E, norms = eflat_ext.foreach_perturb(A, B, grad_A, grad_B, scaling, RHO, "B", "global")
+def doubled(A, B, grad_A, grad_B, scaling, onto):
+    E, norms = eflat_ext.foreach_perturb(A, B, grad_A, grad_B, scaling, RHO, onto, "global")
     return [2 * e for e in E], norms + 1
 
 
-def averaged(A, B, grad_A, grad_B, ema, skipped, scaling):
-    norms = ops.foreach_perturb_ema_(A, B, grad_A, grad_B, ema, skipped, scaling, RHO, 0.9)
+def averaged(A, B, grad_A, grad_B, ema, skipped, scaling, onto):
+    norms = ops.foreach_perturb_ema_(A, B, grad_A, grad_B, ema, skipped, scaling, RHO, 0.9, onto)
     factors = ops.foreach_bound(grad_A, B, scaling, RHO)
     return norms * 2, factors * 2, [e + 1 for e in ema]
 
 
+@pytest.mark.parametrize("onto", ["B", "both"])
 @pytest.mark.parametrize(
     "backend, dynamic", [("inductor", None), ("aot_eager", None), ("aot_eager", True)]
 )
-def test_compiled_is_eager(backend, dynamic):
+def test_compiled_is_eager(backend, dynamic, onto):
     torch._dynamo.reset()
     compiled = torch.compile(doubled, fullgraph=True, backend=backend, dynamic=dynamic)
     compiled_average = torch.compile(averaged, fullgraph=True, backend=backend, dynamic=dynamic)
     for seed in range(3):
         listed = [make_pair(seed, 9 + 4 * seed, 11, 3), make_pair(7, 12, 7, 4)]
-        for x, y in zip(compiled(*lists(listed)), doubled(*lists(listed)), strict=True):
+        arguments = (*lists(listed), onto)
+        for x, y in zip(compiled(*arguments), doubled(*arguments), strict=True):
             assert all(same_bits(i, j) for i, j in zip(x, y, strict=True))
         *columns, scaling = lists(listed)
-        states = [(averages(listed), torch.tensor(seed, device=DEVICE)) for _ in range(2)]
+        states = [(averages(listed, onto), torch.tensor(seed, device=DEVICE)) for _ in range(2)]
         results = [
-            function(*columns, *state, scaling)
+            function(*columns, *state, scaling, onto)
             for function, state in zip((compiled_average, averaged), states, strict=True)
         ]
         for x, y in zip(*results, strict=True):
@@ -253,10 +279,11 @@ def test_compiled_is_eager(backend, dynamic):
         assert same_bits(states[0][1], states[1][1])
 
 
+@pytest.mark.parametrize("onto", ["B", "both"])
 @pytest.mark.parametrize(
     "backend, dynamic", [("inductor", None), ("aot_eager", None), ("aot_eager", True)]
 )
-def test_compiled_fused_step_is_eager(backend, dynamic):
+def test_compiled_fused_step_is_eager(backend, dynamic, onto):
     torch._dynamo.reset()
 
     def stepped(call):
@@ -264,7 +291,7 @@ def test_compiled_fused_step_is_eager(backend, dynamic):
 
     compiled = torch.compile(stepped, fullgraph=True, backend=backend, dynamic=dynamic)
     for seed in range(2):
-        call = random_call([make_pair(seed, 9 + 4 * seed, 11, 3), make_pair(7, 12, 7, 4)])
+        call = random_call([make_pair(seed, 9 + 4 * seed, 11, 3), make_pair(7, 12, 7, 4)], onto)
         other = copied(call)
         (norms, moved), (expected, moved_too) = compiled(call), stepped(other)
         assert same_bits(norms, expected)
@@ -292,14 +319,15 @@ def test_compiled_backward(dynamic):
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("bad", [0.0, math.nan])
-def test_a_layer_that_is_left_alone_has_no_gradient_and_spoils_no_other(bad, scope):
+@pytest.mark.parametrize("onto", ["B", "both"])
+def test_a_layer_that_is_left_alone_has_no_gradient_and_spoils_no_other(onto, bad, scope):
     good, other = make_pair(1, 7, 6, 3, torch.float64), make_pair(2, 8, 5, 2, torch.float64)
     other = other._replace(grad_A=other.grad_A * bad, grad_B=other.grad_B * bad)
     inputs = [t.requires_grad_() for pair in (good, other) for t in pair[:4]]
-    E, norms = ops.foreach_perturb(*lists([good, other]), RHO, "B", scope)
-    gradients = torch.autograd.grad(E[0].sum() + E[1].sum() + norms[0], inputs)
-    alone, norm = ops.perturb(*good, RHO)
-    expected = torch.autograd.grad(alone.sum() + norm, inputs[:4])
+    E, norms = ops.foreach_perturb(*lists([good, other]), RHO, onto, scope)
+    gradients = torch.autograd.grad(sum(e.sum() for e in E) + norms[0], inputs)
+    alone, norm = ops.foreach_perturb(*lists([good]), RHO, onto)
+    expected = torch.autograd.grad(sum(e.sum() for e in alone) + norm[0], inputs[:4])
     for gradient, x in zip(gradients, expected, strict=False):
         torch.testing.assert_close(gradient, x)
     assert not any(bool(gradient.any()) for gradient in gradients[4:])

@@ -64,7 +64,7 @@ RESTORED = [None, by_evaluation, by_optimizer, by_merging, by_context]
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("restored", RESTORED)
-@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_one_gradient(onto: str, restored: Callable | None, set_to_none: bool) -> None:
     """The steps are those of forward passes, whatever restored the weights before them."""
     runs = []

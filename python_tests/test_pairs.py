@@ -141,6 +141,33 @@ def test_one_factor_frozen(onto: str) -> None:
         assert average.any()
 
 
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_onto_both_takes_pairs_that_have_both(frozen: str) -> None:
+    """A factor that is frozen, or another pair's already, leaves its pair unperturbed."""
+    model = lora_mlp()
+    first, second = find_pairs(model)
+    second.parameter(frozen).requires_grad_(False)
+    with pytest.warns(UserWarning, match=rf"factor A or B .*: {second.name}$"):
+        optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, onto="both")
+    assert names(optimizer.pairs) == [first.name]
+    assert list(optimizer.averages) == [f"{first.name}.A", f"{first.name}.B"]
+    optimizer.remove_hooks()
+    first.parameter(frozen).requires_grad_(False)
+    with pytest.raises(ValueError, match='both factors of no pair, as onto="both" needs'):
+        create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, onto="both")
+
+    model = lora_mlp()
+    first, second = find_pairs(model)
+    other = lora_mlp(target_modules=["up"], modules_to_save=None, seed=1).base_model.model.up
+    model.base_model.model.register_module("other", other)
+    other.lora_A["default"].weight = first.A
+    with pytest.warns(
+        UserWarning, match=r"tied to another's.*: base_model\.model\.other\.default$"
+    ):
+        optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, onto="both")
+    assert names(optimizer.pairs) == [first.name, second.name]
+
+
 @pytest.mark.proves("LoRA layers", "several active adapters, each its own pair")
 def test_two_active_adapters_are_two_pairs_each() -> None:
     model = lora_mlp()

@@ -49,7 +49,8 @@ def errors(
     model, other = lora_mlp(dtype), lora_mlp(dtype)
     base_of_ours, its_base = BASES[base](trainable(model)), BASES[base](trainable(other))
     pairs = [(pair.A, pair.B, pair.scaling) for pair in find_pairs(other)]
-    ema = [torch.zeros_like(b if onto == "B" else a, dtype=torch.float64) for a, b, _ in pairs]
+    targets = [t for k, f in enumerate("AB") for t in [p[k] for p in pairs] if onto in (f, "both")]
+    ema = [torch.zeros_like(t, dtype=torch.float64) for t in targets]
     if method == "eflat":
         ours = EFlatLoRA(
             model, base_of_ours, rho=rho, beta=beta, onto=onto, norm_scope=norm_scope, rtol=rtol
@@ -77,7 +78,13 @@ def errors(
     return found
 
 
-METHODS = [("eflat", "B"), ("eflat", "A"), ("flat", "B"), ("flat", "A"), ("lora-sam", "B")]
+METHODS = [
+    *(("eflat", onto) for onto in ("B", "A", "both")),
+    *(("flat", onto) for onto in ("B", "A", "both")),
+    ("lora-sam", "B"),
+]
+# The factor that bounds an average onto A is a float32 number.
+BOUNDS = {("eflat", "A"): 1e-7, ("eflat", "both"): 1e-7}
 
 
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
@@ -85,8 +92,7 @@ METHODS = [("eflat", "B"), ("eflat", "A"), ("flat", "B"), ("flat", "A"), ("lora-
 @pytest.mark.parametrize(("method", "onto"), METHODS)
 def test_float64(method: str, onto: str, base: str, norm_scope: str) -> None:
     found = errors(method, base, onto=onto, norm_scope=norm_scope)
-    # The factor that bounds an average onto A is a float32 number.
-    assert max(found) <= (1e-7 if (method, onto) == ("eflat", "A") else 1e-9)
+    assert max(found) <= BOUNDS.get((method, onto), 1e-9)
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
@@ -94,13 +100,15 @@ def test_float64(method: str, onto: str, base: str, norm_scope: str) -> None:
 def test_float32(method: str, onto: str, base: str) -> None:
     """Rounding of 1e-7 per step; onto A, the pseudo-inverse of a small B magnifies it."""
     found = errors(method, base, dtype=torch.float32, onto=onto, rtol=1e-3)
+    if onto == "both":  # two gradients and this rate move apart from any point, tenfold in a step
+        found = found[:10]
     assert max(found) <= (5e-6 if onto == "B" else 5e-4)
 
 
 @pytest.mark.parametrize(("method", "onto"), METHODS)
 def test_a_radius_that_changes(method: str, onto: str) -> None:
     found = errors(method, "sgd", onto=onto, rho=lambda step: 0.0 if step < 3 else 0.4 / step)
-    assert max(found) <= (1e-7 if (method, onto) == ("eflat", "A") else 1e-9)
+    assert max(found) <= BOUNDS.get((method, onto), 1e-9)
 
 
 def test_the_bounds_tell_methods_apart() -> None:

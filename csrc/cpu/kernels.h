@@ -45,6 +45,11 @@ struct Kernels {
   double (*norm_and_weights)(int r, const double* gram_t, const double* P_t, const double* gram_o,
                              const double* P_o, double scaling, DType norms_dtype, double* weights,
                              double* work);
+  double (*tangent_norm_and_weights)(int r, const double* gram_t, const double* P_t,
+                                     const double* gram_o, const double* P_o, const double* T_t,
+                                     const double* T_o, double scaling, double rho, int64_t length,
+                                     DType norms_dtype, double* weights, double* weights_other,
+                                     double* work);
   void (*leave_bases)(int r, const double* T_t, const double* T_o, double* weights, double* work);
   double (*perturbation_size)(int r, const double* gram_t, double scaling, const double* weights,
                               double norm, double rho, DType dtype);

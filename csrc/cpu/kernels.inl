@@ -215,6 +215,7 @@ constexpr cpu::Kernels table(const char* name) {
       [](auto... x) { return invert_gram(SerialTeam(), x...); },
       [](auto... x) { correct_inverse(SerialTeam(), x...); },
       [](auto... x) { return norm_and_weights(SerialTeam(), x...); },
+      [](auto... x) { return tangent_norm_and_weights(SerialTeam(), x...); },
       [](auto... x) { leave_bases(SerialTeam(), x...); },
       [](auto... x) { return perturbation_size(SerialTeam(), x...); },
   };

@@ -71,13 +71,13 @@ class Perturbation {
   Perturbation(const Problem& problem, double* norms)
       : problem_(problem), norms_(norms), k_(kernels()) {
     int64_t size = 0;
-    for (int l = 0; l < problem.count; ++l) size += 2 * square(problem.pairs[l].rank);
+    for (int l = 0; l < problem.count; ++l) size += 4 * square(problem.pairs[l].rank);
     weights_.reserve(problem.count);
     weight_storage_.resize(size);
     double* next = weight_storage_.data();
     for (int l = 0; l < problem.count; ++l) {
       weights_.push_back(next);
-      next += 2 * square(problem.pairs[l].rank);
+      next += 4 * square(problem.pairs[l].rank);
     }
     sizes_.resize(problem.count);
     scales_.resize(problem.count);
@@ -171,12 +171,26 @@ class Perturbation {
       const SideWork &t = sides[2 * i], &o = sides[2 * i + 1];
       double* work = thread_scratch(r);
       const bool again = t.again || o.again;
-      norms_[l] =
-          k_.norm_and_weights(r, again ? t.second : t.gram, t.inverse, again ? o.second : o.gram,
-                              o.inverse, p.scaling, problem_.norms_dtype, weights_[l], work);
-      if (again) k_.leave_bases(r, t.T, o.T, weights_[l], work);
-      sizes_[l] = k_.perturbation_size(r, t.gram, p.scaling, weights_[l], norms_[l], problem_.rho,
-                                       p.out_dtype);
+      const double *gram_t = again ? t.second : t.gram, *gram_o = again ? o.second : o.gram;
+      if (p.out_other) {
+        norms_[l] = k_.tangent_norm_and_weights(
+            r, gram_t, t.inverse, gram_o, o.inverse, again ? t.T : nullptr, again ? o.T : nullptr,
+            p.scaling, problem_.rho, p.target.length, problem_.norms_dtype, weights_[l],
+            weights_other(l), work);
+      } else {
+        norms_[l] = k_.norm_and_weights(r, gram_t, t.inverse, gram_o, o.inverse, p.scaling,
+                                        problem_.norms_dtype, weights_[l], work);
+      }
+      auto finish = [&](double* weights, const SideWork& own, const SideWork& other) {
+        if (again) k_.leave_bases(r, own.T, other.T, weights, work);
+        return k_.perturbation_size(r, own.gram, p.scaling, weights, norms_[l], problem_.rho,
+                                    p.out_dtype);
+      };
+      sizes_[l] = finish(weights_[l], t, o);
+      if (p.out_other) {
+        const double size = finish(weights_other(l), o, t);
+        if (!(size <= sizes_[l])) sizes_[l] = size;
+      }
     });
   }
 
@@ -214,6 +228,8 @@ class Perturbation {
     });
   }
 
+  double* weights_other(int l) { return weights_[l] + 2 * square(problem_.pairs[l].rank); }
+
   // What finish_scales asks of the layers from `first` on.
   struct Layers {
     Perturbation& p;
@@ -228,20 +244,28 @@ class Perturbation {
   void apply(int first, int last, const ParallelFor& parallel_for) {
     Layers layers{*this, first};
     finish_scales(SerialTeam(), layers, last - first, problem_.rho, problem_.global_norm);
-    std::vector<Block> blocks;
+    std::vector<Block> blocks;  // sides as in lay_out
     for (int l = first; l < last; ++l) {
       const Pair& p = problem_.pairs[l];
-      if (usable(norms_[l])) {
-        append_blocks(blocks, l, p.target, p.rank);
-      } else if (!problem_.update.average) {
-        std::memset(p.out, 0, p.target.length * p.rank * size_of(p.out_dtype));
+      for (int other : {0, 1}) {
+        const Side& side = other ? p.other : p.target;
+        void* out = other ? p.out_other : p.out;
+        if (!out) continue;
+        if (usable(norms_[l])) {
+          append_blocks(blocks, 2 * l + other, side, p.rank);
+        } else if (!problem_.update.average) {
+          std::memset(out, 0, side.length * p.rank * size_of(p.out_dtype));
+        }
       }
     }
     parallel_for(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
-      const Pair& p = problem_.pairs[b.owner];
-      k_.apply(p.target, p.dtype, p.rank, b.begin, b.end, weights_[b.owner], scales_[b.owner],
-               problem_.update, p.out, p.out_dtype, thread_scratch(p.rank));
+      const int l = b.owner / 2;
+      const Pair& p = problem_.pairs[l];
+      const bool other = b.owner % 2;
+      k_.apply(other ? p.other : p.target, p.dtype, p.rank, b.begin, b.end,
+               other ? weights_other(l) : weights_[l], scales_[l], problem_.update,
+               other ? p.out_other : p.out, p.out_dtype, thread_scratch(p.rank));
     });
     step(first, last, parallel_for);
   }
@@ -263,8 +287,8 @@ class Perturbation {
       const Pair& p = problem_.pairs[b.owner / 2];
       const bool other = b.owner % 2;
       const AdamW& a = other ? p.step->other : p.step->target;
-      k_.adamw(a, other ? a.factor : p.step->clean, (other ? p.other : p.target).grad, p.dtype,
-               b.begin, b.end);
+      k_.adamw(a, other ? p.step->clean_other : p.step->clean, (other ? p.other : p.target).grad,
+               p.dtype, b.begin, b.end);
     });
   }
 
@@ -272,7 +296,7 @@ class Perturbation {
   double* norms_;
   const Kernels& k_;
   std::vector<double> weight_storage_;
-  std::vector<double*> weights_;  // per pair, (2r, r)
+  std::vector<double*> weights_;  // per pair, (2r, r), and (2r, r) of the other side
   std::vector<double> sizes_, scales_;
 };
 

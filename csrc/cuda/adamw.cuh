@@ -81,7 +81,7 @@ __device__ void step_rows(const SideArgs& side, const void* from, const AdamWArg
   }
 }
 
-// Rows [begin, end) of a factor: the step from its values in `from` (the clean ones of a target).
+// Rows [begin, end) of a factor: the step from its values in `from`, the clean ones.
 EFLAT_NOINLINE void step_rows(const SideArgs& side, const void* from, const AdamWArgs& args,
                               const FactorNumbers& numbers, int r, int64_t begin, int64_t end) {
   switch (side.dtype) {

@@ -3,8 +3,9 @@
 // Bytes: the target's factor and gradient, from L2 where reduce has read them lately; E once, its
 // average twice; with a step, per element of both factors: gradient, value and two moments read,
 // value and moments written. Flops: 2 r^2 multiply-adds a row, in tiles of 64, 512 at r = 16.
-// The optimizer's step, if there is one, comes last: of the block's rows of the target from their
-// clean values, and of the other side in blocks of its own.
+// Onto both, the other side has blocks of its own, with its own weights. The optimizer's step, if
+// there is one, comes last: of the block's rows from their clean values, in blocks of both sides.
+//
 // Block: a chunk of at most 128 rows and the weights in shared memory (ranks to kSharedRank;
 // beyond, the weights come from the cache). A warp computes 16 rows by 2 or 4 tiles of columns; the
 // results take the place of the chunk in shared memory, in the order of the output, and go out four
@@ -55,18 +56,18 @@ __device__ void store(void* out, int64_t i, const double* x, int count, bool fou
   }
 }
 
-__device__ inline void store(const PairArgs& p, int64_t i, const double* x, int count,
-                             const CallHeader& call) {
-  const bool four = p.out_vectors && count == 4;
-  switch (p.out_dtype) {
+__device__ inline void store(const Block& block, int64_t i, const double* x, int count) {
+  const CallHeader& call = *block.call;
+  const bool four = block.out_vectors && count == 4;
+  switch (block.pair.out_dtype) {
     case DType::f64:
-      return store<double>(p.out, i, x, count, four, call);
+      return store<double>(block.out, i, x, count, four, call);
     case DType::f32:
-      return store<float>(p.out, i, x, count, four, call);
+      return store<float>(block.out, i, x, count, four, call);
     case DType::bf16:
-      return store<bf16>(p.out, i, x, count, four, call);
+      return store<bf16>(block.out, i, x, count, four, call);
     default:
-      return store<f16>(p.out, i, x, count, four, call);
+      return store<f16>(block.out, i, x, count, four, call);
   }
 }
 
@@ -150,21 +151,22 @@ __device__ inline void write_out(Block& block, int ld, const double* results, in
     const int64_t at = side.transposed ? i * int64_t(side.length) + k + j : (k + i) * r + j;
     const auto* two = reinterpret_cast<const Two<double>*>(results + i * ld + j);
     const double x[4] = {two[0].x, two[0].y, two[1].x, two[1].y};
-    store(block.pair, at, x, here, *block.call);
+    store(block, at, x, here);
   }
 }
 
-// The block's rows of the target of a pair whose norm is usable.
+// The block's rows of a side of a pair whose norm is usable.
 template <class Math, bool kWide>
 EFLAT_NOINLINE void apply(Block& block, void* space) {
   using Element = typename Math::Element;
   using Weight = typename Math::Weight;
   const SideArgs& side = block.side;
   const Chunk& chunk = block.chunk;
-  const PairResult& result = *block.result;
+  const bool on_target = block.on_target;
+  const Exponents& exponents = on_target ? block.result->exponents_t : block.result->exponents_o;
   const int tiles = ceil_div(chunk.rank, 8);
   auto* z = static_cast<Element*>(space);
-  const double* packed = block.space.packed_weights;
+  const double* packed = on_target ? block.space.packed_t : block.space.packed_o;
   Weight* weights = nullptr;
   if (chunk.rank <= kSharedRank) {
     weights = reinterpret_cast<Weight*>(static_cast<double*>(space) + stage_doubles(chunk));
@@ -172,9 +174,9 @@ EFLAT_NOINLINE void apply(Block& block, void* space) {
     for (int e = threadIdx.x; e < ceil_div(chunk.width, 4) * tiles * 32; e += kThreads)
       weights[e] = Math::weight(packed[e]);
   }
-  const double scale = result.scale * ldexp(1.0, result.sum_exponent);
-  const StageScales scales{float(ldexp(1.0, -result.factor_exponent)),
-                           float(ldexp(1.0, -result.grad_exponent))};
+  const double scale = block.result->scale * ldexp(1.0, exponents.sum);
+  const StageScales scales{float(ldexp(1.0, -exponents.factor)),
+                           float(ldexp(1.0, -exponents.grad))};
   Stage<Math> stage(side, chunk, scales, z);
   ResultTiles<Math, kWide ? 4 : 2> mine(tiles);
   auto* out = static_cast<double*>(space);
@@ -188,7 +190,7 @@ EFLAT_NOINLINE void apply(Block& block, void* space) {
   });
 }
 
-// What is left of the block's rows of the target of a pair that has no perturbation.
+// What is left of the block's rows of a side of a pair that has no perturbation.
 EFLAT_NOINLINE void apply_nothing(Block& block) {
   const SideArgs& side = block.side;
   const int r = block.pair.rank, rows = int(block.end - block.begin);
@@ -197,16 +199,15 @@ EFLAT_NOINLINE void apply_nothing(Block& block) {
     const double zeros[4] = {0, 0, 0, 0};
     const int64_t i = side.transposed ? e / rows * int64_t(side.length) + block.begin + e % rows
                                       : block.begin * r + e;
-    store(block.pair, i, zeros, 1, *block.call);
+    store(block, i, zeros, 1);
   }
 }
 
-// The block's rows: of the target or, with a step, of the other side.
+// The block's rows: of the target or, with a step or onto both, of the other side.
 template <class Math, bool kWide, bool kStep>
 __device__ void apply_block(Block& block, void* space) {
-  const bool on_target = block.on_target;
   const PairResult& result = *block.result;
-  if (on_target) {
+  if (block.out) {
     if (!usable(result.norm)) {
       apply_nothing(block);
     } else if (result.again_t || result.again_o || block.side.dtype == DType::f64) {
@@ -216,11 +217,12 @@ __device__ void apply_block(Block& block, void* space) {
     }
   }
   if constexpr (kStep) {
+    const bool on_target = block.on_target;
     const AdamWArgs& args = on_target ? block.step->target : block.step->other;
     if (threadIdx.x == 0) block.adamw.set(block.hypers[args.hyper], args.step);
     __syncthreads();  // and no thread reads the old values any more
-    step_rows(block.side, on_target ? block.step->clean : block.side.factor, args, block.adamw,
-              block.pair.rank, block.begin, block.end);
+    step_rows(block.side, on_target ? block.step->clean : block.step->clean_other, args,
+              block.adamw, block.pair.rank, block.begin, block.end);
   }
 }
 

@@ -29,7 +29,7 @@ struct AdamWArgs {
 };
 
 struct StepArgs {
-  const void* clean;
+  const void *clean, *clean_other;
   AdamWArgs target, other;
 };
 
@@ -40,11 +40,11 @@ struct Hyper {
 
 struct PairArgs {
   SideArgs target, other;
-  void* out;
+  void *out, *out_other;  // out_other: null, or both factors are perturbed
   double scaling, rtol;
   int rank;
   DType out_dtype : 8;
-  bool out_vectors;                                // four neighbours of `out` at a time
+  bool out_vectors, out_other_vectors;             // four neighbours of them at a time
   unsigned workspace;                              // of this pair, in units of kSpaceUnit
   int reduce_before, second_before, apply_before;  // blocks of the pairs before this one
 };
@@ -80,10 +80,11 @@ struct PairSpace {
   double *inverse_t, *inverse_o;  // (r, r), M^+, in the bases T after a second pass
   double *R_t, *R_o, *T_t, *T_o;  // (r, r)
   double* M;                      // (r, r)
-  double* weights;                // (2r, r)
-  double* packed_weights;         // as fragments, see apply.cuh
+  double *weights_t, *packed_t;   // (2r, r), and the same as fragments, see apply.cuh
   double *bases_t, *bases_o;      // as fragments, see reduce.cuh
   double* work;                   // 2 r^2 + 2 r, for ranks whose matrices do not fit shared memory
+  double *weights_o, *packed_o;   // where both factors are perturbed, as what follows
+  double* tangent_work;           // 4 r^2, more than shared memory may hold
   int64_t doubles;                // of all of them
 
   PairSpace() = default;
@@ -111,11 +112,15 @@ struct PairSpace {
     T_t = take(r * r);
     T_o = take(r * r);
     M = take(r * r);
-    weights = take(2 * r * r);
-    packed_weights = take(fragments);
+    weights_t = take(2 * r * r);
+    packed_t = take(fragments);
     bases_t = take(base_fragments);
     bases_o = take(base_fragments);
     work = take(2 * r * r + 2 * r);
+    if (!p.out_other) return;
+    weights_o = take(2 * r * r);
+    packed_o = take(fragments);
+    tangent_work = take(4 * r * r);
   }
 };
 
@@ -133,13 +138,17 @@ struct PairProgress {
 
 enum PairState : int { kUnsolved = 0, kSecondPass, kReady };
 
+// A side's factor and gradient are multiplied by 2^-e as they are read, see TwoFloat.
+struct Exponents {
+  int factor, grad, sum;
+};
+
 // Of a pair, for the kernels and for finish_scales.
 struct PairResult {
   double norm, size, scale, scaling;
   DType dtype;
   bool again_t, again_o;  // the sides that are why the pair needed a second pass
-  // target factor and gradient are multiplied by 2^-e as they are read, see TwoFloat
-  int factor_exponent, grad_exponent, sum_exponent;
+  Exponents exponents_t, exponents_o;
 };
 
 // The workspace: Progress, PairProgress per pair, PairResult per pair, PairSpace per pair.
@@ -181,7 +190,7 @@ struct CallOf : CallHeader {
   PairArgs pairs[kPairs];
 };
 using Call = CallOf<280, 0>;
-using StepCall = CallOf<176, 176>;
+using StepCall = CallOf<160, 160>;
 static_assert(sizeof(Call) <= 32764 && sizeof(StepCall) <= 32764);
 
 }  // namespace eflat::cuda

@@ -32,18 +32,25 @@ SideArgs side_args(const Side& side, int rank, DType dtype) {
   return args;
 }
 
+// Whether four neighbours of a side's E can be written at a time.
+bool out_vectors(const Side& side, const void* out, const Pair& p) {
+  return (side.transposed ? side.length : p.rank) % 4 == 0 &&
+         aligned(out, std::min(4 * size_of(p.out_dtype), 16));
+}
+
 PairArgs pair_args(const Pair& p) {
   PairArgs args{};
   args.target = side_args(p.target, p.rank, p.dtype);
   // A bare factor (of foreach_bound) has the type of the moving average.
   args.other = side_args(p.other, p.rank, p.other.grad ? p.dtype : p.out_dtype);
   args.out = p.out;
+  args.out_other = p.out_other;
   args.scaling = p.scaling;
   args.rtol = p.rtol;
   args.rank = p.rank;
   args.out_dtype = p.out_dtype;
-  args.out_vectors = (p.target.transposed ? p.target.length : p.rank) % 4 == 0 &&
-                     aligned(p.out, std::min(4 * size_of(p.out_dtype), 16));
+  args.out_vectors = out_vectors(p.target, p.out, p);
+  args.out_other_vectors = out_vectors(p.other, p.out_other, p);
   return args;
 }
 
@@ -82,8 +89,8 @@ constexpr int64_t shared_bytes(int rank, int width) {
   return kBlockBytes + doubles * int64_t(sizeof(double));
 }
 // What bench/kernel_table.py reckons with: at the largest ranks that the kernels are made for.
-constexpr int kSharedBytesSmall = 42048;
-constexpr int kSharedBytesWide = 101056;
+constexpr int kSharedBytesSmall = 42096;
+constexpr int kSharedBytesWide = 101104;
 static_assert(shared_bytes(16, 32) == kSharedBytesSmall &&
               shared_bytes(64, 128) == kSharedBytesWide);
 
@@ -175,9 +182,10 @@ class Launch {
         return false;
       }
       const PairArgs p = pair_args(pair);
-      c.steps[c.count] = {pair.step->clean,
-                          adamw_args(pair.step->target, target, p.target, p.rank, pair.step->clean),
-                          adamw_args(pair.step->other, other, p.other, p.rank, p.other.factor)};
+      const Step& step = *pair.step;
+      c.steps[c.count] = {step.clean, step.clean_other,
+                          adamw_args(step.target, target, p.target, p.rank, step.clean),
+                          adamw_args(step.other, other, p.other, p.rank, step.clean_other)};
     }
     PairArgs& p = c.pairs[c.count++] = pair_args(pair);
     p.workspace = unsigned(workspace / kSpaceUnit);

@@ -44,7 +44,8 @@ __global__ void second_gram_kernel(Side side, DType dtype, int r, const double* 
 // r x r matrices of one pair.
 struct Space {
   double *gram[2], *second[2], *inverse[2], *R[2], *T[2];  // target, other
-  double *M, *weights, *work;
+  double* weights[2];
+  double *M, *work;
   bool* again;  // of target, of other
   double *norm, *size, *scale;
 };
@@ -67,11 +68,22 @@ __global__ void weights_kernel(Pair p, Space s, double rho, DType norms_dtype) {
     correct_inverse(alone, p.rank, s.again[side], s.second[side], p.rtol, s.R[side],
                     s.inverse[side], s.work);
   double** gram = again ? s.second : s.gram;
-  *s.norm = norm_and_weights(alone, p.rank, gram[0], s.inverse[0], gram[1], s.inverse[1], p.scaling,
-                             norms_dtype, s.weights, s.work);
-  if (again) leave_bases(alone, p.rank, s.T[0], s.T[1], s.weights, s.work);
-  *s.size =
-      perturbation_size(alone, p.rank, s.gram[0], p.scaling, s.weights, *s.norm, rho, p.out_dtype);
+  if (p.out_other) {
+    *s.norm =
+        tangent_norm_and_weights(alone, p.rank, gram[0], s.inverse[0], gram[1], s.inverse[1],
+                                 again ? s.T[0] : nullptr, again ? s.T[1] : nullptr, p.scaling, rho,
+                                 p.target.length, norms_dtype, s.weights[0], s.weights[1], s.work);
+  } else {
+    *s.norm = norm_and_weights(alone, p.rank, gram[0], s.inverse[0], gram[1], s.inverse[1],
+                               p.scaling, norms_dtype, s.weights[0], s.work);
+  }
+  *s.size = 0;
+  for (int side = 0; side < (p.out_other ? 2 : 1); ++side) {
+    if (again) leave_bases(alone, p.rank, s.T[side], s.T[1 - side], s.weights[side], s.work);
+    const double size = perturbation_size(alone, p.rank, s.gram[side], p.scaling, s.weights[side],
+                                          *s.norm, rho, p.out_dtype);
+    *s.size = *s.size > size ? *s.size : size;
+  }
 }
 
 struct Layers {  // what finish_scales asks
@@ -90,23 +102,25 @@ __device__ void store(void* out, int64_t i, double e, Update update) {
   *p = from_double<T>(update.average ? (1 - update.beta) * to_double(*p) + update.beta * e : e);
 }
 
-// E or its average: a thread per entry.
-__global__ void apply_kernel(Pair p, Space s, Update update) {
+// E or its average, of the target or of the other side: a thread per entry.
+__global__ void apply_kernel(Pair p, Space s, Update update, bool of_other) {
+  const Side& side = of_other ? p.other : p.target;
+  const double* weights = s.weights[of_other];
+  void* out = of_other ? p.out_other : p.out;
   const bool use = usable(*s.norm);
   if (!use && update.average) return;
   const int r = p.rank;
-  for (int64_t e = threadIdx.x; e < p.target.length * r; e += blockDim.x) {
+  for (int64_t e = threadIdx.x; e < side.length * r; e += blockDim.x) {
     const int64_t k = e / r;
     const int j = int(e % r);
     double sum = 0;
-    for (int i = 0; use && i < 2 * r; ++i)
-      sum += at(p.target, p.dtype, r, k, i) * s.weights[i * r + j];
-    const int64_t to = p.target.transposed ? j * p.target.length + k : e;
+    for (int i = 0; use && i < 2 * r; ++i) sum += at(side, p.dtype, r, k, i) * weights[i * r + j];
+    const int64_t to = side.transposed ? j * side.length + k : e;
     const double x = use ? *s.scale * sum : 0.0;
-    if (p.out_dtype == DType::f64) store<double>(p.out, to, x, update);
-    if (p.out_dtype == DType::f32) store<float>(p.out, to, x, update);
-    if (p.out_dtype == DType::bf16) store<bf16>(p.out, to, x, update);
-    if (p.out_dtype == DType::f16) store<f16>(p.out, to, x, update);
+    if (p.out_dtype == DType::f64) store<double>(out, to, x, update);
+    if (p.out_dtype == DType::f32) store<float>(out, to, x, update);
+    if (p.out_dtype == DType::bf16) store<bf16>(out, to, x, update);
+    if (p.out_dtype == DType::f16) store<f16>(out, to, x, update);
   }
 }
 

@@ -36,6 +36,8 @@ struct Block {
   PairArgs pair;
   SideArgs side;   // the one that this block reads
   bool on_target;  // whether it is the target
+  void* out;       // for its E; null: it has none
+  bool out_vectors;
   Chunk chunk;
   int64_t begin, end;  // rows of it
   bool two_float;      // the arithmetic
@@ -133,35 +135,34 @@ __device__ inline int exponent_of(double x, int limit) {
   return exponent < -limit ? -limit : exponent > limit ? limit : exponent;
 }
 
-// Of a pair whose weights are known: powers of two for the target's factor and gradient and for the
-// larger of their products with the weights.
-EFLAT_NOINLINE void set_exponents(Block& block) {
-  const PairSpace& s = block.space;
+// Of a side whose weights are known: powers of two for its factor and gradient and for the larger
+// of their products with the weights.
+EFLAT_NOINLINE void set_exponents(Block& block, const double* gram, const double* weights,
+                                  Exponents& exponents) {
   const BlockTeam team{block.scratch};
   const int r = block.pair.rank;
-  const double of_Q = sqrt(dot(team, r * r, s.weights, s.weights));
-  const double of_P = sqrt(dot(team, r * r, s.weights + r * r, s.weights + r * r));
+  const double of_Q = sqrt(dot(team, r * r, weights, weights));
+  const double of_P = sqrt(dot(team, r * r, weights + r * r, weights + r * r));
   if (threadIdx.x != 0) return;
   double of_factor = 0, of_grad = 0;
   for (int i = 0; i < r; ++i) {
-    of_factor += s.gram_t[i * 2 * r + i];
-    of_grad += s.gram_t[(r + i) * 2 * r + r + i];
+    of_factor += gram[i * 2 * r + i];
+    of_grad += gram[(r + i) * 2 * r + r + i];
   }
-  PairResult& result = *block.result;
-  result.factor_exponent = exponent_of(sqrt(of_factor), 120);
-  result.grad_exponent = exponent_of(sqrt(of_grad), 120);
-  const int of_first = result.factor_exponent + exponent_of(of_Q, 1000);
-  const int of_second = result.grad_exponent + exponent_of(of_P, 1000);
-  result.sum_exponent = of_first > of_second ? of_first : of_second;
+  exponents.factor = exponent_of(sqrt(of_factor), 120);
+  exponents.grad = exponent_of(sqrt(of_grad), 120);
+  const int of_first = exponents.factor + exponent_of(of_Q, 1000);
+  const int of_second = exponents.grad + exponent_of(of_P, 1000);
+  exponents.sum = of_first > of_second ? of_first : of_second;
 }
 
 // Weights (2r, r) as fragments: entry (k, j), zeros beyond, at lane 4 (j % 8) + k % 4 of fragment
 // (k / 4, j / 8). With the scales of TwoFloat all products are at most about 1.
-__device__ inline void pack_weights(int r, const double* weights, const PairResult& result,
+__device__ inline void pack_weights(int r, const double* weights, const Exponents& exponents,
                                     double* packed) {
   const int tiles = ceil_div(r, 8), steps = ceil_div(2 * r, 4);
-  const double of_factor = ldexp(1.0, result.factor_exponent - result.sum_exponent);
-  const double of_grad = ldexp(1.0, result.grad_exponent - result.sum_exponent);
+  const double of_factor = ldexp(1.0, exponents.factor - exponents.sum);
+  const double of_grad = ldexp(1.0, exponents.grad - exponents.sum);
   EFLAT_ROLL
   for (int e = threadIdx.x; e < steps * tiles * 32; e += kThreads) {
     const int k = e / 32 / tiles * 4 + e % 4, j = e / 32 % tiles * 8 + e % 32 / 4;
@@ -176,29 +177,44 @@ EFLAT_NOINLINE void finish_pair(Block& block, bool again, double* work) {
   const PairSpace& s = block.space;
   const BlockTeam team{block.scratch};
   const int r = p.rank;
-  const double norm = norm_and_weights(team, r, again ? s.second_t : s.gram_t, s.inverse_t,
-                                       again ? s.second_o : s.gram_o, s.inverse_o, p.scaling,
-                                       call.norms_dtype, s.weights, work);
-  if (again) leave_bases(team, r, s.T_t, s.T_o, s.weights, work);
-  const double size =
-      perturbation_size(team, r, s.gram_t, p.scaling, s.weights, norm, call.rho, p.out_dtype);
   PairResult& result = *block.result;
+  const double* gram_t = again ? s.second_t : s.gram_t;
+  const double* gram_o = again ? s.second_o : s.gram_o;
+  double norm, size = 0;
+  if (p.out_other) {
+    norm = tangent_norm_and_weights(team, r, gram_t, s.inverse_t, gram_o, s.inverse_o,
+                                    again ? s.T_t : nullptr, again ? s.T_o : nullptr, p.scaling,
+                                    call.rho, p.target.length, call.norms_dtype, s.weights_t,
+                                    s.weights_o, s.tangent_work);
+  } else {
+    norm = norm_and_weights(team, r, gram_t, s.inverse_t, gram_o, s.inverse_o, p.scaling,
+                            call.norms_dtype, s.weights_t, work);
+  }
+  EFLAT_ROLL
+  for (int side = 0; side < (p.out_other ? 2 : 1); ++side) {
+    double* weights = side ? s.weights_o : s.weights_t;
+    const double* gram = side ? s.gram_o : s.gram_t;
+    Exponents& exponents = side ? result.exponents_o : result.exponents_t;
+    if (again) leave_bases(team, r, side ? s.T_o : s.T_t, side ? s.T_t : s.T_o, weights, work);
+    const double more =
+        perturbation_size(team, r, gram, p.scaling, weights, norm, call.rho, p.out_dtype) - size;
+    size += more < 0 ? 0 : more;  // the larger of the two; NaN if one is
+    if (threadIdx.x == 0) exponents = {0, 0, 0};
+    if (block.two_float && !again && p.target.dtype != DType::f64)
+      set_exponents(block, gram, weights, exponents);
+    __syncthreads();
+    pack_weights(r, weights, exponents, side ? s.packed_o : s.packed_t);
+  }
   if (threadIdx.x == 0) {
     result.norm = norm;
     result.size = size;
     result.scaling = p.scaling;
     result.dtype = p.out_dtype;
-    result.factor_exponent = result.grad_exponent = result.sum_exponent = 0;
-  }
-  if (block.two_float && !again && p.target.dtype != DType::f64) set_exponents(block);
-  if (threadIdx.x == 0) {
     if (!call.global_norm) finish(SerialTeam(), call, block.results, block.pair_number, 1);
     if (block.step)
       for (float* step : {block.step->target.step, block.step->other.step})
         if (step) *step += 1;
   }
-  __syncthreads();
-  pack_weights(r, s.weights, result, s.packed_weights);
   if (call.global_norm && last_to_arrive(&block.progress->solved, call.total, block)) {
     finish(team, call, block.results, 0, call.total);
     publish(&block.progress->finished, 1);
@@ -227,9 +243,9 @@ EFLAT_NOINLINE void bound_pair(Block& block) {
   }
 }
 
-// After the first pass: M^+ of both sides; then all the rest, or the bases of a second pass.
-// After the second: what it corrects, and the rest.
-EFLAT_NOINLINE void solve(Block& block, void* space) {
+// M^+ of a side after the first pass; returns whether a second is needed. After the second: what it
+// corrects.
+EFLAT_NOINLINE bool solve_side(Block& block, int side, double* work) {
   const CallHeader& call = *block.call;
   const PairArgs& p = block.pair;
   const PairSpace& s = block.space;
@@ -237,31 +253,38 @@ EFLAT_NOINLINE void solve(Block& block, void* space) {
   const bool second = block.task.stage == Stages::kSecond;
   const int r = p.rank, width = width_of(p.target, r);
   const int rows = second ? call.rows.second : call.rows.reduce;
+  const double* partial = side ? s.partial_o : s.partial_t;
+  double* inverse = side ? s.inverse_o : s.inverse_t;
+  double* R = side ? s.R_o : s.R_t;
+  double* T = side ? s.T_o : s.T_t;
+  bool& again = side ? block.result->again_o : block.result->again_t;
+  double* gram = second ? (side ? s.second_o : s.second_t) : side ? s.gram_o : s.gram_t;
+  sum_partials(partial, ceil_div((side ? p.other : p.target).length, rows), width, gram);
+  if (call.bound) return false;
+  if (second) {
+    correct_inverse(team, r, again, gram, p.rtol, R, inverse, work);
+    return false;
+  }
+  EFLAT_ROLL
+  for (int e = threadIdx.x; e < r * r; e += kThreads) s.M[e] = gram[e / r * 2 * r + e % r];
+  __syncthreads();
+  const bool bad = invert_gram(team, r, s.M, p.rtol, p.target.dtype, inverse, R, T, work);
+  if (!bad) identity_bases(team, r, R, T);
+  if (threadIdx.x == 0) again = bad;
+  return bad;
+}
+
+// After the first pass: M^+ of both sides; then all the rest, or the bases of a second pass.
+// After the second: what it corrects, and the rest.
+EFLAT_NOINLINE void solve(Block& block, void* space) {
+  const PairSpace& s = block.space;
+  const bool second = block.task.stage == Stages::kSecond;
+  const int r = block.pair.rank;
   double* work = r <= kSharedRank ? static_cast<double*>(space) : s.work;
   bool again = false;
   EFLAT_ROLL
-  for (int side = 0; side < 2; ++side) {
-    const double* partial = side ? s.partial_o : s.partial_t;
-    double* inverse = side ? s.inverse_o : s.inverse_t;
-    double* R = side ? s.R_o : s.R_t;
-    double* T = side ? s.T_o : s.T_t;
-    bool& side_again = side ? block.result->again_o : block.result->again_t;
-    double* gram = second ? (side ? s.second_o : s.second_t) : side ? s.gram_o : s.gram_t;
-    sum_partials(partial, ceil_div((side ? p.other : p.target).length, rows), width, gram);
-    if (call.bound) continue;
-    if (second) {
-      correct_inverse(team, r, side_again, gram, p.rtol, R, inverse, work);
-    } else {
-      EFLAT_ROLL
-      for (int e = threadIdx.x; e < r * r; e += kThreads) s.M[e] = gram[e / r * 2 * r + e % r];
-      __syncthreads();
-      const bool bad = invert_gram(team, r, s.M, p.rtol, p.target.dtype, inverse, R, T, work);
-      if (!bad) identity_bases(team, r, R, T);
-      if (threadIdx.x == 0) side_again = bad;
-      again = again || bad;
-    }
-  }
-  if (call.bound) return bound_pair(block);
+  for (int side = 0; side < 2; ++side) again = solve_side(block, side, work) || again;
+  if (block.call->bound) return bound_pair(block);
   if (second || !again) return finish_pair(block, second, work);
   pack_bases(r, s.T_t, s.T_o, s.bases_t);
   pack_bases(r, s.T_o, s.T_t, s.bases_o);

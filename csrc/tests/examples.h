@@ -59,13 +59,17 @@ inline Matrix random_matrix(int rows, int r, double condition, std::mt19937& ran
   return times(x, mix, rows, r, r);
 }
 
-inline double relative_error(const Matrix& x, const Matrix& y) {
-  double difference = 0, size = 0;
-  for (size_t i = 0; i < y.size(); ++i) {
-    difference += (x[i] - y[i]) * (x[i] - y[i]);
-    size += y[i] * y[i];
-  }
-  return difference == 0 ? 0 : std::sqrt(difference / size);
+inline double norm_of(const Matrix& x) {
+  double square = 0;
+  for (double e : x) square += e * e;
+  return std::sqrt(square);
+}
+
+// ||x - y|| relative to ||y||, or to `least` where that is larger.
+inline double relative_error(Matrix x, const Matrix& y, double least = 0) {
+  for (size_t i = 0; i < y.size(); ++i) x[i] -= y[i];
+  const double difference = norm_of(x);
+  return difference == 0 ? 0 : difference / std::fmax(norm_of(y), least);
 }
 
 // Elements of any type, poisoned with NaN, between guards that show whether neighbours were
@@ -139,6 +143,12 @@ class Values {
   std::vector<unsigned char> bytes_;
 };
 
+enum class Onto { B, A, both };  // onto both, B is the target
+
+inline const char* name_of(Onto onto) {
+  return onto == Onto::B ? "onto B" : onto == Onto::A ? "onto A" : "onto both";
+}
+
 struct Shape {
   int n, m, r;
   DType dtype = DType::f64;
@@ -158,10 +168,13 @@ struct Example {
         grad_A(shape.dtype, random_matrix(shape.r, shape.m, random)),
         grad_B(shape.dtype, random_matrix(shape.n, shape.r, random)) {}
 
-  size_t target_size(bool onto_B) const { return (onto_B ? B : A).size(); }
+  size_t target_size(Onto onto) const { return (onto == Onto::A ? A : B).size(); }
 
-  Pair pair(bool onto_B, Values& out) const {
-    CHECK(out.size() == target_size(onto_B), "%zu elements", out.size());
+  // out_other: for A, onto both.
+  Pair pair(Onto onto, Values& out, Values* out_other = nullptr) const {
+    const bool onto_B = onto != Onto::A, both = onto == Onto::both;
+    CHECK(out.size() == target_size(onto), "%zu elements", out.size());
+    CHECK(!both || out_other->size() == A.size(), "%zu elements", out_other->size());
     const Side side_A{A.data(), grad_A.data(), shape.m, true};
     const Side side_B{B.data(), grad_B.data(), shape.n, false};
     const double rtol = shape.dtype == DType::f64 ? 1e-7 : 1e-5;
@@ -172,29 +185,72 @@ struct Example {
             scaling,
             rtol,
             out.data(),
+            both ? out_other->data() : nullptr,
             out.dtype(),
             nullptr};
   }
 
-  // Equations (1)-(3) for factors of full rank: A^+ = A^T (A A^T)^-1, B^+ = (B^T B)^-1 B^T.
+  // The norm of E that carries a perturbation of size rho alone is at least this.
+  double least_size(bool of_B, double rho) const {
+    const double size = norm_of((of_B ? A : B).matrix());
+    return size > 0 ? rho / (scaling * size) : 0;
+  }
+
+  // Equations (1)-(3) for factors of full rank.
   Matrix expected(bool onto_B, double rho, double* norm) const {
     const auto [n, m, r, dtype, condition_A, condition_B] = shape;
-    const Matrix a = A.matrix(), b = B.matrix();
-    const Matrix pinv_A = times(a, inverse(times(a, a, r, m, r, false, true), r), m, r, r, true);
-    const Matrix pinv_B = times(inverse(times(b, b, r, n, r, true), r), b, r, r, n, false, true);
+    const Matrix pinv_A = inverse_of_A(), pinv_B = inverse_of_B();
     Matrix G = times(grad_B.matrix(), pinv_A, n, r, m, false, true);
     const Matrix second = times(pinv_B, grad_A.matrix(), n, r, m, true);
-    double square = 0;
-    for (int i = 0; i < n * m; ++i) {
-      G[i] = (G[i] + second[i]) / (2 * scaling);
-      square += G[i] * G[i];
-    }
-    *norm = std::sqrt(square);
+    for (int i = 0; i < n * m; ++i) G[i] = (G[i] + second[i]) / (2 * scaling);
+    *norm = norm_of(G);
     for (double& g : G) g *= rho / (*norm * scaling);
     return onto_B ? times(G, pinv_A, n, m, r) : times(pinv_B, G, r, n, m);
   }
 
+  struct Both {
+    Matrix E_B, E_A;
+    double norm;
+  };
+
+  // s P = (1 - B B^+) G_B (A^T)^+ + (B^T)^+ G_A, the two terms of which become E_B and E_A; or B
+  // alone, where their product is too large.
+  Both expected_onto_both(double rho) const {
+    const auto [n, m, r, dtype, condition_A, condition_B] = shape;
+    const Matrix pinv_A = inverse_of_A(), pinv_B = inverse_of_B();
+    const Matrix G_B = grad_B.matrix();
+    Matrix rest = times(B.matrix(), times(pinv_B, G_B, r, n, r), n, r, r);
+    for (int i = 0; i < n * r; ++i) rest[i] = G_B[i] - rest[i];
+    const Matrix of_B = times(rest, pinv_A, n, r, m, false, true),
+                 of_A = times(pinv_B, grad_A.matrix(), n, r, m, true);
+    Matrix P = of_B;
+    for (int i = 0; i < n * m; ++i) P[i] += of_A[i];
+    Both result = scaled(times(of_B, pinv_A, n, m, r), times(pinv_B, of_A, r, n, m), P, rho);
+    if (scaling * norm_of(times(result.E_B, result.E_A, n, r, m)) <= rho / 2) return result;
+    P = times(G_B, pinv_A, n, r, m, false, true);
+    return scaled(times(P, pinv_A, n, m, r), Matrix(r * m, 0.0), P, rho);
+  }
+
  private:
+  // A^+ = A^T (A A^T)^-1, (m, r), and B^+ = (B^T B)^-1 B^T, (r, n).
+  Matrix inverse_of_A() const {
+    const auto [n, m, r, dtype, condition_A, condition_B] = shape;
+    const Matrix a = A.matrix();
+    return times(a, inverse(times(a, a, r, m, r, false, true), r), m, r, r, true);
+  }
+  Matrix inverse_of_B() const {
+    const auto [n, m, r, dtype, condition_A, condition_B] = shape;
+    const Matrix b = B.matrix();
+    return times(inverse(times(b, b, r, n, r, true), r), b, r, r, n, false, true);
+  }
+
+  Both scaled(Matrix E_B, Matrix E_A, const Matrix& scaled_P, double rho) const {
+    const double norm = norm_of(scaled_P) / scaling, c = rho / (scaling * scaling * norm);
+    for (Matrix* E : {&E_B, &E_A})
+      for (double& e : *E) e *= c;
+    return {E_B, E_A, norm};
+  }
+
   static Matrix transposed(const Matrix& x, int rows, int columns) {
     Matrix y(x.size());
     for (int i = 0; i < rows; ++i)

@@ -22,8 +22,9 @@ inline void perturb(const Problem& problem, double* norms, int64_t* skipped) {
       for (double** x : {&s.inverse[side], &s.R[side], &s.T[side]}) *x = take(rr);
     }
     s.M = take(rr);
-    s.weights = take(2 * rr);
-    s.work = take(2 * rr + 2 * p.rank);
+    s.weights[0] = take(2 * rr);
+    s.weights[1] = take(2 * rr);
+    s.work = take(4 * rr + 2 * p.rank);
     s.again = reinterpret_cast<bool*>(&again[2 * l]);
     s.norm = norms + l;
     s.size = take(1);
@@ -46,8 +47,10 @@ inline void perturb(const Problem& problem, double* norms, int64_t* skipped) {
     finish_scales(SerialTeam(), layers, together, problem.rho, problem.global_norm);
   }
   for (int l = 0; l < problem.count; ++l) {
-    EFLAT_LAUNCH(apply_kernel, 1, kThreads, 0, nullptr, problem.pairs[l], spaces[l],
-                 problem.update);
+    const Pair& p = problem.pairs[l];
+    EFLAT_LAUNCH(apply_kernel, 1, kThreads, 0, nullptr, p, spaces[l], problem.update, false);
+    if (p.out_other)
+      EFLAT_LAUNCH(apply_kernel, 1, kThreads, 0, nullptr, p, spaces[l], problem.update, true);
     if (skipped) *skipped += !usable(norms[l]);
   }
 }

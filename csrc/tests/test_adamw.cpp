@@ -15,6 +15,8 @@ void serially(int64_t count, const std::function<void(int64_t)>& body) {
   for (int64_t i = count - 1; i >= 0; --i) body(i);  // the order must not matter
 }
 
+enum class Onto { B, A, both };
+
 template <class T>
 using Values = std::vector<T>;  // of exactly its size: a sanitizer sees what is beyond
 
@@ -64,15 +66,20 @@ struct Factor {
 };
 
 template <class T, class Average>
-void pair_of(DType dtype, DType average_dtype, int n, int m, int r, bool onto_B, bool usable,
+void pair_of(DType dtype, DType average_dtype, int n, int m, int r, Onto onto, bool usable,
              int threads, std::mt19937& random) {
   Factor<T> A(int64_t(r) * m, 0.9, random), B(int64_t(n) * r, 0.25, random);
   if (!usable) A.grad[0] = from_double<T>(NAN);
   const Factor<T> A_before = A, B_before = B;
+  const bool onto_B = onto != Onto::A, both = onto == Onto::both;
   Factor<T>&target = onto_B ? B : A, &other = onto_B ? A : B;
   const Values<T> clean = normal<T>(target.value.size(), random);
+  const Values<T> clean_other = both ? normal<T>(other.value.size(), random) : other.value;
   Values<Average> average = normal<Average>(clean.size(), random), alone = average;
-  const Step step{clean.data(), target.adamw, other.adamw};
+  Values<Average> average_other = normal<Average>(clean_other.size(), random),
+                  alone_other = average_other;
+  const Step step{clean.data(), both ? clean_other.data() : other.value.data(), target.adamw,
+                  other.adamw};
   const Side side_A{A.value.data(), A.grad.data(), m, true},
       side_B{B.value.data(), B.grad.data(), n, false};
   Pair pair{onto_B ? side_B : side_A,
@@ -82,6 +89,7 @@ void pair_of(DType dtype, DType average_dtype, int n, int m, int r, bool onto_B,
             2.0,
             1e-5,
             alone.data(),
+            both ? alone_other.data() : nullptr,
             average_dtype,
             nullptr};
   double norms[2];
@@ -90,16 +98,19 @@ void pair_of(DType dtype, DType average_dtype, int n, int m, int r, bool onto_B,
   };
   CHECK(run(norms) == !usable, "without a step");
   pair.out = average.data();
+  if (both) pair.out_other = average_other.data();
   pair.step = &step;
   CHECK(run(norms + 1) == !usable, "with a step");
   CHECK(memcmp(average.data(), alone.data(), sizeof(Average) * alone.size()) == 0, "average");
+  CHECK(memcmp(average_other.data(), alone_other.data(), sizeof(Average) * alone_other.size()) == 0,
+        "the other average");
   CHECK(memcmp(norms, norms + 1, sizeof(double)) == 0, "norm %g", norms[1]);
   if (!usable) {
     CHECK(std::isnan(to_double(A.value[0])), "a step that was told to be NaN");
     return;
   }
   target.check(onto_B ? B_before : A_before, clean);
-  other.check(onto_B ? A_before : B_before, onto_B ? A_before.value : B_before.value);
+  other.check(onto_B ? A_before : B_before, clean_other);
 }
 
 }  // namespace
@@ -108,13 +119,14 @@ int main() {
   std::mt19937 random(std::random_device{}());
   const int shapes[][3] = {{1, 1, 1}, {5, 4, 2}, {40, 30, 7}, {33, 1100, 16}, {1100, 50, 20}};
   for (const auto& [n, m, r] : shapes) {
-    for (int flags = 0; flags < 8; ++flags) {
-      const bool onto_B = flags & 1, usable = flags & 2;
-      const int threads = flags & 4 ? 64 : 1;  // blocks of pairs, or whole ones
-      pair_of<double, double>(DType::f64, DType::f64, n, m, r, onto_B, usable, threads, random);
-      pair_of<float, float>(DType::f32, DType::f32, n, m, r, onto_B, usable, threads, random);
-      pair_of<bf16, float>(DType::bf16, DType::f32, n, m, r, onto_B, usable, threads, random);
-      pair_of<f16, float>(DType::f16, DType::f32, n, m, r, onto_B, usable, threads, random);
+    for (int flags = 0; flags < 12; ++flags) {
+      const Onto onto = Onto(flags / 4);
+      const bool usable = flags & 1;
+      const int threads = flags & 2 ? 64 : 1;  // blocks of pairs, or whole ones
+      pair_of<double, double>(DType::f64, DType::f64, n, m, r, onto, usable, threads, random);
+      pair_of<float, float>(DType::f32, DType::f32, n, m, r, onto, usable, threads, random);
+      pair_of<bf16, float>(DType::bf16, DType::f32, n, m, r, onto, usable, threads, random);
+      pair_of<f16, float>(DType::f16, DType::f32, n, m, r, onto, usable, threads, random);
     }
   }
   std::printf("adamw (%s): 1 passed, 0 failed\n", cpu::kernels().name);
