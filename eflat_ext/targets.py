@@ -41,7 +41,7 @@ def perturbed_pairs(
             for factor, slot in own.items()
             if taken.get(id(getattr(*slot)), (pair.group, 0))[0] == pair.group  # tied: once
         }
-        if not free or (together and len(free) < len(factors)):
+        if len(free) < (len(factors) if together else 1):
             if together or not own:
                 left_out.append(pair.group)
             continue

@@ -43,6 +43,11 @@ class Transferring(PerturbingOptimizer):
         """The factor that carries the perturbation, "B" or "A", or "both"."""
         return self._onto
 
+    @property
+    def rtol(self) -> float | None:
+        """Relative cut-off of a factor's singular values; None for the operators' default."""
+        return self._rtol
+
     def _perturbed(self, indices: Iterable[int]) -> list[tuple[LoraPair, str, int]]:
         """What the operators list of some pairs: pair, factor, and the index of its target."""
         indices = list(indices)
@@ -55,8 +60,3 @@ class Transferring(PerturbingOptimizer):
     def _parts(self, indices: Iterable[int], tensors: list[Tensor]) -> list[Tensor]:
         """What these own of tensors shaped like the targets; views."""
         return [pair.part(f, tensors[target]) for pair, f, target in self._perturbed(indices)]
-
-    @property
-    def rtol(self) -> float | None:
-        """Relative cut-off of a factor's singular values; None for the operators' default."""
-        return self._rtol
