@@ -31,11 +31,11 @@ class AdamWSteps {
       : on_device_(on_device) {
     lists.check_lengths(A.size());
     arguments.check_perturbed("clean", clean.size(), A.size());
-    const std::vector<Tensor> targets = arguments.perturbed(A, B);
-    for (size_t i = 0; i < targets.size(); ++i) {
+    for (size_t i = 0; i < clean.size(); ++i) {
+      const Tensor& target = arguments.perturbed(i, A, B);
       const std::string name = argument("clean", i), like = arguments.perturbed_name(i, A.size());
-      check_like(clean[i], name, targets[i], like);
-      check_dtype_and_device(clean[i], name, targets[i], like);
+      check_like(clean[i], name, target, like);
+      check_dtype_and_device(clean[i], name, target, like);
     }
     steps_.reserve(A.size());
     counters_.resize(2 * A.size());

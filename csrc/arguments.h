@@ -176,20 +176,18 @@ struct Arguments {
     return kept.back().const_data_ptr();
   }
 
-  // The factors that are perturbed: all A, then all B, where it is both.
-  std::vector<Tensor> perturbed(const std::vector<Tensor>& A, const std::vector<Tensor>& B) const {
-    std::vector<Tensor> all;
-    if (both || !onto_B) all.insert(all.end(), A.begin(), A.end());
-    if (onto_B) all.insert(all.end(), B.begin(), B.end());
-    return all;
+  // The factors that are perturbed: all A, then all B, where it is both. Entry i of them.
+  int64_t perturbed_count(int64_t pairs) const { return both ? 2 * pairs : pairs; }
+  bool is_A(int64_t i, int64_t pairs) const { return !onto_B || (both && i < pairs); }
+  const Tensor& perturbed(int64_t i, const std::vector<Tensor>& A,
+                          const std::vector<Tensor>& B) const {
+    return (is_A(i, A.size()) ? A : B)[i % A.size()];
+  }
+  std::string perturbed_name(int64_t i, int64_t pairs) const {
+    return argument(is_A(i, pairs) ? "A" : "B", i % pairs);
   }
 
-  // The name of entry i of `perturbed`, of `count` pairs.
-  std::string perturbed_name(int64_t i, int64_t count) const {
-    return argument(!onto_B || (both && i < count) ? "A" : "B", i % count);
-  }
-
-  // Where E of entry i of `perturbed` goes.
+  // Where its E goes.
   void*& out_of(int64_t i) {
     const int64_t count = pairs.size();
     Pair& pair = pairs[i % count];
@@ -230,8 +228,9 @@ struct Arguments {
   // A list of one entry for each perturbed factor.
   void check_perturbed(const char* name, int64_t given, int64_t count) const {
     if (!both) return check_length(name, given, count);
-    STD_TORCH_CHECK(given == 2 * count, name, " must have two entries per pair, all A and all B, ",
-                    2 * count, ", got ", given);
+    STD_TORCH_CHECK(given == perturbed_count(count), name,
+                    " must have two entries per pair, all A and all B, ", perturbed_count(count),
+                    ", got ", given);
   }
 
   static void check_lengths(const std::vector<Tensor>& A, const std::vector<Tensor>& B,
@@ -275,9 +274,8 @@ struct Arguments {
     check_memory(skipped, true, "skipped");
     const Tensor norms = add_all(A, B, grad_A, grad_B, scaling, rtol);
     check_device(skipped, "skipped", A[0], "A[0]");
-    const std::vector<Tensor> targets = perturbed(A, B);
-    for (size_t i = 0; i < targets.size(); ++i) {
-      check_average(ema[i], i, targets[i], perturbed_name(i, A.size()));
+    for (size_t i = 0; i < ema.size(); ++i) {
+      check_average(ema[i], i, perturbed(i, A, B), perturbed_name(i, A.size()));
       out_of(i) = written(ema[i], argument("ema", i));
       pairs[i % A.size()].out_dtype = dtype_of(ema[i]);
     }

@@ -84,11 +84,12 @@ EFLAT_HD double norm_and_weights(const Team& team, int r, const double* gram_t, 
   return reported_norm(team, r, gram_t, gram_o, norm, norms_dtype);
 }
 
-// x (r, r) becomes T x T^T. work: r^2.
+// x (r, r) becomes T_rows x T_columns^T. work: r^2.
 template <class Team>
-EFLAT_HD void congruence(const Team& team, int r, const double* T, double* x, double* work) {
-  multiply_transposed(team, r, r, r, x, T, work);
-  multiply(team, r, r, r, T, work, x);
+EFLAT_HD void leave_basis(const Team& team, int r, const double* T_rows, const double* T_columns,
+                          double* x, double* work) {
+  multiply_transposed(team, r, r, r, x, T_columns, work);
+  multiply(team, r, r, r, T_rows, work, x);
 }
 
 // Onto both: ||P|| of a pair and twice the weights, as c is half of c': of the target, (2r, r), and
@@ -138,12 +139,12 @@ EFLAT_HD double tangent_norm_and_weights(const Team& team, int r, const double* 
   // ||E_B E_A||^2 = tr(E_B^T E_B E_A E_A^T), both by c'.
   multiply(team, r, r, r, P_o, S, y);
   multiply(team, r, r, r, y, P_o, x);
-  if (T_o) congruence(team, r, T_o, x, y);
+  if (T_o) leave_basis(team, r, T_o, T_o, x, y);
   for (int i = team.row(); i < r; i += team.rows())
     combine_rows(team, r, r, P_t + i * r, 1, K_o, d, nullptr, 1, S + i * r);
   team.sync();
   multiply(team, r, r, r, S, P_t, y);
-  if (T_t) congruence(team, r, T_t, y, S);
+  if (T_t) leave_basis(team, r, T_t, T_t, y, S);
   // As of gradients of norm 1, whose fourth powers do not leave float64.
   for (int e = thread_of(team); e < n; e += threads_of(team)) {
     x[e] /= square;
@@ -169,11 +170,8 @@ EFLAT_HD double tangent_norm_and_weights(const Team& team, int r, const double* 
 template <class Team>
 EFLAT_HD void leave_bases(const Team& team, int r, const double* T_t, const double* T_o,
                           double* weights, double* work) {
-  for (int half = 0; half < 2; ++half) {
-    double* w = weights + half * r * r;
-    multiply_transposed(team, r, r, r, w, T_o, work);
-    multiply(team, r, r, r, half == 0 ? T_t : T_o, work, w);
-  }
+  leave_basis(team, r, T_t, T_o, weights, work);
+  leave_basis(team, r, T_o, T_o, weights + r * r, work);
 }
 
 // ||E|| ||G_hat|| / rho, or an upper bound of it where E is then certain to be finite in `dtype`:

@@ -27,9 +27,10 @@ Norms foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<
   const Tensor norms = arguments.add_all(A, B, grad_A, grad_B, scaling, rtol);
   Device device(A[0]);
   std::vector<Tensor> E;
-  for (const Tensor& target : arguments.perturbed(A, B)) {
+  for (int64_t i = 0; i < arguments.perturbed_count(A.size()); ++i) {
+    const Tensor& target = arguments.perturbed(i, A, B);
     E.push_back(torch::stable::new_empty(target, {target.size(0), target.size(1)}));
-    arguments.out_of(E.size() - 1) = E.back().mutable_data_ptr();
+    arguments.out_of(i) = E.back().mutable_data_ptr();
   }
   for (Pair& pair : arguments.pairs) pair.out_dtype = pair.dtype;
   device.perturb(arguments.problem(rho, {false, 0}), norms, nullptr);

@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .arguments import perturbed
+
 
 def default_rtol(A: Tensor, B: Tensor) -> float:
     """Relative singular value below which a factor's direction counts as zero.
@@ -201,8 +203,8 @@ def _gradient(factor: Tensor) -> Tensor:
 
 
 def _targets(pairs: Pairs, onto: str) -> list[Tensor]:
-    A, B, _ = map(list, zip(*pairs, strict=True))
-    return [*(A if onto != "B" else []), *(B if onto != "A" else [])]
+    A, B, _ = zip(*pairs, strict=True)
+    return perturbed(onto, A, B)
 
 
 def _perturbations(

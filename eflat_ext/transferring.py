@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .arguments import perturbed
 from .optimizer_arguments import check_operable, check_transfer
 from .optimizer_base import PerturbingOptimizer, Rho
 from .pairs import LoraPair
@@ -26,7 +27,7 @@ class Transferring(PerturbingOptimizer):
         rtol: float | None,
     ) -> None:
         check_transfer(onto, rtol)
-        self._factors = ("A", "B") if onto == "both" else (onto,)
+        self._factors = perturbed(onto, ["A"], ["B"])
         super().__init__(
             model,
             base,

@@ -266,20 +266,14 @@ class LoRASAM(TwoGradients):
         norms = torch.hypot(norm_A, norm_B)
         good = norms.isfinite() & (norms > 0)
         scale = self._scales(rho, norms, good)
-        index_of = {id(target): index for index, target in enumerate(self._weights.targets())}
-        groups: dict[int, str] = {}
+        targets = self._weights.targets()
         deltas: dict[int, Tensor] = {}
         for row, ok in enumerate(good.unbind()):
-            pair = self.pairs[rows.indices[row]]
-            for factor, target, grad in (
-                ("A", rows.parameters_A[row], rows.grad_A[row]),
-                ("B", rows.parameters_B[row], rows.grad_B[row]),
-            ):
-                index = index_of.get(id(target))
-                # Frozen factors are no targets, tied ones count once.
-                if index is not None and groups.setdefault(index, pair.group) == pair.group:
-                    delta = torch.where(ok, grad * scale[row], 0).to(grad.dtype)
-                    _put(deltas, index, pair, factor, target, delta)
+            i = rows.indices[row]
+            for factor, index in self._target_of[i].items():
+                grad = (rows.grad_A if factor == "A" else rows.grad_B)[row]
+                delta = torch.where(ok, grad * scale[row], 0).to(grad.dtype)
+                _put(deltas, index, self.pairs[i], factor, targets[index], delta)
         return deltas, norms
 
     def _perturbed_shards(
@@ -287,17 +281,13 @@ class LoRASAM(TwoGradients):
     ) -> tuple[dict[int, Tensor], Norms]:
         norms = sharding.gradient_norms([self.pairs[i] for i in indices])
         scale = self._scales(rho, norms.values, norms.usable)
-        index_of = {id(target): index for index, target in enumerate(self._weights.targets())}
-        groups: dict[int, str] = {}
         shards: dict[int, Tensor] = {}
         for factor in ("A", "B"):
-            # Frozen factors are no targets, tied ones count once.
-            rows: list[tuple[LoraPair, int, Tensor]] = []
-            for i, own in zip(indices, scale.unbind(), strict=True):
-                pair = self.pairs[i]
-                index = index_of.get(id(pair.parameter(factor)))
-                if index is not None and groups.setdefault(index, pair.group) == pair.group:
-                    rows.append((pair, index, own))
+            rows = [
+                (self.pairs[i], self._target_of[i][factor], own)
+                for i, own in zip(indices, scale.unbind(), strict=True)
+                if factor in self._target_of[i]
+            ]
             pairs, targets, scales = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
             spread = sharding.spread(pairs, targets, factor, scales)
             for pair, index, _ in rows:
