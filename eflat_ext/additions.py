@@ -13,15 +13,16 @@ from .sharded import Sharding
 
 
 class Addition:
-    """Adds one tensor to each target."""
+    """Adds one tensor to each target, but to those that were frozen meanwhile."""
 
     def __init__(self, deltas: list[Tensor]) -> None:
         self.deltas = deltas
 
     def __call__(self, targets: list[Tensor]) -> None:
-        if targets:
-            deltas = self.on_devices_of(targets)
-            torch._foreach_add_([local(t) for t in targets], [local(delta) for delta in deltas])
+        deltas = self.on_devices_of(targets)
+        rows = [(local(t), local(d)) for t, d in zip(targets, deltas, strict=True) if _trains(t)]
+        if rows:
+            torch._foreach_add_(*map(list, zip(*rows, strict=True)))
 
     def idle(self) -> bool:
         """Whether it adds zeros."""
@@ -74,14 +75,19 @@ class BoundedAverages(Addition):
     def __call__(self, targets: list[Tensor]) -> None:
         averages = self.on_devices_of(targets)
         self._add_onto_A(targets, averages)  # first: its bound needs B as it is
-        if self._onto_B:
-            onto, added = ([local(x[i]) for i in self._onto_B] for x in (targets, averages))
+        onto_B = [i for i in self._onto_B if _trains(targets[i])]
+        if onto_B:
+            onto, added = ([local(x[i]) for i in onto_B] for x in (targets, averages))
             torch._foreach_add_(onto, added)
 
     def _add_onto_A(self, targets: list[Tensor], averages: list[Tensor]) -> None:
         # A layer scaled by zero has no full-space norm, and adds nothing to the model either; a
         # deleted adapter has no factors any more.
-        rows = [(p, i) for p, i in zip(self._pairs, self._target_of, strict=True) if p.scaling != 0]
+        rows = [
+            (pair, i)
+            for pair, i in zip(self._pairs, self._target_of, strict=True)
+            if pair.scaling != 0 and _trains(targets[i])
+        ]
         if not rows:
             return
         pairs, target_of = map(list, zip(*rows, strict=True))
@@ -112,6 +118,11 @@ class BoundedAverages(Addition):
         factors = sharding.bound(pairs, chosen, float(self.rho), self._scope)
         for i, factor in sharding.spread(pairs, target_of, "A", factors.unbind()).items():
             local(targets[i]).add_(local(averages[i]) * factor)
+
+
+def _trains(target: Tensor) -> bool:
+    """Whether it has not been frozen since: what is added to it would stay the same for ever."""
+    return target.requires_grad
 
 
 @torch.library.custom_op("eflat_ext::bound", mutates_args=())

@@ -29,6 +29,13 @@ class GradientWatch:
                 return True
         return False
 
+    def replaced(self) -> bool:
+        """Whether a parameter has another tensor for its gradient now."""
+        return any(
+            parameter.grad is not None and (gradient is None or parameter.grad is not gradient())
+            for parameter, (gradient, _) in zip(self._parameters, self._before, strict=True)
+        )
+
 
 def _state(gradient: Tensor | None) -> tuple[weakref.ref[Tensor] | None, int]:
     if gradient is None or torch.compiler.is_compiling():

@@ -24,12 +24,14 @@ def check_base(base: Optimizer) -> None:
     """TypeError or ValueError unless it is one that a perturbation can be wrapped around."""
     if not isinstance(base, Optimizer):
         raise TypeError(f"base: expected a torch.optim.Optimizer, got {type(base).__name__}")
-    inner: Any = base
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):  # accelerate's wrapper
-        inner = inner.optimizer
-    if all(callable(getattr(inner, name, None)) for name in ("train", "eval")):
+    if type(base).__module__.startswith("accelerate."):
         raise TypeError(
-            f"base: {type(inner).__name__} moves the weights in train() and eval(), where the "
+            f"base: expected an optimizer as it was before accelerator.prepare, got {type(base)}; "
+            "make this package's optimizer of it first, and prepare that"
+        )
+    if all(callable(getattr(base, name, None)) for name in ("train", "eval")):
+        raise TypeError(
+            f"base: {type(base).__name__} moves the weights in train() and eval(), where the "
             "perturbation is, too; expected an optimizer that changes them in step() alone"
         )
     if any(group.get("maximize") for group in base.param_groups):

@@ -26,7 +26,7 @@ from .optimizer_arguments import (
     check_saved_averages,
     number,
 )
-from .pairs import Slot, adding_modules, find_pairs, merging_layers
+from .pairs import Slot, adding_modules, find_pairs, merging_layers, reads_outside
 from .perturbed import PerturbedWeights
 from .sharded import Sharding
 from .stacklevel import stacklevel_of_user
@@ -112,6 +112,7 @@ class PerturbingOptimizer(Optimizer):
             for layer in dict.fromkeys([*layers, *merging])
             for name in ("merge", "unmerge")
         ]
+        guarded += [(layer, "get_delta_weight") for layer in layers if reads_outside(layer)]
         guarded += [(tuner, "add_weighted_adapter") for tuner in adding_modules(model)]
         self._weights = PerturbedWeights(
             model,
@@ -200,7 +201,8 @@ class PerturbingOptimizer(Optimizer):
         """Perturb the weights now, if a perturbation is due (idempotent).
 
         With hooks on the model, which is the default, its training forward passes do this. Before
-        calls of other methods than ``forward`` it is due at every step.
+        compiled calls of other methods than ``forward``, and such calls of a model that is sharded
+        by FSDP2, it is due at every step.
         """
         if self._weights.enabled:
             self._weights.perturb()
@@ -257,7 +259,9 @@ class PerturbingOptimizer(Optimizer):
         return rows
 
     def _gradient(self, parameter: Tensor) -> Tensor:
-        return self._no_gradient(parameter) if parameter.grad is None else parameter.grad
+        if parameter.grad is None:
+            return self._no_gradient(parameter)
+        return parameter.grad.to(parameter.dtype)  # another by the parameter's grad_dtype
 
     def _no_gradient(self, factor: Tensor) -> Tensor:
         key = (factor.device, factor.dtype)
@@ -299,7 +303,7 @@ class PerturbingOptimizer(Optimizer):
             warnings.warn(
                 "the gradient of this step was taken without the perturbation: no forward pass of "
                 "the model ran in training mode (model.train()), nor optimizer.train(), which "
-                "calls of other methods than forward need",
+                "compiled or sharded calls of other methods than forward need",
                 UserWarning,
                 stacklevel=stacklevel_of_user(),
             )

@@ -142,6 +142,7 @@ class EFlatLoRA(Transferring):
             What the closure returned, None without one.
         """
         if closure is None and initialises_state(self.base):
+            self._weights.restore()
             return self.base.step()
         loss = None
         stepped: list[Tensor] = []

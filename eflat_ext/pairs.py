@@ -191,6 +191,14 @@ def merging_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, attention_class)]
 
 
+def reads_outside(layer: nn.Module) -> bool:
+    """Whether ``get_delta_weight`` of a LoRA layer is called by others alone, to keep the result.
+
+    Layers of ``target_parameters`` call it in their forward passes.
+    """
+    return hasattr(layer, "get_delta_weight") and not hasattr(layer, "parameter_name")
+
+
 def adding_modules(model: nn.Module) -> list[nn.Module]:
     """PEFT's tuners, which make an adapter of the weights of others."""
     # Asked of the class: a PeftModel hands on every attribute of its tuner.

@@ -1,9 +1,9 @@
 """The life cycle of perturbed weights: when they are in the model, and how they come out again.
 
 ``PerturbedWeights`` puts a perturbation into some of a model's parameters for training forward
-passes and takes it out for everything else. It keeps a copy of the clean values and copies it
-back: subtracting would not give the same bits, and rebinding ``.data`` would break compiled
-graphs and sharded modules that hold the storage.
+passes, and for what a backward pass computes of these again, and takes it out for everything else.
+It keeps a copy of the clean values and copies it back: subtracting would not give the same bits,
+and rebinding ``.data`` would break compiled graphs and sharded modules that hold the storage.
 
 Between training forward passes the parameters themselves stay perturbed, since gradients of
 accumulated micro-batches belong to one point and autograd forbids writing to them. So everything
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
+from torch.optim import Optimizer
 
 from .dtensors import (
     distributed,
@@ -39,7 +40,10 @@ from .dtensors import (
 )
 from .gradient_watch import GradientWatch
 from .guards import MergesItself, RestoreFirst
+from .hooks import attached_to, belongs_to, detach
 from .pairs import Slot
+from .passes import holders, in_backward
+from .targets import parameters_of
 
 
 class PerturbedWeights:
@@ -50,12 +54,14 @@ class PerturbedWeights:
 
     Args:
         model: a forward pass of it, or of a module of it that holds all targets, perturbs in
-            training mode and restores otherwise.
+            training mode and restores otherwise; so does one of a layer, by whatever method of the
+            model it is called, unless it is compiled or sharded by FSDP2.
         targets: the parameters as (module, attribute name); looked up when used, since other
             libraries replace parameters.
         perturbation: adds the perturbation in place to the list of target parameters it is given
             (same order as ``targets``); called without gradients. It must not hold ``owner``.
-        owner: on whose behalf this happens; when it is garbage, forward passes restore.
+        owner: on whose behalf this happens; when it is garbage, forward passes restore. If it is
+            an optimizer, parameters that it does not train are left alone.
         idle: whether the perturbation adds zeros.
         guarded: methods as (module, method name) that find clean weights.
         merging: modules whose forward passes call guarded methods for their own use, which then
@@ -83,7 +89,7 @@ class PerturbedWeights:
         idle: Callable[[], bool] = bool,
         layers: Sequence[nn.Module] = (),
     ) -> None:
-        for other in _attached_to(model):
+        for other in attached_to(model, PerturbedWeights):
             if other.alive:
                 raise RuntimeError(
                     "model: its weights are perturbed by another optimizer already; call that "
@@ -156,8 +162,8 @@ class PerturbedWeights:
         self.restore()
         with torch.no_grad():
             targets = self.targets()
-            if not all(isinstance(target, Parameter) for target in targets):
-                return  # the caller's own plain tensors, in torch.func.functional_call
+            if self._foreign(targets):
+                return
             copies = self._copies(targets)
             _copy(copies, targets)
             self._held, self._clean = targets, copies
@@ -178,7 +184,7 @@ class PerturbedWeights:
         late = False
         for module in self._holders if self._fsdp else ():
             hooks: Any = module._forward_pre_hooks
-            own = [key for key, hook in hooks.items() if _attachment(hook) is self]
+            own = [key for key, hook in hooks.items() if belongs_to(hook) is self]
             for key in own:
                 late |= next(iter(hooks)) != key
                 hooks.move_to_end(key, last=False)
@@ -237,19 +243,8 @@ class PerturbedWeights:
         self.restore()
         model = model or self._model
         self._owner = None
-        if model is None:
-            return
-        for module in model.modules():
-            for hooks in (
-                module._forward_pre_hooks,
-                module._state_dict_hooks,
-                module._load_state_dict_pre_hooks,
-            ):
-                for key in [key for key, hook in hooks.items() if _attachment(hook) is self]:
-                    del hooks[key]
-            for value in list(vars(module).values()):
-                if isinstance(value, RestoreFirst) and value.weights is self:
-                    value.uninstall()
+        if model is not None:
+            detach(model, self)
 
     def __getstate__(self) -> dict[str, Any]:
         # What a copy of the model needs to become clean; nothing that would perturb it, and no
@@ -267,6 +262,16 @@ class PerturbedWeights:
         self._dirty = bool(self._held)
         self.restore()
         self._held = self._clean = []
+
+    def _foreign(self, targets: Sequence[Tensor]) -> bool:
+        """Whether these are a caller's own, in torch.func.functional_call."""
+        if not all(isinstance(target, Parameter) for target in targets):
+            return True
+        owner = self._owner() if self._owner is not None else None
+        if not isinstance(owner, Optimizer) or torch.compiler.is_compiling():
+            return False
+        trained = {id(parameter) for parameter in parameters_of(owner.param_groups)}
+        return not any(id(target) in trained for target in targets)
 
     def _disable(self, _: object) -> None:
         self.enabled = False
@@ -291,9 +296,11 @@ class PerturbedWeights:
     def _hook(
         self, model: nn.Module, guarded: Iterable[Slot], merging: Iterable[nn.Module]
     ) -> None:
-        self._holders = _holders(model, [module for module, _ in self._slots])
+        self._holders = holders(model, [module for module, _ in self._slots])
         for module in self._holders:
             module.register_forward_pre_hook(self._before_forward, prepend=True)
+        for layer in set(self._layers) - set(self._holders):
+            layer.register_forward_pre_hook(self._before_layer, prepend=True)
         index_of = {id(target): index for index, target in enumerate(self._held)}
         for module in model.modules():
             # Not only the slots' own modules: a tied parameter is saved under each of its names.
@@ -311,8 +318,12 @@ class PerturbedWeights:
         for module in merging:
             MergesItself(self, module, "forward").install()
 
+    def _training(self) -> bool:
+        """Whether passes are to be perturbed now."""
+        return self.enabled and not self._suspended and any(one.training for one in self._layers)
+
     def _before_forward(self, module: nn.Module, args: object) -> None:
-        if self.enabled and not self._suspended and any(one.training for one in self._layers):
+        if self._training():
             if not self._applied and getattr(module, "_is_replica", False):
                 raise RuntimeError(
                     "torch.nn.DataParallel copied the weights before they were perturbed: use "
@@ -324,6 +335,21 @@ class PerturbedWeights:
             self._visited |= self._applied
         else:
             self.restore()
+
+    def _before_layer(self, layer: nn.Module, args: object) -> None:
+        # Passes that entered by another method than forward, or are computed again.
+        if torch.compiler.is_compiling():
+            return
+        training, again = self._training(), in_backward()
+        if not (self._applied if training else not self._dirty):
+            self.settle()
+            if self._fsdp:
+                return  # whose modules have gathered weights already
+            if not again:
+                self._before_forward(layer, args)
+            elif training and self._visited:  # an evaluation has restored them since
+                self.perturb()
+        self._visited |= training and self._applied and not again
 
     def _sharded_late(self) -> bool:
         """At the first forward pass: whether FSDP2's hook ran first, which is no harm at rest."""
@@ -362,34 +388,3 @@ class PerturbedWeights:
 
 def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     torch._foreach_copy_([local(t) for t in to], [local(value) for value in values])
-
-
-def _attachment(hook: Any) -> PerturbedWeights | None:
-    """The object that a hook on a module belongs to, if it is one of ours."""
-    hook = getattr(hook, "hook", hook)  # torch wraps hooks on loading
-    hook = getattr(hook, "func", hook)  # partial
-    weights = getattr(hook, "__self__", None)
-    return weights if isinstance(weights, PerturbedWeights) else None
-
-
-def _attached_to(model: nn.Module) -> list[PerturbedWeights]:
-    hooks = [hook for module in model.modules() for hook in module._state_dict_hooks.values()]
-    found = {id(weights): weights for hook in hooks if (weights := _attachment(hook))}
-    return list(found.values())
-
-
-def _holders(model: nn.Module, owners: Sequence[nn.Module]) -> list[nn.Module]:
-    """The model and, going inwards, its modules that hold all owners but are none themselves.
-
-    A call may enter at any of them: ``generate`` of a wrapped model enters at the inner one.
-    """
-    wanted, holders = set(owners), [model]
-    if not wanted <= set(model.modules()):
-        raise ValueError("targets: expected modules of the model, got others")
-    while True:
-        for child in holders[-1].children():
-            if child not in wanted and wanted <= set(child.modules()):
-                holders.append(child)
-                break
-        else:
-            return holders

@@ -11,8 +11,10 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -37,6 +39,9 @@ __all__ = [
     "last_complete_checkpoint",
     "lora_sam_optimizer",
 ]
+
+# By these, trainers of TRL choose among the inputs that they made for several micro-batches.
+COUNTERS = {"_step", "_buffer_step"}
 
 Base: TypeAlias = type[Optimizer] | TrainingArguments
 Hook: TypeAlias = tuple["OptimizerFactory", dict[str, Any]]
@@ -168,13 +173,25 @@ def _groups(model: nn.Module, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
     return [first, {"params": [p for n, p in trained if n not in decayed], "weight_decay": 0.0}]
 
 
+@dataclass
+class _MicroBatch:
+    """What ``training_step`` got, and what ``_prepare_inputs`` made of it in the first pass."""
+
+    inputs: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    prepared: list[tuple[Any, dict[str, int]]] = field(default_factory=list)
+
+
 class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """For a Trainer class: two-gradient steps, and the perturbation in the log.
 
     ``class FlatTrainer(PerturbationMixin, Trainer): pass``, likewise for subclasses of Trainer
     such as TRL's. With ``FlatLoRA`` or ``LoRASAM``, the micro-batches of a step run a second time,
     with the arguments they came with, at the perturbed weights; the loss that is reported is the
-    first one, at the clean weights. With any other optimizer, training is as without the mixin.
+    first one, at the clean weights. Inputs are prepared once, for both passes: what a trainer
+    generates or draws for them is the same. With any other optimizer, training is as without the
+    mixin.
 
     The training log gets two more entries, which cost nothing between logs:
 
@@ -185,7 +202,7 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._micro_batches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self._micro_batches: list[_MicroBatch] = []
         super().__init__(*args, **kwargs)
         self.add_callback(_StepBounds(self))
 
@@ -197,26 +214,70 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             self._start_anew()
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """One micro-batch; the last one of a step adds the second gradients of all of them."""
+        """One micro-batch; the last one of a step adds the second gradients of all of them.
+
+        Raises:
+            RuntimeError: the second pass might see other inputs than the first one, as the
+                trainer does not prepare them by ``_prepare_inputs``, equally often in each.
+        """
         optimizer = _perturbing(self.optimizer)
         if not isinstance(optimizer, TwoGradients):
             return super().training_step(model, inputs, *args, **kwargs)
-        # A copy: losses may take entries out, label smoothing the labels.
-        self._micro_batches.append((copy.copy(inputs), args, kwargs))
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        micro_batch = _MicroBatch(copy.copy(inputs), args, kwargs)  # a step may take entries out
+        with self._preparing_by(partial(self._remember, micro_batch, self._prepare_inputs)):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        if not micro_batch.prepared:
+            raise _unlike("training_step does not call it")
+        self._micro_batches.append(micro_batch)
         if self.accelerator.sync_gradients:
             optimizer.first_step()
             self._second_gradients(model)
         return loss
 
     def _second_gradients(self, model: nn.Module) -> None:
-        micro_batches, self._micro_batches = self._micro_batches, []
-        for left, (inputs, args, kwargs) in zip(
-            reversed(range(len(micro_batches))), micro_batches, strict=True
-        ):
-            # Ranks exchange the sum once, as at the first gradients.
-            with self.accelerator.no_sync(model) if left else nullcontext():
-                super().training_step(model, inputs, *args, **kwargs)
+        counters = self._counters()
+        try:
+            while self._micro_batches:
+                again = self._micro_batches.pop(0)
+                # Ranks exchange the sum once, as at the first gradients.
+                wait = self.accelerator.no_sync(model) if self._micro_batches else nullcontext()
+                with wait, self._preparing_by(partial(self._hand_out, again)):
+                    super().training_step(model, again.inputs, *again.args, **again.kwargs)
+                if again.prepared:
+                    raise _unlike("the second pass calls it less often than the first one")
+        finally:
+            self.__dict__.update(counters)
+
+    @contextmanager
+    def _preparing_by(self, prepare: Callable[..., Any]) -> Iterator[None]:
+        """``prepare`` in the place of ``_prepare_inputs``."""
+        # Set on the object: subclasses of this class may override the method, too.
+        own = self.__dict__
+        before = {name: own[name] for name in own.keys() & {"_prepare_inputs"}}
+        own["_prepare_inputs"] = prepare
+        try:
+            yield
+        finally:
+            del own["_prepare_inputs"]
+            own.update(before)
+
+    def _remember(
+        self, micro_batch: _MicroBatch, prepare: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        with self._preparing_by(prepare):  # what is prepared within this is part of it
+            prepared = prepare(*args, **kwargs)
+        micro_batch.prepared.append((_copied(prepared), self._counters()))
+        return prepared
+
+    def _hand_out(self, micro_batch: _MicroBatch, *args: Any, **kwargs: Any) -> Any:
+        if not micro_batch.prepared:
+            raise _unlike("the second pass calls it more often than the first one")
+        prepared, counters = micro_batch.prepared.pop(0)
+        self.__dict__.update(counters)
+        return prepared
+
+    def _counters(self) -> dict[str, int]:
+        return {name: self.__dict__[name] for name in self.__dict__.keys() & COUNTERS}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the perturbation's figures among those of training."""
@@ -247,6 +308,22 @@ class _StepBounds(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._start_anew()
+
+
+def _copied(data: Any) -> Any:
+    """Containers anew, tensors shared: losses take entries out, label smoothing the labels."""
+    if isinstance(data, MutableMapping):
+        copied = copy.copy(data)
+        copied.update({name: _copied(value) for name, value in data.items()})
+        return copied
+    return type(data)(map(_copied, data)) if type(data) in (list, tuple) else data
+
+
+def _unlike(reason: str) -> RuntimeError:
+    return RuntimeError(
+        "PerturbationMixin: both passes must see the same inputs, those that _prepare_inputs "
+        f"returned in the first one, but {reason}"
+    )
 
 
 def _perturbing(optimizer: Any) -> PerturbingOptimizer | None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from .additions import PartialAddition
 from .dtensors import from_local
 from .engines import initialises_state
+from .gradient_watch import GradientWatch
 from .optimizer_base import PairList, PerturbingOptimizer, Rho
 from .pairs import LoraPair
 from .sharded import Norms, Sharding
@@ -28,7 +29,7 @@ class TwoGradients(PerturbingOptimizer):
     def _prepare(self, model: nn.Module) -> None:
         self._perturbation = PartialAddition()
         self._pending = False
-        self._first_gradients = False
+        self._first_gradients: GradientWatch | None = None
         self._perturb_with(model, self._perturbation)
         self._weights.enabled = False
 
@@ -103,11 +104,11 @@ class TwoGradients(PerturbingOptimizer):
         self._perturbation.indices = list(deltas)
         self._perturbation.deltas = list(deltas.values())
         self._pending = self._weights.enabled = True
-        self._first_gradients = not zero_grad
         self._weights.perturb()
         self._weights.visited = False
         if zero_grad:
             self.base.zero_grad()
+        self._first_gradients = None if zero_grad else GradientWatch(self._weights.targets())
         self._weights.watch_gradients()
 
     def _new_perturbations(self, rho: float) -> dict[int, Tensor]:
@@ -149,9 +150,10 @@ class TwoGradients(PerturbingOptimizer):
         Dropping the second gradients abandons the step: a gradient scaler that found an overflow
         in them never calls ``step``.
         """
-        if self._pending and not self._first_gradients and self._has_gradients():
+        first = self._first_gradients
+        if self._pending and self._has_gradients() and (first is None or first.replaced()):
             self.abandon_step()
-        self._first_gradients = False
+        self._first_gradients = None
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -257,10 +259,8 @@ class LoRASAM(TwoGradients):
     def _perturbations(self, rho: float, rows: PairList) -> tuple[dict[int, Tensor], Tensor]:
         if not rows.indices:
             return {}, torch.zeros(0, device=self._skipped.device)
-        double = all(grad.dtype == torch.float64 for grad in rows.grad_A + rows.grad_B)
-        dtype = torch.float64 if double else torch.float32
-        norm_A, norm_B = (
-            torch.stack(torch._foreach_norm(list(grads), 2, dtype))
+        norm_A, norm_B = (  # in float32 the squares of tiny gradients are zero
+            torch.stack(torch._foreach_norm(list(grads), 2, torch.float64))
             for grads in (rows.grad_A, rows.grad_B)
         )
         norms = torch.hypot(norm_A, norm_B)
@@ -272,7 +272,8 @@ class LoRASAM(TwoGradients):
             i = rows.indices[row]
             for factor, index in self._target_of[i].items():
                 grad = (rows.grad_A if factor == "A" else rows.grad_B)[row]
-                delta = torch.where(ok, grad * scale[row], 0).to(grad.dtype)
+                wide = torch.promote_types(grad.dtype, torch.float32)
+                delta = torch.where(ok, grad.to(wide) * scale[row].to(wide), 0).to(grad.dtype)
                 _put(deltas, index, self.pairs[i], factor, targets[index], delta)
         return deltas, norms
 

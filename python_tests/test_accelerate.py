@@ -195,3 +195,12 @@ def test_saved_state_resumes_bit_exact(precision: str, fused: bool, tmp_path: Pa
     assert_same_bits(weights(other), clean)
     accelerated_loop(engine, other, resumed, range(5, 10))
     assert_same_bits(everything(other, resumed), everything(whole, uninterrupted))
+
+
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+def test_a_base_that_was_prepared_already_is_refused(create: Any) -> None:
+    """It would skip the steps of micro-batches, of which the wrapper around it knows nothing."""
+    model = lora_mlp(torch.float32)
+    base = accelerator().prepare(torch.optim.SGD(trainable(model), lr=0.1))
+    with pytest.raises(TypeError, match=r"base: .* before accelerator\.prepare, got .*Accelerated"):
+        type(create(model, torch.optim.SGD, lr=0.1))(model, base)

@@ -60,6 +60,50 @@ def averages_of(optimizer: EFlatLoRA) -> dict[str, Tensor]:
     return {name: average.clone() for name, average in optimizer.averages.items()}
 
 
+@pytest.mark.proves("LoRA layers", "layers that are frozen during training are not perturbed")
+@both_sides
+def test_layers_that_are_frozen_meanwhile_are_not_perturbed(onto: str) -> None:
+    """Their averages would never change again."""
+    model, optimizer = adapted(onto)
+    train(model, optimizer, DATA[:3])
+    frozen = optimizer.pairs[0]
+    for parameter in (frozen.parameter_A, frozen.parameter_B):
+        parameter.requires_grad_(False)
+    optimizer.zero_grad()
+    before, averages = weights(model), averages_of(optimizer)
+    loss_of(model, DATA[3]).backward()
+    moved = {n: not same_bits(value, before[n]) for n, value in weights(model).items()}
+    assert optimizer._weights.applied
+    assert not any(moved[n] for n in moved if n.startswith(frozen.layer_name))
+    other = optimizer.pairs[1].layer_name
+    assert any(moved[n] for n in moved if n.startswith(other))
+    optimizer.step()
+    assert {
+        n for n, average in averages_of(optimizer).items() if not same_bits(average, averages[n])
+    }
+    for parameter in (frozen.parameter_A, frozen.parameter_B):
+        parameter.requires_grad_(True)
+    loss_of(model, DATA[4]).backward()
+    assert any(
+        not same_bits(value, before[n])
+        for n, value in weights(model).items()
+        if n.startswith(frozen.layer_name)
+    )
+
+
+def test_a_factor_that_is_frozen_meanwhile_is_not_perturbed_onto_both() -> None:
+    model, optimizer = adapted("both")
+    train(model, optimizer, DATA[:3])
+    for pair in optimizer.pairs:
+        pair.parameter_A.requires_grad_(False)
+    optimizer.zero_grad()
+    before = weights(model)
+    loss_of(model, DATA[3]).backward()
+    for name, value in weights(model).items():
+        if "lora_" in name:
+            assert same_bits(value, before[name]) == ("lora_A" in name)
+
+
 @pytest.mark.proves(
     "LoRA layers",
     "an adapter added during training: trained as a group, perturbed by a new optimizer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import batches, lora_mlp, same_bits, train_on
+from models import CREATE, batches, lora_mlp, same_bits, train_on, trainable
 from torch import nn
 
 from eflat_ext.optimizers import create_eflat_optimizer
@@ -28,6 +28,19 @@ def test_a_model_may_change_its_type(onto: str, to: torch.dtype) -> None:
     train(model, optimizer, 2)
     assert int(optimizer.skipped_perturbations) == 0
     assert all(not same_bits(x.float(), old[name]) for name, x in optimizer.averages.items())
+
+
+@pytest.mark.parametrize("method", CREATE)
+def test_gradients_may_be_of_another_type_than_their_parameters(method: str) -> None:
+    """As ``grad_dtype`` has it; the base optimizer has to take them, too."""
+    model = lora_mlp(torch.bfloat16)
+    for parameter in trainable(model):
+        parameter.grad_dtype = torch.float32
+    optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=0.3)
+    train(model, optimizer, 2)
+    assert next(p for p in trainable(model)).grad.dtype == torch.float32
+    assert int(optimizer.skipped_perturbations) == 0
+    assert all(bool(norm > 0) for norm in optimizer.perturbation_norms.values())
 
 
 def test_factor_that_is_not_contiguous() -> None:

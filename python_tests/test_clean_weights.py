@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import assert_same_bits, lora_gpt2, weights
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -140,6 +142,33 @@ def test_an_adapter_made_of_others_is_made_of_clean_weights(method: str) -> None
             copied = now[name.replace(".default", ".copy")]
             # Each factor takes the root of the weight times the scaling.
             torch.testing.assert_close(copied / copied.norm(), clean[name] / clean[name].norm())
+
+
+def low_rank(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    peft.save_as_lora(folder, model, rank=2)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def fewer_intruders(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    reduce_intruder_dimension(model, "default", "reduced", logging_sink=lambda *_: None)
+    return {name: value for name, value in weights(model).items() if "reduced" in name}
+
+
+@pytest.mark.parametrize("make", [low_rank, fewer_intruders])
+@every_method
+def test_what_peft_makes_of_a_layers_delta_is_made_of_clean_weights(
+    method: str, make: Callable, tmp_path: Path
+) -> None:
+    found = []
+    for perturbed in (True, False):
+        model, optimizer, _ = trained(method)
+        if perturbed:
+            mid_accumulation(model, optimizer)
+        assert optimizer._weights.applied == perturbed
+        torch.manual_seed(0)
+        found.append(make(model, tmp_path / str(perturbed)))
+    assert found[0]
+    assert_same_bits(*found)
 
 
 def merged_reference(clean: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,9 +36,11 @@ def target(pair: Any, onto: str) -> Tensor:
 
 
 def delta(pair: Any) -> Tensor:
-    """What PEFT says the adapter adds to the layer's weight, as a matrix."""
-    with torch.no_grad():
-        return weight_matrix(pair.layer, pair.layer.get_delta_weight(pair.adapter))
+    """What PEFT says the adapter adds to the layer's weight now, perturbed or not, as a matrix."""
+    with torch.no_grad():  # of the class: the layer's own restores first
+        return weight_matrix(
+            pair.layer, type(pair.layer).get_delta_weight(pair.layer, pair.adapter)
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Losses by other methods than ``forward``, which no hook sees: ``optimizer.train()`` perturbs."""
+"""Passes that enter by other methods than ``forward``, or are computed again in a backward pass."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from models import CREATE, Mlp, assert_same_bits, batches, weights
 from peft import LoraConfig, get_peft_model
 from perturbed_case import Case, X
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eflat_ext.optimizers import create_eflat_optimizer
 
@@ -62,10 +63,12 @@ def by_context(model: nn.Module, optimizer: Any) -> None:
 RESTORED = [None, by_evaluation, by_optimizer, by_merging, by_context]
 
 
+@pytest.mark.proves("Plain loops", "losses and evaluations by other methods than `forward`")
+@pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("restored", RESTORED)
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
-def test_one_gradient(onto: str, restored: Callable | None, set_to_none: bool) -> None:
+def test_one_gradient(onto: str, restored: Callable | None, set_to_none: bool, told: bool) -> None:
     """The steps are those of forward passes, whatever restored the weights before them."""
     runs = []
     for by in ("forward", "features"):
@@ -76,7 +79,7 @@ def test_one_gradient(onto: str, restored: Callable | None, set_to_none: bool) -
             for batch in DATA:
                 optimizer.zero_grad(set_to_none)
                 for _ in range(2):  # micro-batches
-                    if by == "features":
+                    if by == "features" and told:
                         optimizer.train()
                     loss_of(model, batch, by).backward()
                     if restored is not None:
@@ -120,7 +123,7 @@ def test_two_gradients(method: str, calls: str, restored: Callable | None) -> No
 
 
 @pytest.mark.parametrize("dropped", ["first", "before backward"])
-@pytest.mark.parametrize("mistake", ["eval mode", "clean", "train too late"])
+@pytest.mark.parametrize("mistake", ["eval mode", "clean"])
 @pytest.mark.parametrize("method", CREATE)
 def test_who_takes_a_clean_gradient_is_still_told(method: str, mistake: str, dropped: str) -> None:
     """Trainer calls ``train`` before every micro-batch, whatever comes then."""
@@ -137,14 +140,12 @@ def test_who_takes_a_clean_gradient_is_still_told(method: str, mistake: str, dro
         optimizer.first_step(zero_grad=False)
     if dropped == "first":
         optimizer.base.zero_grad()
-    optimizer.eval() if mistake == "train too late" else optimizer.train()
+    optimizer.train()
     model.train(mistake != "eval mode")
     with optimizer.clean() if mistake == "clean" else nullcontext():
         loss = loss_of(model, DATA[1], "forward" if mistake == "eval mode" else "features")
         optimizer.base.zero_grad()
         loss.backward()
-    if mistake == "train too late":
-        optimizer.train()
     assert optimizer._weights.applied == (mistake != "eval mode")
     with pytest.warns(UserWarning, match="without the perturbation"):
         optimizer.step()
@@ -155,8 +156,8 @@ def test_gradients_of_passes_without_a_hook() -> None:
     case = Case()
     parameter = case.inner.up.weight
 
-    def backward() -> None:
-        case.inner.up(X).sum().backward()
+    def backward() -> None:  # which calls no module
+        nn.functional.linear(X, parameter).sum().backward()
 
     def dropped() -> None:
         parameter.grad = None
@@ -194,6 +195,136 @@ def test_gradients_of_passes_without_a_hook() -> None:
     assert not case.weights.visited
 
 
+@pytest.mark.parametrize("method", CREATE)
+def test_evaluations_by_other_methods_are_clean(method: str) -> None:
+    model = two_ways()
+    optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
+    features = model.base_model.model.features
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        loss_of(model, DATA[1], "forward").backward()
+
+    optimizer.step(backward)
+    expected = copy.deepcopy(model.state_dict())
+    clean = features(DATA[0][0]) if method != "eflat" else None
+    backward()
+    if method != "eflat":
+        optimizer.first_step()
+        backward()
+    assert optimizer._weights.applied
+    model.eval()
+    with torch.no_grad():
+        outputs = features(DATA[0][0])
+        assert not optimizer._weights.applied and torch.equal(outputs, features(DATA[0][0]))
+        assert clean is None or torch.equal(outputs, clean)
+    assert_same_bits({n: p for n, p in model.state_dict().items()}, expected)
+
+
+def in_part_mode(model: nn.Module) -> None:
+    model.base_model.model.down.eval()
+
+
+@pytest.mark.parametrize("method", CREATE)
+def test_a_layer_in_eval_mode_within_a_training_pass_stays_perturbed(method: str) -> None:
+    """Some freeze a layer's dropout while the model trains: that is no evaluation."""
+    runs = []
+    for part in (False, True):
+        model = two_ways()  # without dropout, so that the mode changes nothing else
+        if part:
+            in_part_mode(model)
+        optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
+        for batch in DATA:
+
+            def closure(batch: Any = batch, model: Any = model, optimizer: Any = optimizer) -> None:
+                optimizer.zero_grad()
+                loss_of(model, batch).backward()
+
+            optimizer.step(closure)
+        runs.append(weights(model))
+    assert_same_bits(*runs)
+
+
+class Checkpointed(TwoWays):
+    """Computes its layers again in the backward pass."""
+
+    reentrant = False
+
+    def features(self, x: Tensor) -> Tensor:
+        def layers(x: Tensor) -> Tensor:
+            return torch.tanh(self.down(torch.tanh(self.up(x))))
+
+        return self.head(checkpoint(layers, x, use_reentrant=self.reentrant))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+
+@pytest.mark.proves(
+    "Plain loops", "gradient checkpointing, with an evaluation before the backward pass"
+)
+@pytest.mark.parametrize("restored", [by_evaluation, by_optimizer, by_merging, by_context])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", CREATE)
+def test_what_is_computed_again_is_perturbed_as_it_was(
+    method: str, reentrant: bool, restored: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without checkpoints, autograd refuses weights that changed before the backward pass."""
+    monkeypatch.setattr(Checkpointed, "reentrant", reentrant)
+    found = []
+    for between in (None, restored):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["up", "down"], modules_to_save=["head"])
+        model = get_peft_model(Checkpointed(), config).double().train()
+        optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
+
+        def backward(batch: Any, then: Any = None, model: Any = model, it: Any = optimizer) -> None:
+            it.zero_grad()
+            x = batch[0].clone().requires_grad_()
+            loss = nn.functional.cross_entropy(model(x), batch[1])
+            if then is not None:
+                then(model, it)
+            loss.backward()
+
+        for batch in DATA[:3]:
+            optimizer.step(lambda batch=batch, backward=backward: backward(batch))
+        backward(DATA[3])
+        if method != "eflat":
+            optimizer.first_step()
+        backward(DATA[3], between if between is not by_merging else by_merging_alone)
+        assert optimizer._weights.applied
+        optimizer.step()
+        found.append(weights(model))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-12, atol=1e-14)
+
+
+def by_merging_alone(model: nn.Module, optimizer: Any) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def test_a_clean_pass_that_is_computed_again_stays_clean() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["up", "down"], modules_to_save=["head"])
+    model = get_peft_model(Checkpointed(), config).double().train()
+    optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=1.0)
+    for batch in DATA:
+        optimizer.zero_grad()
+        loss_of(model, batch, "forward").backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    with optimizer.clean():
+        loss = loss_of(model, DATA[0], "forward")
+    loss.backward()  # computed again out of the context
+    assert not optimizer._weights.applied
+    found = model.base_model.model.up.lora_B["default"].weight.grad.clone()
+    optimizer.remove_hooks()
+    optimizer.zero_grad()
+    loss_of(model, DATA[0], "forward").backward()
+    assert torch.equal(found, model.base_model.model.up.lora_B["default"].weight.grad)
+
+
 @pytest.mark.parametrize("came", [False, True])
 def test_a_compiled_pass_tells_whether_a_gradient_came(came: bool) -> None:
     torch._dynamo.reset()
@@ -205,7 +336,7 @@ def test_a_compiled_pass_tells_whether_a_gradient_came(came: bool) -> None:
         case.weights.perturb()
         case.weights.watch_gradients()
         if came:
-            case.inner.up(X).sum().backward()
+            nn.functional.linear(X, case.inner.up.weight).sum().backward()
         assert torch.equal(evaluate(X), expected)
         case.assert_clean()
         assert case.weights.visited == came

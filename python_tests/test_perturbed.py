@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Mlp, assert_same_bits, same_bits, weights
+from models import CREATE, Mlp, assert_same_bits, batches, lora_mlp, same_bits, train_on, weights
 from perturbed_case import NAMES, Case, Owner, X, add_one
 from torch import Tensor, nn
 
@@ -61,14 +61,22 @@ def test_a_call_may_enter_at_an_inner_module() -> None:
     case.assert_clean()
 
 
-def test_a_target_owner_alone_decides_nothing() -> None:
-    """Gradient checkpointing runs layers again in the backward pass, whatever the mode is then."""
-    model, owner = Mlp(), Owner()
+def test_a_layer_that_a_backward_pass_runs_again_restores_nothing() -> None:
+    """As gradient checkpointing does, whatever the mode is then."""
+    model, owner, applied = Mlp(), Owner(), []
     held = PerturbedWeights(model, [(model.up, "weight")], add_one, owner)
-    model(X)
+    outputs = model(X)
     model.eval()
-    model.up(X)
-    assert held.applied
+
+    def again(_: Tensor) -> None:
+        model.up(X)
+        applied.append(held.applied)
+
+    outputs.register_hook(again)
+    outputs.sum().backward()
+    assert applied == [True]
+    model.up(X)  # but an evaluation of the layer alone does
+    assert not held.applied
 
 
 def test_hooks_of_others_find_the_perturbation_in_place() -> None:
@@ -369,3 +377,31 @@ def test_a_functional_call_leaves_the_callers_tensors_alone() -> None:
     assert not case.weights.visited
     case.model(X)
     case.assert_perturbed()
+
+
+@pytest.mark.parametrize("method", CREATE)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_functional_call_leaves_a_teachers_parameters_alone(method: str, before: bool) -> None:
+    """Those of a moving average of the weights, say; the student's own are perturbed as ever."""
+    model = lora_mlp()
+    optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
+    train_on(model, optimizer, batches(2))
+    teacher = {
+        name: nn.Parameter(p.detach() + 0.1, requires_grad=False)
+        for name, p in model.named_parameters()
+    }
+    held = {name: p.clone() for name, p in teacher.items()}
+    x = batches(1)[0][0]
+    with torch.no_grad():
+        expected = torch.func.functional_call(model.eval(), teacher, (x,))
+        model.train()
+        clean = optimizer.base.param_groups[0]["params"][1].clone()
+        for order in ("teacher", "student") if before else ("student", "teacher"):
+            if order == "student":
+                model(x)
+            else:
+                assert torch.equal(torch.func.functional_call(model, teacher, (x,)), expected)
+    assert_same_bits(teacher, held)
+    assert optimizer._weights.applied == (method == "eflat")
+    moved = not torch.equal(optimizer.base.param_groups[0]["params"][1], clean)
+    assert moved == (method == "eflat")

@@ -178,6 +178,138 @@ def test_out_of_memory_starts_anew_with_smaller_batches(at: int, tmp_path: Path)
     assert_same_bits(run.seen[0][-1], run.seen[at + 1][-1])  # at clean weights
 
 
+class Buffering(Trainer):
+    """Draws the inputs of a whole step at once and counts through them, as TRL's GRPOTrainer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._step, self.draws, self.fail_at = 0, 0, -1
+        self.used: list[tuple[int, dict[str, Tensor]]] = []
+        super().__init__(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.model.training:
+            return super()._prepare_inputs(inputs)
+        if self._step % 2 == 0:
+            self.draws += 1
+            tokens = torch.randint(0, 40, (2, 4, 8))
+            self.buffer = [{"input_ids": rows, "labels": rows.clone()} for rows in tokens]
+        return self.buffer[self._step % 2]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._step += 1
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self.used.append((self._step, dict(inputs)))
+            if len(self.used) - 1 == self.fail_at:
+                raise KeyboardInterrupt
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class PerturbingBuffering(ours.PerturbationMixin, Buffering):
+    pass
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])  # which takes the labels out of the buffer
+def test_inputs_are_drawn_once_for_both_passes(smoothing: float, tmp_path: Path) -> None:
+    args = arguments(
+        tmp_path, label_smoothing_factor=smoothing, eval_strategy="steps", eval_steps=1
+    )
+    run = make(lora_gpt2(), args, ours.flat_optimizer, PerturbingBuffering)
+    run.train()
+    assert (run.draws, run._step, len(run.used)) == (5, 10, 20)
+    for step in range(5):
+        first, second = run.used[4 * step : 4 * step + 2], run.used[4 * step + 2 : 4 * step + 4]
+        assert [count for count, _ in first] == [2 * step, 2 * step + 1]
+        for (count, inputs), (count_again, inputs_again) in zip(first, second, strict=True):
+            assert count == count_again and "labels" in inputs
+            assert_same_bits(inputs, inputs_again)
+        assert not same_bits(first[0][1]["input_ids"], first[1][1]["input_ids"])
+
+
+@pytest.mark.parametrize("at", [4, 6, 7])  # in the first pass, in the second over each micro-batch
+def test_an_error_puts_the_count_back(at: int, tmp_path: Path) -> None:
+    run = make(lora_gpt2(), arguments(tmp_path), ours.flat_optimizer, PerturbingBuffering)
+    run.fail_at = at
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run._step == (2 if at == 4 else 4)
+    assert "_prepare_inputs" not in vars(run)
+    run.train()
+    assert len(run.used) == at + 1 + 20
+
+
+class Drawing(PerturbingTrainer):
+    """Draws tokens whenever inputs are prepared, which the loss asks for a second time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.used: list[tuple[Tensor, Tensor]] = []
+        self.calls = [1] * 20
+        super().__init__(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        drawn = torch.randint(0, 40, inputs["labels"].shape)
+        return {"labels": inputs["labels"], "drawn": ({"tokens": [drawn]},)}
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        again = [self._prepare_inputs(inputs) for _ in range(self.calls[len(self.used)])]
+        tokens = [batch.pop("drawn")[0].pop("tokens").pop() for batch in (inputs, *again)]
+        self.used.append((tokens[0], tokens[-1]))
+        return super().compute_loss(model, {"input_ids": tokens[-1], **inputs}, *args, **kwargs)
+
+
+class Nested(Drawing):
+    """Prepares inputs within preparing them."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if "input_ids" in inputs:
+            return self._prepare_inputs({"labels": inputs["labels"]})
+        return super()._prepare_inputs(inputs)
+
+
+@pytest.mark.parametrize("cls", [Drawing, Nested])
+def test_inputs_are_prepared_twice_in_a_micro_batch(cls: type, tmp_path: Path) -> None:
+    run = make(lora_gpt2(), arguments(tmp_path), ours.flat_optimizer, cls)
+    run.train()
+    assert len(run.used) == 20
+    for at in (0, 1, 4, 5, 8, 9, 12, 13, 16, 17):
+        first, second = run.used[at], run.used[at + 2]
+        assert not same_bits(*first)
+        assert same_bits(first[0], second[0]) and same_bits(first[1], second[1])
+
+
+class Direct(Trainer):
+    """Its steps take the inputs as they come."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class PerturbingDirect(ours.PerturbationMixin, Direct):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("cls", "calls"),
+    [(PerturbingDirect, None), (Drawing, [0, 0, 1, 0]), (Drawing, [0, 1, 0, 0])],
+    ids=["never", "more in the second pass", "fewer in the second pass"],
+)
+def test_inputs_that_may_differ_are_refused(cls: type, calls: Any, tmp_path: Path) -> None:
+    model = lora_gpt2()
+    before = weights(model)
+    run = make(model, arguments(tmp_path), ours.flat_optimizer, cls)
+    run.calls = calls
+    with pytest.raises(RuntimeError, match=r"PerturbationMixin.*_prepare_inputs"):
+        run.train()
+    assert_same_bits(weights(model), before)
+    assert run.state.global_step == 0
+
+
 @pytest.mark.proves(
     "Hugging Face Trainer", "logs the perturbation's norm and how many were skipped"
 )

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: with one gradient and with two, resumed, and making the PEFT model itself."""
+"""TRL's trainers: SFT resumed and making the PEFT model itself; completions, generated once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import assert_same_bits, lora_gpt2, weights
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from trainer_case import HANDS_OVER_THE_MODEL, Sentences, arguments, own
 
 from eflat_ext import trainer as ours
-from eflat_ext.optimizers import EFlatLoRA
+from eflat_ext.optimizers import EFlatLoRA, create_flat_optimizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
@@ -25,23 +26,26 @@ class Sft(ours.PerturbationMixin, trl.SFTTrainer):
     pass
 
 
-def make_sft(model: nn.Module, args: Any, hook: Callable, cls: type = Sft, **options: Any) -> Any:
-    from tokenizers import Tokenizer, models
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 40)}}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
+    whole_words = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    whole_words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=whole_words, pad_token="<pad>", eos_token="<eos>"
     )
+
+
+def make_sft(model: nn.Module, args: Any, hook: Callable, cls: type = Sft, **options: Any) -> Any:
     return cls(
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(
             [{"input_ids": row["input_ids"].tolist()} for row in Sentences()]
         ),
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
         optimizer_cls_and_kwargs=hook(args, rho=0.2, model=None if HANDS_OVER_THE_MODEL else model),
         **options,
     )
@@ -77,3 +81,68 @@ def test_sft_trainer_makes_the_peft_model(tmp_path: Path) -> None:
     run.train()
     assert isinstance(own(run), EFlatLoRA) and len(own(run).pairs) == 2
     assert all(bool(average.any()) for average in own(run).averages.values())
+
+
+@pytest.mark.proves(
+    "Hugging Face Trainer",
+    "TRL's GRPOTrainer and RLOOTrainer: both gradients of a step on the same completions",
+)
+@pytest.mark.parametrize("iterations", [1, 2])  # steps that train on the same completions
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_both_passes_train_on_the_same_completions(
+    method: str, iterations: int, tmp_path: Path
+) -> None:
+    """And no more of them are generated than with one gradient."""
+    base = getattr(trl, f"{method}Trainer")
+    generations: list[list[str]] = []
+    seen: list[Tensor] = []
+
+    class Recorder(base):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(inputs["completion_ids"].clone())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class Flat(ours.PerturbationMixin, Recorder):
+        pass
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        generations.append(completions)
+        return [float(len(set(text.split()))) for text in completions]
+
+    def train(cls: type, **options: Any) -> None:
+        generations.clear()
+        seen.clear()
+        args = arguments(
+            tmp_path,
+            getattr(trl, f"{method}Config"),
+            num_generations=2,
+            num_iterations=iterations,
+            max_completion_length=6,
+            max_steps=4,
+            beta=0.0,
+        )
+        model = lora_gpt2()
+        if cls is Flat:
+            options["optimizers"] = (create_flat_optimizer(model, torch.optim.AdamW, lr=0.1), None)
+        run = cls(
+            model=model,
+            args=args,
+            reward_funcs=reward,
+            train_dataset=datasets.Dataset.from_list(
+                [{"prompt": f"w{i} w{i + 1}"} for i in range(2, 34)]
+            ),
+            processing_class=tokenizer(),
+            **options,
+        )
+        run.train()
+        assert run._step == 4 * 2
+        assert len(generations) == 4 // iterations
+
+    train(Recorder)
+    plain = list(seen)
+    train(Flat)
+    assert len(plain) == 4 * 2 and len(seen) == 4 * 4
+    assert torch.equal(seen[0], plain[0]) and torch.equal(seen[1], plain[1])
+    for at in (0, 1, 4, 5, 8, 9, 12, 13):
+        assert torch.equal(seen[at], seen[at + 2])
+        assert at % 2 or not torch.equal(seen[at], seen[at + 1])

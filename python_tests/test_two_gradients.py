@@ -73,6 +73,43 @@ def test_a_skipped_second_step_is_not_forgotten_silently(create: Callable) -> No
         optimizer.first_step()
 
 
+def test_second_gradients_dropped_by_the_model_abandon_a_step_that_kept_the_first(
+    create: Callable,
+) -> None:
+    """A scaler's overflow: its ``step`` is skipped, and the next loop's ``zero_grad`` comes."""
+    model = lora_mlp()
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
+    clean = weights(model)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step(zero_grad=False)
+    model.zero_grad()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.zero_grad()
+    assert_same_bits(weights(model), clean)
+    loss_of(model, batches(1)[0]).backward()
+    assert_same_bits(weights(model), clean)
+    optimizer.first_step()
+
+
+def test_tiny_gradients_perturb_as_others_do(create: Callable) -> None:
+    """Their squares are zero in float32; what is there of them counts, up to its rounding."""
+    moved = []
+    for scale in (1.0, 1e-24):
+        model = lora_mlp(torch.float32)
+        optimizer = create(model, torch.optim.SGD, lr=0.1, rho=0.3)
+        for parameter in trainable(model):
+            parameter.grad = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            ).mul_(scale)
+        clean = weights(model)
+        optimizer.first_step()
+        moved.append({name: value - clean[name] for name, value in weights(model).items()})
+        assert int(optimizer.skipped_perturbations) == 0
+        optimizer.abandon_step()
+    for name, expected in moved[0].items():
+        torch.testing.assert_close(moved[1][name], expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("zero_grad", [True, False])
 def test_dropping_the_second_gradients_abandons_the_step(create: Callable, zero_grad: bool) -> None:
     model = lora_mlp()
