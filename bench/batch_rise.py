@@ -15,7 +15,8 @@ LoRA-SAM's radius along each of
                   data, an epoch old (bench/remembered.py)
 
 against the rise along the batch's own gradient now, without dropout. The tables give the share of
-that rise and the cosine, over a quarter of the training. A minute on one core for each run.
+that rise and the cosine, over quarters of the training and over all of it: sums of rises, so that
+batches which rise much count most. A minute on one core for each run.
 """
 
 from __future__ import annotations
@@ -117,23 +118,24 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
 
 
 def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and rows of each table: shares of the rise, and cosines, by quarter."""
+    """Title, header and rows of each table: shares of the rise and cosines, by part of training."""
     size = STEPS // QUARTERS
-    head = [f"steps {k * size + 1} to {(k + 1) * size}" for k in range(QUARTERS)]
+    parts = [range(k * size + 1, (k + 1) * size + 1) for k in range(QUARTERS)]
+    head = [f"steps {part[0]} to {part[-1]}" for part in parts] + ["all steps"]
     for examples in dict.fromkeys(row["examples"] for row in rows):
         runs = len({row["seed"] for row in rows if row["examples"] == examples})
         lines = []
         for name in DIRECTIONS:
             line = [name]
-            for k in range(QUARTERS):
-                part = [
+            for steps in (*parts, range(1, STEPS + 1)):
+                found = [
                     row
                     for row in rows
                     if (row["examples"], row["direction"]) == (examples, name)
-                    and (int(row["step"]) - 1) // size == k
+                    and int(row["step"]) in steps
                 ]
-                rise, own = (sum(float(row[c]) for row in part) for c in ("rise", "own rise"))
-                cosine = statistics.fmean(float(row["cosine"]) for row in part)
+                rise, own = (sum(float(row[c]) for row in found) for c in ("rise", "own rise"))
+                cosine = statistics.fmean(float(row["cosine"]) for row in found)
                 line.append(f"{rise / own:.2f} ({cosine:.2f})")
             lines.append(line)
         title = f"{examples} examples, share of the rise (cosine), {runs} seeds"

@@ -17,7 +17,7 @@ import torch
 from cases import CASES
 from floor import CARDS, floor
 from summary import load, step_times
-from tables import compared_cells, percent, plain, table, title
+from tables import STEP, compared_cells, percent, plain, step_rows, table, title
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -36,7 +36,7 @@ def _movies(results: Path) -> str:
             plain(task.estimate(method, "loss")),
             loss[method].verdict if method in loss else "",
             plain(task.estimate(method, "sharpness_worst")),
-            f"{times[method]:.2f}" if method in times else "",
+            f"{times[method]['step']:.2f}" if method in times else "",
         ]
 
     head = ["", "test accuracy, %", "over LoRA", "", "test loss", "", "sharpness", "time"]
@@ -114,11 +114,17 @@ def _accuracy(results: Path) -> str:
 
 
 def _step(results: Path) -> str:
-    rows = [
-        [title(x["method"]), f"{x['step']:.3f}", f"{x['peak_mib']:.0f}"]
-        for x in _json(results, "step")
-    ]
-    return table(["", "time of a step over LoRA's", "peak memory, MiB"], rows)
+    return table(STEP, step_rows(step_times(results)))
+
+
+def _fused_step(results: Path) -> str:
+    """The fused step over the same in parts, by the implementation of AdamW in these."""
+    rows = []
+    for threads in (1, 2):
+        found = {x["step"]: x["seconds"] for x in _json(results, f"fused_step_{threads}")}
+        over = [found["fused"] / found[f"unfused, {kind}"] for kind in ("foreach", "fused")]
+        rows.append([str(threads), *(f"{ratio:.2f}" for ratio in over)])
+    return table(["threads", "AdamW's foreach implementation", "AdamW's own `fused=True`"], rows)
 
 
 def _floor(results: Path) -> str:
@@ -140,6 +146,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "perturb_cpu": _perturb_cpu,
     "accuracy": _accuracy,
     "step": _step,
+    "fused_step": _fused_step,
     "floor": _floor,
 }
 

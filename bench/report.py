@@ -20,8 +20,20 @@ import estimate_quality
 import landscapes
 from readme_tables import README, renewed
 from report_figures import draw_figures
-from summary import BASELINE, LEVEL, Comparison, TaskResults, load, pooled, shared, step_times
-from tables import COMPARED, compared_cells, percent, plain, table, title
+from summary import (
+    BASELINE,
+    LEVEL,
+    LOST,
+    PUBLISHED,
+    Comparison,
+    TaskResults,
+    load,
+    pooled,
+    shared,
+    step_times,
+    verdicts,
+)
+from tables import COMPARED, STEP, compared_cells, percent, plain, step_rows, table, title
 
 from eflat_ext.results import Row
 
@@ -34,20 +46,35 @@ experiments are in bench/experiments/, and `python bench/experiment.py FILE --jo
 
 Figures are means over seeds ± one standard error. One seed means the same training sentences,
 batches, first weights and number of steps for all methods, so methods are compared with {baseline}
-seed by seed: mean difference, and p of a paired t-test with Holm's correction over the methods of a
-table. A method *wins* or *loses* where p < {level:g}, else it *ties*. Settings were chosen on
-a validation part with other seeds. The gap is test less training loss. Sharpness is the rise of
-the training loss in the full space of the adapted layers, in the worst direction and under random
-noise. Time is that of a step over {baseline}'s on the main job's batches, all methods in turn, from
-`python bench/step.py`; memory is the median ratio to {baseline} of the whole process's.
+seed by seed: mean difference, its 95 % interval by itself, and p of a paired t-test with Holm's
+correction over the methods of a table, not over tables. A method *wins* or *loses* where
+p < {level:g}, else it *ties*: no difference was shown, which is not that there is none. Where runs
+failed, the comparison is *incomplete*. Settings were chosen on a validation part with other seeds:
+the learning rate for {baseline} and full fine-tuning, each other method's radius at the rate chosen
+for {baseline}. The gap is test less training loss, small also where little was learnt. Sharpness is
+the rise of the loss on some training examples in the full space of the adapted layers, or of those
+that the experiment's file names, one step along the gradient and under random noise. Memory is the
+median ratio to {baseline} of the whole process's.
+"""
+
+POOLED = """\
+All tasks with tuning together, each counting once, with the mean of EFlat-LoRA as published over
+the same tasks; methods that ran on three tasks or more. Even tasks are not independent: those on
+movie reviews share training and test sentences.
+"""
+
+STEPS = """\
+A training step's time over {baseline}'s on the main job's batches, all methods in turn, and the
+peak of a process's memory, from `python bench/step.py`.
 """
 
 ESTIMATES = """\
-Against the true gradient of every adapted layer's whole weight, means over layers, of `python
-bench/estimate_quality.py`. Term A is what B's gradient tells, term B what A's does, mean their mean
-(equation 1), tangent both with what they share counted once; onto B and onto A are what equation
-(3) leaves of the mean, with its size over the radius asked for. Top share is the part of the true
-gradient's square in its first singular direction.
+Against the true gradient of every adapted layer's whole weight, means over layers, for one seed of
+each model, of `python bench/estimate_quality.py`. Term A is computed from B's gradient (it lies in
+the rows of A), term B from A's; *mean* averages the two as equation (1) does, tangent has both with
+what they share counted once; onto B and onto A are what equation (3) leaves of the mean, with its
+size over the radius asked for. Top share is the part of the true gradient's square in its first
+singular direction.
 """
 
 RISES = """\
@@ -71,7 +98,7 @@ def report(
     tasks: Sequence[TaskResults],
     estimates: Sequence[Row] = (),
     rises: Sequence[Row] = (),
-    times: Mapping[str, float] | None = None,
+    times: Mapping[str, Mapping[str, float]] | None = None,
     slices: bool = False,
 ) -> str:
     """The whole report as Markdown.
@@ -91,12 +118,15 @@ def report(
         parts += [_accuracy_table(task, "accuracy", "test accuracy"), _loss_table(task)]
         parts += [_accuracy_table(task, f"accuracy@{d}", f"accuracy on {d}") for d in task.tests()]
         parts += [
-            _cost_table(task, times or {}),
+            _cost_table(task),
             _correlation(task),
             _tuned_table(task),
             _failures(task),
         ]
         parts += [f"![{kind} of {task.name}]({path})" for kind, path in figure_paths(task).items()]
+    if times:
+        steps = STEPS.format(baseline=title(BASELINE))
+        parts += ["## The time of a step", steps, table(STEP, step_rows(times))]
     parts += _section(
         "The estimate of the full-space gradient", ESTIMATES, estimate_quality, estimates
     )
@@ -109,7 +139,9 @@ def report(
 def figure_paths(task: TaskResults) -> dict[str, str]:
     """The figures of a task, by what they show, relative to the report."""
     name = f"figures/{task.experiment}-{task.name}"
-    paths = {"Accuracy": f"{name}-accuracy.svg", "Tuning": f"{name}-tuning.svg"}
+    paths = {"Accuracy": f"{name}-accuracy.svg"}
+    if any(task.tuning_curve(method, "rho") for method in task.methods):
+        paths["Tuning"] = f"{name}-tuning.svg"
     if task.points("sharpness_worst", "gap"):
         paths["Sharpness and gap"] = f"{name}-sharpness.svg"
     return paths
@@ -124,11 +156,10 @@ KINDS = {
     "gap": "Gap",
     "sharpness_worst": "Worst-case sharpness",
 }
-VERDICTS = ("wins", "ties", "loses")
 
 
 def _overview(tasks: Sequence[TaskResults]) -> list[str]:
-    """Wins, ties and losses of each method over all tuned tasks and test sets, and the means."""
+    """Verdicts on each method over all tuned tasks and test sets, and the tasks' means."""
     tasks = [task for task in tasks if task.is_tuned()]
     counts: dict[str, dict[str, Counter[str]]] = {}
     for task in tasks:
@@ -137,35 +168,49 @@ def _overview(tasks: Sequence[TaskResults]) -> list[str]:
                 by_kind = counts.setdefault(method, {kind: Counter() for kind in KINDS})
                 by_kind[figure.split("@")[0]][comparison.verdict] += 1
     rows = [
-        [title(method), *(" / ".join(str(by_kind[kind][v]) for v in VERDICTS) for kind in KINDS)]
-        for method, by_kind in counts.items()
+        [title(m), *(" / ".join(str(by_kind[k][v]) for v in verdicts(k)) for k in KINDS)]
+        for m, by_kind in counts.items()
     ]
     if not rows:
         return []
-    over = f"How often a method {' / '.join(VERDICTS)} against {title(BASELINE)} over "
+    over = f"Verdicts on each method against {title(BASELINE)}, over "
     over += f"{_number(len(tasks), 'task')} with tuning and all their test sets:"
-    parts = ["## Overview", over, table(["", *KINDS.values()], rows)]
-    for figure, scale, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
-        means = [
-            [title(method), str(c.difference.count), *compared_cells(c, scale, digits)]
-            for method, c in pooled(tasks, figure).items()
-        ]
-        name = f"{KINDS[figure]} less {title(BASELINE)}'s" + (", points" if scale == 100 else "")
-        parts += [f"{name}, over all runs of these tasks:", table(["", "runs", *COMPARED], means)]
-    return parts
+    head = [f"{name}: {' / '.join(verdicts(kind))}" for kind, name in KINDS.items()]
+    parts = ["## Overview", over, table(["", *head], rows)]
+    means = [part for figure in ("accuracy", "loss") for part in _pooled(tasks, figure)]
+    return [*parts, POOLED, *means] if means else parts
+
+
+def _pooled(tasks: Sequence[TaskResults], figure: str) -> list[str]:
+    """The table of all tasks' mean differences in a figure."""
+    scale, digits, unit = (100, 2, ", points") if figure == "accuracy" else (1, 4, "")
+    rows = []
+    for method, found in pooled(tasks, figure).items():
+        published = "" if found.published is None else f"{scale * found.published:+.{digits}f}"
+        counts = [str(found.comparison.difference.count), str(found.runs)]
+        cells = compared_cells(found.comparison, scale, digits)
+        rows.append([title(method), *counts, *cells, published])
+    head = ["", "tasks", "runs", *COMPARED, f"{title(PUBLISHED)}'s on these tasks"]
+    return [f"{KINDS[figure]} less {title(BASELINE)}'s{unit}:", table(head, rows)] if rows else []
 
 
 def _correlations(tasks: Sequence[TaskResults]) -> list[str]:
     """How far sharpness tells the gap of the runs with an adapter, task by task."""
     rows = []
     for task in tasks:
-        found = [task.correlation(f"sharpness_{k}", "gap", "full") for k in ("worst", "random")]
+        found = [
+            task.correlation(f"sharpness_{kind}", "gap", "full", within)
+            for kind in ("worst", "random")
+            for within in (False, True)
+        ]
         if any(found):
             cells = [f"{c[0]:.2f} ({c[1]:.2f} to {c[2]:.2f})" if c else "" for c in found]
             rows.append([task.name, str(next(c[3] for c in found if c)), *cells])
     words = "Correlation of sharpness with the gap over the final runs of adapters, and its 95 % "
-    head = ["", "runs", "worst case", "random noise"]
-    return [words + "interval:", table(head, rows)] if rows else []
+    words += "interval as if runs were independent; within methods, of the differences from each "
+    words += "method's means:"
+    head = ["", "runs", "worst case", "within methods", "random noise", "within methods"]
+    return [words, table(head, rows)] if rows else []
 
 
 def _compared(task: TaskResults) -> list[str]:
@@ -183,7 +228,8 @@ def _sentences(task: TaskResults) -> str:
     for figure in _compared(task):
         kind, _, data = figure.partition("@")
         if comparisons := task.comparisons(figure):
-            groups = [_group(comparisons, verdict, kind) for verdict in VERDICTS]
+            words = [*verdicts(kind), *({LOST} & {c.verdict for c in comparisons.values()})]
+            groups = [_group(comparisons, word, kind) for word in words]
             where = f" on {data}" if data else ""
             against = f"{KINDS[kind]}{where} against {title(BASELINE)}"
             lines.append(f"* {against} — {'; '.join(groups)}.")
@@ -263,19 +309,22 @@ def _loss_table(task: TaskResults) -> str:
     return table(["", "test loss", *COMPARED, "training loss", "gap"], rows)
 
 
-def _cost_table(task: TaskResults, times: Mapping[str, float]) -> str:
+def _cost_table(task: TaskResults) -> str:
     rows = []
     for method in task.methods:
         sharp = [task.estimate(method, f"sharpness_{kind}") for kind in ("worst", "random")]
-        time, memory = times.get(method), task.ratio(method, "peak_memory_mib")
+        memory = task.ratio(method, "peak_memory_mib")
         parameters = task.estimate(method, "trainable_parameters")
         rows.append(
-            [title(method), *map(plain, sharp)]
-            + ["" if value is None else f"{value:.2f}" for value in (time, memory)]
-            + ["" if parameters is None else f"{parameters.mean:,.0f}"]
+            [
+                title(method),
+                *map(plain, sharp),
+                "" if memory is None else f"{memory:.2f}",
+                "" if parameters is None else f"{parameters.mean:,.0f}",
+            ]
         )
     head = ["", "worst-case sharpness", "random-noise sharpness"]
-    return table([*head, "relative time", "relative memory", "trained numbers"], rows)
+    return table([*head, "relative memory", "trained numbers"], rows)
 
 
 def _tuned_table(task: TaskResults) -> str:

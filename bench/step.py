@@ -1,11 +1,13 @@
 """What a training step costs: every method of the main table against plain LoRA.
 
-    python bench/step.py [--steps 60] [--methods NAME ...] [--json FILE] [--plot FILE]
+    python bench/step.py [--runs 3] [--steps 40] [--methods NAME ...] [--json FILE] [--plot FILE]
 
 The methods are those of bench/experiments/movies_256.yaml, on the sentences and batches of the main
 job. Every method takes its step on the same batch, one after another, round by round, so that the
-machine's mood is the same for all of them; the table gives medians of the ratio to plain LoRA's
-step in the same round. Peak memory is the resident set of a process of its own per method.
+machine's mood is the same for all of them; a run's figure is the median of the ratio to plain
+LoRA's step in the same round. How a process happens to lie in memory shifts that by several
+percent, so each run is a process of its own, and the table gives the median run, the least and the
+largest. Peak memory is the resident set of a process of its own per method.
 
 The floor: EFlat-LoRA's extra work beyond LoRA's is one pass over the factors and gradients,
 O((n + m) r^2) multiply-adds per pair, beside the O(n m) per token of the layer itself; Flat-LoRA
@@ -14,6 +16,7 @@ average, both float32.
 """
 
 import argparse
+import json
 import re
 import statistics
 import subprocess
@@ -84,14 +87,15 @@ def measure(methods, steps):
     return ratios, statistics.median(seconds["lora"])
 
 
+def in_a_process(*arguments):
+    """What this script's last line says when it is called so."""
+    command = [sys.executable, __file__, *arguments]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
 def peak_memory(method):
     """MiB of the largest resident set of a process that takes some steps of `method`."""
-    command = [sys.executable, __file__, "--peak-of", method]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return float(output.split()[-1])
-
-
-def print_peak(method):
     task = finetune.prepare(CONFIG)
     batches = first_batches(task, 8)
     step = stepper(task, method, batches)
@@ -99,7 +103,7 @@ def print_peak(method):
         step(i)
     # Not getrusage's maximum, which a new process takes over from its parent.
     status = Path("/proc/self/status").read_text()
-    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def plot(rows, path):
@@ -112,22 +116,42 @@ def plot(rows, path):
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
-    parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=("times", "peak"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak_of:
-        return print_peak(args.peak_of)
     methods = list(dict.fromkeys(["lora", *args.methods]))
-    ratios, seconds = measure(methods, args.steps)
-    rows = [
-        {"method": method, "step": ratios[method], "peak_mib": peak_memory(method)}
-        for method in methods
-    ]
-    print(f"{machine()}; LoRA's step: {seconds * 1e3:.0f} ms")
+    if args.measure == "times":
+        return print(json.dumps(measure(methods, args.steps)))
+    if args.measure == "peak":
+        return print(json.dumps(peak_memory(args.methods[0])))
+    call = ("--measure", "times", "--steps", str(args.steps), "--methods", *methods)
+    runs = [in_a_process(*call) for _ in range(args.runs)]
+    rows = []
+    for method in methods:
+        ratios = sorted(ratios[method] for ratios, _ in runs)
+        peak = in_a_process("--measure", "peak", "--methods", method)
+        rows.append(
+            {
+                "method": method,
+                "step": statistics.median(ratios),
+                "least": ratios[0],
+                "largest": ratios[-1],
+                "peak_mib": peak,
+            }
+        )
+    print(f"{machine()}; LoRA's step: {statistics.median(s for _, s in runs) * 1e3:.0f} ms")
     print_table(
-        ["method", "step / LoRA's step", "peak memory, MiB"],
-        [[row["method"], f"{row['step']:.3f}", f"{row['peak_mib']:.0f}"] for row in rows],
+        ["method", "step / LoRA's step", "least", "largest", "peak memory, MiB"],
+        [
+            [
+                row["method"],
+                *(f"{row[key]:.3f}" for key in ("step", "least", "largest")),
+                f"{row['peak_mib']:.0f}",
+            ]
+            for row in rows
+        ],
     )
     write_json(args.json, rows)
     if args.plot:

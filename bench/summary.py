@@ -2,7 +2,8 @@
 
 A method is compared with the baseline seed by seed, since both train on the same sentences in the
 same order from the same weights: a paired t-test of the differences. The tests of all methods on
-one task and figure are one family, corrected by Holm's method.
+one task and figure are one family, corrected by Holm's method. Over several tasks a task counts
+once: runs of one task share their data, and tell little of another.
 """
 
 from __future__ import annotations
@@ -11,16 +12,24 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import csv_rows
+import numpy as np
 from scipy import stats
 
 from eflat_ext.results import KEY, Row
 
 BASELINE = "lora"
+PUBLISHED = "eflat"
 LEVEL = 0.05
+TASKS = 3  # the fewest that are compared together
+VERDICTS = ("wins", "ties", "loses")
+# Of these neither a small nor a large value is a merit in itself.
+NEUTRAL = {"gap": ("smaller", "ties", "larger")}
+NEUTRAL |= {f"sharpness_{kind}": NEUTRAL["gap"] for kind in ("worst", "random")}
+LOST = "incomplete"
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,10 @@ class Comparison:
 
     Attributes:
         difference: the method's figure less the baseline's.
-        low, high: its 95 % confidence interval.
+        low, high: its 95 % confidence interval, of this comparison alone.
         p: two-sided, of the paired t-test, corrected by Holm's method.
-        verdict: "wins", "ties" or "loses" at the level :data:`LEVEL`.
+        verdict: one of :func:`verdicts` at the level :data:`LEVEL`; :data:`LOST` where runs failed
+            or have no finite value, since those that are left may be the easy ones.
     """
 
     difference: Estimate
@@ -48,6 +58,21 @@ class Comparison:
     high: float
     p: float
     verdict: str
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A method against the baseline over several tasks, each of which counts once.
+
+    Attributes:
+        comparison: of the tasks' mean differences.
+        runs: how many pairs of runs the tasks have.
+        published: the mean of EFlat-LoRA, as published, over the same tasks; None if it lacks one.
+    """
+
+    comparison: Comparison
+    runs: int
+    published: float | None
 
 
 @dataclass(frozen=True)
@@ -90,13 +115,7 @@ class TaskResults:
 
     def values(self, method: str, figure: str) -> dict[str, float]:
         """A figure of a method's final runs by seed; "gap" is test less training loss."""
-        found = {}
-        for row in self.runs(method):
-            if figure == "gap":
-                found[row["seed"]] = float(row["loss"]) - float(row["train_loss"])
-            elif row.get(figure):
-                found[row["seed"]] = float(row[figure])
-        return found
+        return {s: v for s, v in self._values(method, figure).items() if math.isfinite(v)}
 
     def estimate(self, method: str, figure: str) -> Estimate | None:
         """Mean and standard error of a figure over the seeds; None without a value."""
@@ -110,7 +129,11 @@ class TaskResults:
 
     def comparisons(self, figure: str) -> dict[str, Comparison]:
         """Every other method against the baseline; those with two common seeds at least."""
-        return _compare({m: self.differences(m, figure) for m in self.methods}, figure)
+        found = _compare({m: self.differences(m, figure) for m in self.methods}, figure)
+        lost = {m for m in self.methods if self._lost(m, figure)}
+        return {
+            m: replace(c, verdict=LOST) if lost & {m, BASELINE} else c for m, c in found.items()
+        }
 
     def differences(self, method: str, figure: str) -> list[float]:
         """A method's figure less the baseline's, for each seed that both have."""
@@ -143,19 +166,30 @@ class TaskResults:
         return [(value, _estimate(by_value[value])) for value in sorted(by_value)]
 
     def correlation(
-        self, x: str, y: str, without: str | None = None
+        self, x: str, y: str, without: str | None = None, within: bool = False
     ) -> tuple[float, float, float, int] | None:
         """Pearson's r of two figures over final runs, its 95 % interval, the number of runs.
 
         Args:
             without: a method whose runs are left out.
+            within: of the differences from each method's own means, so that what sets methods
+                apart does not count: the partial correlation, given the method.
         """
         points = [point for point in self.points(x, y) if point[0] != without]
-        if len(points) < 4 or any(len({p[k] for p in points}) == 1 for k in (1, 2)):
+        groups = [[p[1:] for p in points if p[0] == m] for m in dict.fromkeys(p[0] for p in points)]
+        if not within:
+            groups = [[pair for group in groups for pair in group]]
+        # Fisher's transformation; each mean taken off beyond the first costs a degree of freedom.
+        freedom = len(points) - len(groups) - 2
+        if freedom < 1:
             return None
-        result = stats.pearsonr(*zip(*[point[1:] for point in points], strict=True))
-        interval = result.confidence_interval(0.95)
-        return float(result.statistic), float(interval.low), float(interval.high), len(points)
+        a, b = np.concatenate([np.array(group) - np.mean(group, 0) for group in groups]).T
+        if np.allclose(a, 0, atol=1e-12) or np.allclose(b, 0, atol=1e-12):
+            return None
+        r = float(a @ b / math.sqrt((a @ a) * (b @ b)))
+        half = stats.norm.ppf(0.975) / math.sqrt(freedom)
+        middle = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r)))
+        return r, math.tanh(middle - half), math.tanh(middle + half), len(points)
 
     def points(self, x: str, y: str) -> list[tuple[str, float, float]]:
         """Method, x and y of every final run that has both."""
@@ -164,6 +198,18 @@ class TaskResults:
             xs, ys = self.values(method, x), self.values(method, y)
             points += [(method, xs[seed], ys[seed]) for seed in xs if seed in ys]
         return points
+
+    def _values(self, method: str, figure: str) -> dict[str, float]:
+        if figure == "gap":
+            loss, train = (self._values(method, name) for name in ("loss", "train_loss"))
+            return {seed: loss[seed] - train[seed] for seed in loss if seed in train}
+        return {row["seed"]: float(row[figure]) for row in self.runs(method) if row.get(figure)}
+
+    def _lost(self, method: str, figure: str) -> bool:
+        """Whether a final run failed or has no finite value."""
+        final = [r for r in self._rows if (r["method"], r["stage"]) == (method, "final")]
+        finite = all(map(math.isfinite, self._values(method, figure).values()))
+        return not finite or any(row["status"] != "ok" for row in final)
 
     def _paired(self, method: str, figure: str) -> list[tuple[float, float]]:
         own, baseline = self.values(method, figure), self.values(BASELINE, figure)
@@ -185,21 +231,45 @@ def shared(task: TaskResults, others: Sequence[TaskResults]) -> dict[str, list[s
     return found
 
 
-def pooled(tasks: Sequence[TaskResults], figure: str) -> dict[str, Comparison]:
-    """Every other method against the baseline over the runs of all tasks that have both."""
-    methods = dict.fromkeys(method for task in tasks for method in task.methods)
-    return _compare(
-        {m: [d for task in tasks for d in task.differences(m, figure)] for m in methods}, figure
-    )
+def pooled(tasks: Sequence[TaskResults], figure: str) -> dict[str, Pooled]:
+    """Every other method against the baseline over the tasks that have both, if there are three."""
+    differences: dict[str, dict[str, list[float]]] = {}
+    for task in tasks:
+        for method in task.methods:
+            if (found := task.differences(method, figure)) and method != BASELINE:
+                differences.setdefault(method, {})[f"{task.experiment} {task.name}"] = found
+    differences = {m: of_task for m, of_task in differences.items() if len(of_task) >= TASKS}
+    means = {
+        method: {task: statistics.fmean(found) for task, found in of_task.items()}
+        for method, of_task in differences.items()
+    }
+    published = means.get(PUBLISHED, {})
+    return {
+        method: Pooled(
+            comparison,
+            sum(map(len, differences[method].values())),
+            statistics.fmean(published[task] for task in means[method])
+            if means[method].keys() <= published.keys()
+            else None,
+        )
+        for method, comparison in _compare(
+            {method: list(of_task.values()) for method, of_task in means.items()}, figure
+        ).items()
+    }
 
 
-def step_times(folder: Path) -> dict[str, float]:
-    """The time of a step over the baseline's by method, as bench/step.py measured it in one run."""
+def verdicts(figure: str) -> tuple[str, str, str]:
+    """The words for a difference in a figure's better or smaller sense, none, and the other."""
+    return NEUTRAL.get(figure, VERDICTS)
+
+
+def step_times(folder: Path) -> dict[str, dict[str, float]]:
+    """By method, what bench/step.py measured of a step's time over the baseline's, and memory."""
     path = folder / "step.json"
     if not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return {one["method"]: one["step"] for one in found}
+    return {one.pop("method"): one for one in found}
 
 
 def load(folder: Path) -> list[TaskResults]:
@@ -238,8 +308,9 @@ def _compare(differences: dict[str, list[float]], figure: str) -> dict[str, Comp
     for (method, values), p in zip(found.items(), p_values, strict=True):
         estimate = _estimate(values)
         half = stats.t.ppf(0.975, estimate.count - 1) * estimate.error
-        better = (estimate.mean > 0) == larger_is_better
-        verdict = "ties" if p >= LEVEL else "wins" if better else "loses"
+        better, ties, worse = verdicts(figure)
+        good = (estimate.mean > 0) == larger_is_better
+        verdict = ties if p >= LEVEL else better if good else worse
         low, high = estimate.mean - half, estimate.mean + half
         comparisons[method] = Comparison(estimate, low, high, p, verdict)
     return comparisons

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from summary import Comparison, Estimate
 
@@ -61,6 +61,22 @@ def percent(estimate: Estimate | None) -> str:
 
 def plain(estimate: Estimate | None) -> str:
     return _with_error(estimate, 1, 4)
+
+
+STEP = ["", "time of a step over LoRA's", "least to largest run", "peak memory, MiB"]
+
+
+def step_rows(times: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Rows below :data:`STEP`, from :func:`summary.step_times`."""
+    return [
+        [
+            title(method),
+            f"{found['step']:.3f}",
+            f"{found['least']:.3f} to {found['largest']:.3f}",
+            f"{found['peak_mib']:.0f}",
+        ]
+        for method, found in times.items()
+    ]
 
 
 def _with_error(estimate: Estimate | None, scale: float, digits: int) -> str:

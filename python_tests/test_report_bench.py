@@ -3,11 +3,13 @@
 import csv
 import json
 import math
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -24,6 +26,7 @@ ACCURACY = {
     "flat": [0.70, 0.73, 0.70, 0.69, 0.73],
     "full": [0.60, 0.63, 0.60, 0.60, 0.62],
 }
+STEP = {"step": 1.017, "least": 0.99, "largest": 1.1, "peak_mib": 740.6}
 
 
 def row(stage, method, seed, tuned, **figures):
@@ -103,7 +106,7 @@ def test_differences_are_paired_and_tested(task):
     expected = [ordered[0] * 3, max(ordered[0] * 3, ordered[1] * 2), ordered[2]]
     for p, comparison in zip(raw, comparisons.values(), strict=True):
         assert comparison.p == pytest.approx(expected[ordered.index(p)])
-    assert [c.verdict for c in comparisons.values()] == ["wins", "ties", "loses"]
+    assert [c.verdict for c in comparisons.values()] == ["wins", "incomplete", "loses"]
     eflat = comparisons["eflat"]
     assert eflat.difference.mean == pytest.approx(0.044)
     interval = stats.ttest_rel(ACCURACY["eflat"], ACCURACY["lora"]).confidence_interval(0.95)
@@ -112,26 +115,68 @@ def test_differences_are_paired_and_tested(task):
     assert task.comparisons("loss")["full"].verdict == "loses"
 
 
-def test_differences_pooled_over_tasks_that_were_tuned(results, task):
-    rows = [r | {"task": "more"} for r in make_rows() if r["method"] in ("lora", "eflat")]
-    for r in rows:
-        if r["method"] == "eflat" and r["stage"] == "final":
-            r["accuracy"] = str(float(r["accuracy"]) - 0.1 * (1 + int(r["seed"])))
-    untuned = [r | {"task": "untuned"} for r in rows if r["stage"] == "final"]
-    write(results / "more.csv", rows)
-    write(results / "untuned.csv", untuned)
+def test_tasks_that_were_tuned_count_once_together(results, task):
+    def others(name, methods, shift, seeds):
+        rows = [r | {"task": name} for r in make_rows() if r["method"] in methods]
+        for r in rows:
+            if r["method"] == "eflat" and r["stage"] == "final":
+                r["accuracy"] = str(float(r["accuracy"]) - shift)
+        return [r for r in rows if r["stage"] == "tuning" or int(r["seed"]) < seeds]
+
+    more = others("more", ("lora", "eflat", "flat"), 0.1, 3)
+    write(results / "more.csv", more)
+    write(results / "most.csv", others("most", ("lora", "eflat"), 0.3, 5))
+    write(results / "untuned.csv", [r | {"task": "un"} for r in more if r["stage"] == "final"])
     tasks = summary.load(results)
-    assert [t.is_tuned() for t in tasks] == [True, True, False]
+    assert [t.is_tuned() for t in tasks] == [True, True, True, False]
+    assert set(summary.pooled(tasks[:2], "accuracy")) == set()  # of two tasks nothing is said
+    found = summary.pooled(tasks[:3], "accuracy")
+    assert set(found) == {"eflat"}
     own = [a - b for a, b in zip(ACCURACY["eflat"], ACCURACY["lora"], strict=True)]
-    both = [*own, *(d - 0.1 * (1 + k) for k, d in enumerate(own))]
-    comparison = summary.pooled(tasks[:2], "accuracy")["eflat"]
-    assert comparison.difference.count == 10
-    assert comparison.difference.mean == pytest.approx(sum(both) / 10)
-    raw = stats.ttest_1samp(both, 0).pvalue
-    assert comparison.p in [pytest.approx(k * raw) for k in (1, 2, 3)]
+    means = [sum(own) / 5, sum(own[:3]) / 3 - 0.1, sum(own) / 5 - 0.3]
+    comparison = found["eflat"].comparison
+    assert (comparison.difference.count, found["eflat"].runs) == (3, 13)
+    assert comparison.difference.mean == pytest.approx(sum(means) / 3)
+    assert comparison.p == pytest.approx(stats.ttest_1samp(means, 0).pvalue)
     overview = report.report(tasks).split("## words")[0]
-    assert "over 2 tasks with tuning" in overview
-    assert f"| EFlat-LoRA | 10 | {100 * comparison.difference.mean:+.2f}" in overview
+    assert "over 3 tasks with tuning" in overview
+    assert f"| EFlat-LoRA | 3 | 13 | {100 * comparison.difference.mean:+.2f}" in overview
+
+
+def test_methods_of_other_tasks_stand_beside_the_published_one_on_the_same(results):
+    rows = make_rows()
+    for name, shift in (("b", 0.1), ("c", 0.2), ("d", 0.4)):
+        kept = [r for r in make_rows() if name != "d" or r["method"] in ("lora", "eflat")]
+        rows += [
+            r | {"task": name, "accuracy": str(float(r["accuracy"]) - shift)}
+            if r["method"] == "eflat"
+            else r | {"task": name}
+            for r in kept
+        ]
+    write(results / "grid.csv", rows)
+    found = summary.pooled(summary.load(results), "accuracy")
+    assert found["eflat"].published == pytest.approx(found["eflat"].comparison.difference.mean)
+    assert found["eflat"].comparison.difference.mean == pytest.approx(0.044 - 0.7 / 4)
+    assert found["full"].published == pytest.approx(0.044 - 0.1)
+
+
+def test_no_verdict_where_runs_are_lost(results):
+    rows = make_rows()
+    for r in rows:
+        if (r["method"], r["stage"], r["seed"]) == ("eflat", "final", "2"):
+            r["sharpness_worst"] = "nan"
+    write(results / "grid.csv", rows)
+    (task,) = summary.load(results)
+    assert task.comparisons("accuracy")["eflat"].verdict == "wins"
+    assert task.comparisons("accuracy")["flat"].verdict == "incomplete"  # one run failed
+    sharpness = task.comparisons("sharpness_worst")
+    assert sharpness["eflat"].verdict == "incomplete" and sharpness["eflat"].difference.count == 4
+    assert all(math.isfinite(c.p) for c in sharpness.values())
+    assert task.comparisons("sharpness_worst")["full"].verdict == "larger"  # neither good nor bad
+    failed = row("final", "lora", 5, {"rho": 0.5}) | {"status": "failed", "error": "no"}
+    write(results / "grid.csv", [*rows, failed])
+    (task,) = summary.load(results)
+    assert {c.verdict for c in task.comparisons("accuracy").values()} == {"incomplete"}
 
 
 def test_pairing_is_by_seed_not_by_order(results):
@@ -226,15 +271,15 @@ def test_the_report_says_who_wins_and_shows_what_failed(results, task):
     (line,) = [x for x in lines if x.startswith("* Accuracy against LoRA")]
     assert line == (
         "* Accuracy against LoRA — wins: EFlat-LoRA (+4.40 points); "
-        "ties: Flat-LoRA (+0.00 points); loses: full fine-tuning (-10.00 points)."
+        "ties: none; loses: full fine-tuning (-10.00 points); incomplete: Flat-LoRA (+0.00 points)."
     )
     assert "* Accuracy on other against LoRA" in text
     assert "| EFlat-LoRA | 75.40 ± 0.93 | +4.40 ± 0.24 |" in text
     assert "1 run failed:" in text and "Flat-LoRA, rho 0.5, seed 5: RuntimeError: no luck" in text
     assert "over all 20 final runs" in text
-    assert "relative time" not in text and "| 1.00 | 1,234 |" in text
-    timed = report.report([task], times={"eflat": 1.017})
-    assert "| 1.02 | 1.00 | 1,234 |" in timed
+    assert "The time of a step" not in text and "| 1.00 | 1,234 |" in text
+    timed = report.report([task], times={"eflat": STEP})
+    assert "| EFlat-LoRA | 1.017 | 0.990 to 1.100 | 741 |" in timed
     assert "| EFlat-LoRA | rho 0.2 | 3 |  | 6 | 5 | 0 |" in lines
     assert "| LoRA | rho 0.5 | 3 | rho | 6 | 5 | 0 |" in lines
 
@@ -252,7 +297,34 @@ def test_runs_that_two_experiments_share_are_named_once(results, task):
 
 def test_correlations_of_all_tasks_stand_side_by_side(task):
     r, low, high, count = task.correlation("sharpness_worst", "gap", "full")
-    assert f"| words | {count} | {r:.2f} ({low:.2f} to {high:.2f}) |" in report.report([task])
+    text = report.report([task])
+    assert f"| words | {count} | {r:.2f} ({low:.2f} to {high:.2f}) |" in text
+    r, low, high, count = task.correlation("sharpness_worst", "gap", "full", within=True)
+    assert f"| {r:.2f} ({low:.2f} to {high:.2f}) |" in text
+
+
+def test_correlations_within_methods_leave_out_what_sets_methods_apart():
+    generator = random.Random(7)
+    rows, x, y, ones = [], [], [], []
+    for k, method in enumerate(("lora", "eflat", "flat")):
+        for seed in range(6):
+            noise = generator.gauss(0, 1)
+            x.append(10.0 * k + noise)
+            y.append(-20.0 * k + noise + generator.gauss(0, 0.3))
+            ones.append([float(k == j) for j in range(3)])
+            figures = {"sharpness_worst": x[-1], "loss": y[-1], "train_loss": 0.0}
+            rows.append(row("final", method, seed, {}, **figures))
+    task = summary.TaskResults("grid", "words", rows)
+    r, low, high, count = task.correlation("sharpness_worst", "gap")
+    plain = stats.pearsonr(x, y)
+    interval = plain.confidence_interval(0.95)
+    assert (r, low, high) == pytest.approx((plain.statistic, interval.low, interval.high))
+    within, low, high, count = task.correlation("sharpness_worst", "gap", within=True)
+    # The partial correlation: that of the residuals, given which method it is.
+    residuals = [v - np.array(ones) @ np.linalg.lstsq(ones, v, rcond=None)[0] for v in (x, y)]
+    assert within == pytest.approx(stats.pearsonr(*residuals).statistic)
+    assert r < -0.9 and within > 0.8 and low < within < high and count == 18
+    assert math.atanh(high) - math.atanh(low) == pytest.approx(2 * 1.959964 / math.sqrt(18 - 2 - 3))
 
 
 def test_words_may_be_tuned_as_numbers_are(results):
@@ -274,12 +346,12 @@ def test_the_command_writes_the_same_every_time_and_checks_it(results):
         command = [sys.executable, str(ROOT / "bench" / "report.py"), str(results), *options]
         return subprocess.run(command, capture_output=True, text=True)
 
-    steps = {"results": [{"method": "lora", "step": 1.0}, {"method": "eflat", "step": 1.017}]}
+    steps = {"results": [{"method": "eflat", **STEP}]}
     (results / "step.json").write_text(json.dumps(steps))
     assert run("--check").returncode == 1
     assert run().returncode == 0
     written = results.parent / "REPORT.md"
-    assert "| 1.02 | 1.00 | 1,234 |" in written.read_text()
+    assert "| EFlat-LoRA | 1.017 | 0.990 to 1.100 | 741 |" in written.read_text()
     figures = sorted((results.parent / "figures").iterdir())
     assert len(figures) == 3
     for figure in figures:
