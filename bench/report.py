@@ -174,7 +174,8 @@ def _overview(tasks: Sequence[TaskResults]) -> list[str]:
     if not rows:
         return []
     over = f"Verdicts on each method against {title(BASELINE)}, over "
-    over += f"{_number(len(tasks), 'task')} with tuning and all their test sets:"
+    over += f"{_number(len(tasks), 'task')} with tuning and all their test sets; incomplete ones "
+    over += "are left out:"
     head = [f"{name}: {' / '.join(verdicts(kind))}" for kind, name in KINDS.items()]
     parts = ["## Overview", over, table(["", *head], rows)]
     means = [part for figure in ("accuracy", "loss") for part in _pooled(tasks, figure)]

@@ -234,7 +234,9 @@ def shared(task: TaskResults, others: Sequence[TaskResults]) -> dict[str, list[s
 def pooled(tasks: Sequence[TaskResults], figure: str) -> dict[str, Pooled]:
     """Every other method against the baseline over the tasks that have both, if there are three."""
     differences: dict[str, dict[str, list[float]]] = {}
+    lost = set()
     for task in tasks:
+        lost |= {m for m, c in task.comparisons(figure).items() if c.verdict == LOST}
         for method in task.methods:
             if (found := task.differences(method, figure)) and method != BASELINE:
                 differences.setdefault(method, {})[f"{task.experiment} {task.name}"] = found
@@ -246,7 +248,7 @@ def pooled(tasks: Sequence[TaskResults], figure: str) -> dict[str, Pooled]:
     published = means.get(PUBLISHED, {})
     return {
         method: Pooled(
-            comparison,
+            replace(comparison, verdict=LOST) if method in lost else comparison,
             sum(map(len, differences[method].values())),
             statistics.fmean(published[task] for task in means[method])
             if means[method].keys() <= published.keys()

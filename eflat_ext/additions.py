@@ -13,16 +13,30 @@ from .sharded import Sharding
 
 
 class Addition:
-    """Adds one tensor to each target, but to those that were frozen meanwhile."""
+    """Adds one tensor to each target.
 
-    def __init__(self, deltas: list[Tensor]) -> None:
-        self.deltas = deltas
+    Args:
+        owners: a pair of each target. What is frozen while its adapter is in use gets nothing: it
+            would be the same for ever.
+    """
+
+    def __init__(self, deltas: list[Tensor], owners: Sequence[LoraPair] = ()) -> None:
+        self.deltas, self._owners = deltas, owners
 
     def __call__(self, targets: list[Tensor]) -> None:
         deltas = self.on_devices_of(targets)
-        rows = [(local(t), local(d)) for t, d in zip(targets, deltas, strict=True) if _trains(t)]
-        if rows:
-            torch._foreach_add_(*map(list, zip(*rows, strict=True)))
+        self._add([i for i in range(len(targets)) if not self._frozen(i, targets)], targets, deltas)
+
+    def _add(self, indices: list[int], targets: list[Tensor], deltas: list[Tensor]) -> None:
+        if indices:
+            onto, added = ([local(tensors[i]) for i in indices] for tensors in (targets, deltas))
+            torch._foreach_add_(onto, added)
+
+    def _frozen(self, index: int, targets: list[Tensor]) -> bool:
+        # PEFT freezes an adapter that is switched off for a while; its average is due again.
+        if not self._owners or targets[index].requires_grad:
+            return False
+        return self._owners[index].active
 
     def idle(self) -> bool:
         """Whether it adds zeros."""
@@ -56,6 +70,7 @@ class BoundedAverages(Addition):
 
     Args:
         target_of: for each pair, the indices of its targets by factor.
+        owners: as those of an :class:`Addition`.
     """
 
     def __init__(
@@ -63,9 +78,10 @@ class BoundedAverages(Addition):
         averages: list[Tensor],
         pairs: list[LoraPair],
         target_of: list[dict[str, int]],
+        owners: Sequence[LoraPair],
         norm_scope: str,
     ) -> None:
-        super().__init__(averages)
+        super().__init__(averages, owners)
         self._onto_B = sorted({targets["B"] for targets in target_of if "B" in targets})
         # A tensor on the host: a compiled forward pass would be compiled anew for each number.
         self.rho = torch.zeros((), dtype=torch.float64)
@@ -75,10 +91,8 @@ class BoundedAverages(Addition):
     def __call__(self, targets: list[Tensor]) -> None:
         averages = self.on_devices_of(targets)
         self._add_onto_A(targets, averages)  # first: its bound needs B as it is
-        onto_B = [i for i in self._onto_B if _trains(targets[i])]
-        if onto_B:
-            onto, added = ([local(x[i]) for i in onto_B] for x in (targets, averages))
-            torch._foreach_add_(onto, added)
+        onto_B = [i for i in self._onto_B if not self._frozen(i, targets)]
+        self._add(onto_B, targets, averages)
 
     def _add_onto_A(self, targets: list[Tensor], averages: list[Tensor]) -> None:
         # A layer scaled by zero has no full-space norm, and adds nothing to the model either; a
@@ -86,7 +100,7 @@ class BoundedAverages(Addition):
         rows = [
             (pair, i)
             for pair, i in zip(self._pairs, self._target_of, strict=True)
-            if pair.scaling != 0 and _trains(targets[i])
+            if pair.scaling != 0 and not self._frozen(i, targets)
         ]
         if not rows:
             return
@@ -118,11 +132,6 @@ class BoundedAverages(Addition):
         factors = sharding.bound(pairs, chosen, float(self.rho), self._scope)
         for i, factor in sharding.spread(pairs, target_of, "A", factors.unbind()).items():
             local(targets[i]).add_(local(averages[i]) * factor)
-
-
-def _trains(target: Tensor) -> bool:
-    """Whether it has not been frozen since: what is added to it would stay the same for ever."""
-    return target.requires_grad
 
 
 @torch.library.custom_op("eflat_ext::bound", mutates_args=())

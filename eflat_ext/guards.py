@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -33,6 +34,17 @@ class RestoreFirst:
     def call(self, *args: Any, **kwargs: Any) -> Any:
         method = self.patched or getattr(type(self.module), self.name).__get__(self.module)
         return method(*args, **kwargs)
+
+
+class RestoreToKeep(RestoreFirst):
+    """A method whose outcome others keep, or a loss holds: then it is of that pass's weights."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (
+            self.call(*args, **kwargs)
+            if torch.is_grad_enabled()
+            else super().__call__(*args, **kwargs)
+        )
 
 
 class MergesItself(RestoreFirst):

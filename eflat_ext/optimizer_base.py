@@ -112,14 +112,18 @@ class PerturbingOptimizer(Optimizer):
             for layer in dict.fromkeys([*layers, *merging])
             for name in ("merge", "unmerge")
         ]
-        guarded += [(layer, "get_delta_weight") for layer in layers if reads_outside(layer)]
-        guarded += [(tuner, "add_weighted_adapter") for tuner in adding_modules(model)]
+        guarded += [
+            (tuner, name)
+            for tuner in adding_modules(model)
+            for name in ("add_weighted_adapter", "inject_adapter")
+        ]
         self._weights = PerturbedWeights(
             model,
             self._targets,
             perturbation,
             self,
             guarded,
+            [(layer, "get_delta_weight") for layer in layers if reads_outside(layer)],
             merging,
             perturbation.idle,
             layers,

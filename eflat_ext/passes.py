@@ -1,4 +1,4 @@
-"""Where a model's forward passes enter, and whether a backward pass is under way."""
+"""Where a model's forward passes enter, and which of them a backward pass computes again."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ def holders(model: nn.Module, owners: Sequence[nn.Module]) -> list[nn.Module]:
             return found
 
 
-def in_backward() -> bool:
-    """Whether this thread is in a backward pass: what runs there is computed again."""
-    return torch._C._current_graph_task_id() != -1
+def recomputing() -> bool:
+    """Whether a backward pass computes something again for its gradient: activation checkpointing.
+
+    Backward hooks that call a model run in backward passes, too, but without gradients.
+    """
+    return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()

@@ -39,10 +39,10 @@ from .dtensors import (
     same_layout,
 )
 from .gradient_watch import GradientWatch
-from .guards import MergesItself, RestoreFirst
+from .guards import MergesItself, RestoreFirst, RestoreToKeep
 from .hooks import attached_to, belongs_to, detach
 from .pairs import Slot
-from .passes import holders, in_backward
+from .passes import holders, recomputing
 from .targets import parameters_of
 
 
@@ -64,6 +64,7 @@ class PerturbedWeights:
             an optimizer, parameters that it does not train are left alone.
         idle: whether the perturbation adds zeros.
         guarded: methods as (module, method name) that find clean weights.
+        kept: the same, but where a loss may hold what they return: with gradients.
         merging: modules whose forward passes call guarded methods for their own use, which then
             find the weights of that pass.
         layers: modules of which one in training mode makes it training mode, by default the
@@ -85,6 +86,7 @@ class PerturbedWeights:
         perturbation: Callable[[list[Tensor]], None],
         owner: object,
         guarded: Iterable[Slot] = (),
+        kept: Iterable[Slot] = (),
         merging: Iterable[nn.Module] = (),
         idle: Callable[[], bool] = bool,
         layers: Sequence[nn.Module] = (),
@@ -107,16 +109,20 @@ class PerturbedWeights:
         self.merging = 0
         self._dirty = False  # the targets may differ from the copies
         self._applied = False  # the perturbation is in the targets, whole
-        self._held = [
-            getattr(*slot) for slot in self._slots
-        ]  # the parameters whose values were copied
+        self._held = [getattr(*slot) for slot in self._slots]  # whose values were copied
         self._clean = [torch.empty_like(target) for target in self._held]
         self._idle = idle
         self._fsdp: list[Any] = []
         # Whether nobody can shard the model any more: its shards are what there is to look up.
         self._settled = False
         self._owner: weakref.ref[Any] | None = weakref.ref(owner, self._disable)
-        self._hook(model, guarded, merging)
+        self._hook(model)
+        for module, name in guarded:
+            RestoreFirst(self, module, name).install()
+        for module, name in kept:
+            RestoreToKeep(self, module, name).install()
+        for module in merging:
+            MergesItself(self, module, "forward").install()
 
     @property
     def alive(self) -> bool:
@@ -293,9 +299,7 @@ class PerturbedWeights:
                     self._clean[index] = torch.empty_like(target)
         return self._clean
 
-    def _hook(
-        self, model: nn.Module, guarded: Iterable[Slot], merging: Iterable[nn.Module]
-    ) -> None:
+    def _hook(self, model: nn.Module) -> None:
         self._holders = holders(model, [module for module, _ in self._slots])
         for module in self._holders:
             module.register_forward_pre_hook(self._before_forward, prepend=True)
@@ -313,10 +317,6 @@ class PerturbedWeights:
                 hook = functools.partial(self._save_clean, owned)
                 module.register_state_dict_post_hook(hook)
                 module.register_load_state_dict_pre_hook(self._before_load)
-        for module, name in guarded:
-            RestoreFirst(self, module, name).install()
-        for module in merging:
-            MergesItself(self, module, "forward").install()
 
     def _training(self) -> bool:
         """Whether passes are to be perturbed now."""
@@ -337,19 +337,29 @@ class PerturbedWeights:
             self.restore()
 
     def _before_layer(self, layer: nn.Module, args: object) -> None:
-        # Passes that entered by another method than forward, or are computed again.
         if torch.compiler.is_compiling():
             return
-        training, again = self._training(), in_backward()
-        if not (self._applied if training else not self._dirty):
+        if recomputing():
+            if self._visited and self.enabled and not self._suspended and not self._applied:
+                self._perturb_again()
+        elif (layer.training or self._dirty) and not self._whole():
+            # It entered by another method than forward.
             self.settle()
-            if self._fsdp:
-                return  # whose modules have gathered weights already
-            if not again:
+            if not self._fsdp:  # whose modules have gathered weights already
                 self._before_forward(layer, args)
-            elif training and self._visited:  # an evaluation has restored them since
-                self.perturb()
-        self._visited |= training and self._applied and not again
+
+    def _whole(self) -> bool:
+        """Whether the weights are as the mode wants them, and a training pass has been noted."""
+        return (self._applied and self._visited) if self._training() else not self._dirty
+
+    def _perturb_again(self) -> None:
+        """For the backward pass of a perturbed one, since which the weights were restored."""
+        if self._fsdp:
+            raise RuntimeError(
+                "weights were restored between the forward and the backward pass of a checkpointed "
+                "model that is sharded by FSDP2; evaluate it after backward()"
+            )
+        self.perturb()
 
     def _sharded_late(self) -> bool:
         """At the first forward pass: whether FSDP2's hook ran first, which is no harm at rest."""

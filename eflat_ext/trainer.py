@@ -314,7 +314,8 @@ def _copied(data: Any) -> Any:
     """Containers anew, tensors shared: losses take entries out, label smoothing the labels."""
     if isinstance(data, MutableMapping):
         copied = copy.copy(data)
-        copied.update({name: _copied(value) for name, value in data.items()})
+        for name, value in data.items():  # transformers' ModelOutput has no update
+            copied[name] = _copied(value)
         return copied
     return type(data)(map(_copied, data)) if type(data) in (list, tuple) else data
 

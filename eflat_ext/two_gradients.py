@@ -272,8 +272,7 @@ class LoRASAM(TwoGradients):
             i = rows.indices[row]
             for factor, index in self._target_of[i].items():
                 grad = (rows.grad_A if factor == "A" else rows.grad_B)[row]
-                wide = torch.promote_types(grad.dtype, torch.float32)
-                delta = torch.where(ok, grad.to(wide) * scale[row].to(wide), 0).to(grad.dtype)
+                delta = torch.where(ok, _times(grad, scale[row]), 0)
                 _put(deltas, index, self.pairs[i], factor, targets[index], delta)
         return deltas, norms
 
@@ -293,10 +292,16 @@ class LoRASAM(TwoGradients):
             spread = sharding.spread(pairs, targets, factor, scales)
             for pair, index, _ in rows:
                 gradient, by = sharding.gradient(pair, factor), spread[index]
-                shards[index] = torch.where(by != 0, gradient * by, 0).to(gradient.dtype)
+                shards[index] = torch.where(by != 0, _times(gradient, by), 0)
         return shards, norms
 
     def _scales(self, rho: float, norms: Tensor, good: Tensor) -> Tensor:
         """By what the gradients of each pair are multiplied."""
+        norms = norms.double()
         shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
         return torch.where(good, rho / shared, 0)
+
+
+def _times(gradient: Tensor, scale: Tensor) -> Tensor:
+    """In float64: for a tiny gradient the scale is beyond float32's range."""
+    return (gradient.double() * scale).to(gradient.dtype)

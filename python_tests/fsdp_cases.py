@@ -25,6 +25,7 @@ from test_experts import lora_experts
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from eflat_ext import reference
 from eflat_ext.dtensors import from_local, laid_out_as
@@ -199,6 +200,28 @@ def life_cycle(layers: bool) -> None:
     assert_same_bits(named(model), clean)
     optimizer.step()
     optimizer.remove_hooks()
+
+
+def checkpointed() -> None:
+    """What is computed again is gathered as the shards are: it cannot be perturbed by then."""
+    model = shard_model(lora_mlp())
+    inner = model.base_model.model
+    plain = inner.forward
+    inner.forward = lambda x: checkpoint(plain, x, use_reentrant=False)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, batches(3))
+    for between in (model.eval, optimizer.eval):
+        optimizer.zero_grad()
+        loss = loss_of(model, batches(1)[0])
+        between()
+        if between == model.eval:
+            loss_of(model, batches(1)[0])
+            model.train()
+        try:
+            loss.backward()
+            raise AssertionError("computed again at clean weights")
+        except RuntimeError as error:
+            assert "weights were restored between the forward and the backward pass" in str(error)
 
 
 def mixed_precision(onto: str) -> None:

@@ -152,17 +152,21 @@ def test_layers_are_disabled_for_a_step(onto: str) -> None:
     assert all(not same_bits(averages[n], average) for n, average in optimizer.averages.items())
 
 
-@pytest.mark.proves("LoRA layers", "`disable_adapter()` gives the base model between two passes")
+@pytest.mark.proves(
+    "LoRA layers", "`disable_adapter()` gives the base model before a pass or between two"
+)
+@pytest.mark.parametrize("first", [True, False])
 @both_sides
-def test_a_pass_of_the_base_model_in_every_step(onto: str) -> None:
-    """As losses against the base model take it (DPO, distillation)."""
+def test_a_pass_of_the_base_model_in_every_step(onto: str, first: bool) -> None:
+    """As losses against the base model take it (DPO, distillation), which freezes the adapters."""
     runs = []
     for disabled in (False, True):
         model, optimizer = adapted(onto)
         base = copy.deepcopy(model).eval()
         for x, y in DATA[:4]:
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
+            if not first:
+                loss = nn.functional.cross_entropy(model(x), y)
             with torch.no_grad():
                 if disabled:
                     with model.disable_adapter():
@@ -170,11 +174,38 @@ def test_a_pass_of_the_base_model_in_every_step(onto: str) -> None:
                 else:
                     with base.disable_adapter():
                         target = base(x)
+            if first:
+                loss = nn.functional.cross_entropy(model(x), y)
             (loss + (model(x) - target).square().mean()).backward()
             optimizer.step()
         runs.append((weights(model), averages_of(optimizer)))
     for one, other in zip(*runs, strict=True):
         assert_same_bits(one, other)
+
+
+@both_sides
+def test_two_adapters_take_turns_within_a_step(onto: str) -> None:
+    """PEFT freezes the one that is not in use; both are perturbed where they are."""
+    model = lora_mlp(modules_to_save=None)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    optimizer = optimizer_of(randomised(model), onto)
+    assert len(optimizer.pairs) == 4
+    for batch in DATA[:3]:
+        optimizer.zero_grad()
+        clean = weights(model)
+        for adapter in ("default", "second"):
+            model.base_model.set_adapter(adapter)
+            loss_of(model, batch).backward()
+        moved = {
+            name for name, value in weights(model).items() if not same_bits(value, clean[name])
+        }
+        model.base_model.set_adapter(["default", "second"])
+        optimizer.step()
+    for pair in optimizer.pairs:
+        factors = ("lora_A", "lora_B") if onto == "both" else (f"lora_{onto}",)
+        for factor in factors:
+            assert f"{pair.layer_name}.{factor}.{pair.adapter}.weight" in moved
 
 
 @pytest.mark.proves("LoRA layers", "merged and unmerged during training, as if nothing had been")

@@ -171,6 +171,20 @@ def test_what_peft_makes_of_a_layers_delta_is_made_of_clean_weights(
     assert_same_bits(*found)
 
 
+@every_method
+def test_a_loss_may_hold_a_layers_delta(method: str) -> None:
+    model, optimizer, _ = trained(method)
+    mid_accumulation(model, optimizer)
+    total = loss(model)
+    for pair in optimizer.pairs:
+        delta = pair.layer.get_delta_weight("default")
+        expected = pair.scaling * (pair.B @ pair.A)
+        torch.testing.assert_close(delta, expected.T if pair.layer.fan_in_fan_out else expected)
+        total = total + delta.square().sum()
+    total.backward()
+    assert optimizer._weights.applied
+
+
 def merged_reference(clean: dict[str, Tensor]) -> dict[str, Tensor]:
     other = lora_gpt2()
     other.load_state_dict(clean, strict=False)

@@ -79,6 +79,10 @@ def test_life_cycle(layers: bool) -> None:
     together(2, "fsdp_cases:life_cycle", layers)
 
 
+def test_an_evaluation_before_the_backward_pass_of_a_checkpointed_model_is_refused() -> None:
+    together(2, "fsdp_cases:checkpointed")
+
+
 @pytest.mark.proves("Several devices", "FSDP2: bfloat16 mixed precision")
 @pytest.mark.parametrize("onto", ["A", "B"])
 def test_mixed_precision(onto: str) -> None:

@@ -69,7 +69,8 @@ def test_a_layer_that_a_backward_pass_runs_again_restores_nothing() -> None:
     model.eval()
 
     def again(_: Tensor) -> None:
-        model.up(X)
+        with torch.enable_grad():
+            model.up(X)
         applied.append(held.applied)
 
     outputs.register_hook(again)

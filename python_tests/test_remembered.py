@@ -183,15 +183,17 @@ def test_rises_of_a_batch_along_other_gradients(tmp_path, monkeypatch):
     assert any(row["rise"] > 0.2 * row["own rise"] for row in rows)
 
 
-def test_the_table_of_rises_sums_over_a_quarter():
+def test_the_table_of_rises_sums_over_quarters_and_all_steps():
     rows = [
         {"examples": "64", "seed": seed, "step": step, "direction": name}
-        | {"cosine": 0.5, "rise": rise, "own rise": 2.0}
+        | {"cosine": 0.5, "rise": rise, "own rise": own}
         for name in batch_rise.DIRECTIONS
         for seed, rise in (("0", 0.5), ("1", 1.0))
-        for step in (32, 64, 96, 128)
+        for step, own in ((32, 2.0), (64, 2.0), (96, 2.0), (128, 1.5))
     ]
     ((title, head, lines),) = batch_rise.tables(rows)
     assert title == "64 examples, share of the rise (cosine), 2 seeds"
-    assert head[1:] == ["steps 1 to 32", "steps 33 to 64", "steps 65 to 96", "steps 97 to 128"]
-    assert lines == [[name, *["0.38 (0.50)"] * 4] for name in batch_rise.DIRECTIONS]
+    quarters = ["steps 1 to 32", "steps 33 to 64", "steps 65 to 96", "steps 97 to 128"]
+    assert head[1:] == [*quarters, "all steps"]
+    cells = [*["0.38 (0.50)"] * 3, "0.50 (0.50)", "0.40 (0.50)"]  # 6 of 15 in all
+    assert lines == [[name, *cells] for name in batch_rise.DIRECTIONS]

@@ -177,6 +177,11 @@ def test_no_verdict_where_runs_are_lost(results):
     write(results / "grid.csv", [*rows, failed])
     (task,) = summary.load(results)
     assert {c.verdict for c in task.comparisons("accuracy").values()} == {"incomplete"}
+    several = [r | {"task": name} for name in "abc" for r in rows]
+    write(results / "grid.csv", several)
+    found = summary.pooled(summary.load(results), "accuracy")
+    assert {m for m, p in found.items() if p.comparison.verdict == "incomplete"} == {"flat"}
+    assert set(found) == {"eflat", "flat", "full"}
 
 
 def test_pairing_is_by_seed_not_by_order(results):
