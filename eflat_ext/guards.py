@@ -40,11 +40,9 @@ class RestoreToKeep(RestoreFirst):
     """A method whose outcome others keep, or a loss holds: then it is of that pass's weights."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (
-            self.call(*args, **kwargs)
-            if torch.is_grad_enabled()
-            else super().__call__(*args, **kwargs)
-        )
+        if torch.is_grad_enabled():
+            return self.call(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 class MergesItself(RestoreFirst):
