@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -95,6 +96,11 @@ def wrapped_twice() -> None:
     EFlatLoRA(model, create_eflat_optimizer(model, ADAMW))
 
 
+def base_prepared_on_its_own() -> None:
+    base = Accelerator(cpu=True).prepare(ADAMW((model := make_model()).parameters()))
+    EFlatLoRA(model, base)
+
+
 def base_that_moves_weights_by_itself() -> None:
     class ScheduleFree(torch.optim.SGD):  # the two methods of schedule-free optimizers
         def train(self) -> None: ...
@@ -165,6 +171,7 @@ REMEDIES: dict[Callable[[], None], str] = {
     grouped_convolution: "nothing: the layer trains as with plain LoRA",
     base_needs_a_closure: "take an optimizer of one gradient: AdamW, SGD, Adafactor",
     wrapped_twice: "wrap the plain optimizer, once",
+    base_prepared_on_its_own: "this package's optimizer around the plain one, then prepare that",
     base_that_moves_weights_by_itself: "take an optimizer that changes weights in step() alone",
     base_that_maximises: "negate the loss",
     several_devices_in_one_model: "one device, or DistributedDataParallel, or FSDP2",
