@@ -26,8 +26,8 @@ def check_base(base: Optimizer) -> None:
         raise TypeError(f"base: expected a torch.optim.Optimizer, got {type(base).__name__}")
     if type(base).__module__.startswith("accelerate."):
         raise TypeError(
-            f"base: expected an optimizer as it was before accelerator.prepare, got {type(base).__name__}; "
-            "make this package's optimizer of it first, and prepare that"
+            "base: expected an optimizer as it was before accelerator.prepare, got "
+            f"{type(base).__name__}; make this package's optimizer of it first, and prepare that"
         )
     if all(callable(getattr(base, name, None)) for name in ("train", "eval")):
         raise TypeError(
