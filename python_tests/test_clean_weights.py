@@ -363,3 +363,20 @@ def test_an_exception_in_the_base_optimizer(method: str) -> None:
         optimizer.step()
     assert_same_bits(weights(model), clean)
     handle.remove()
+
+
+def test_a_step_without_gradients_or_a_learning_rate_leaves_clean_weights() -> None:
+    """Which looks like the step by which torch.distributed.checkpoint makes state."""
+    model = lora_gpt2()
+    optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=1e-2, rho=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    clean = weights(model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.zero_grad()
+    (0 * loss(model)).backward()
+    assert optimizer._weights.applied
+    optimizer.step()
+    assert_same_bits(weights(model), clean)
