@@ -16,12 +16,20 @@ class Addition:
     """Adds one tensor to each target.
 
     Args:
-        owners: a pair of each target. What is frozen while its adapter is in use gets nothing: it
-            would be the same for ever.
+        pairs: what is frozen while its adapter is in use gets nothing: it would be the same for
+            ever.
+        target_of: for each pair, the indices of its targets by factor.
     """
 
-    def __init__(self, deltas: list[Tensor], owners: Sequence[LoraPair] = ()) -> None:
-        self.deltas, self._owners = deltas, owners
+    def __init__(
+        self,
+        deltas: list[Tensor],
+        pairs: Sequence[LoraPair] = (),
+        target_of: Sequence[dict[str, int]] = (),
+    ) -> None:
+        self.deltas = deltas
+        owners = zip(pairs, target_of, strict=True)
+        self._owners = {index: pair for pair, own in owners for index in own.values()}
 
     def __call__(self, targets: list[Tensor]) -> None:
         deltas = self.on_devices_of(targets)
@@ -34,7 +42,7 @@ class Addition:
 
     def _frozen(self, index: int, targets: list[Tensor]) -> bool:
         # PEFT freezes an adapter that is switched off for a while; its average is due again.
-        if not self._owners or targets[index].requires_grad:
+        if targets[index].requires_grad or index not in self._owners:
             return False
         return self._owners[index].active
 
@@ -69,8 +77,7 @@ class BoundedAverages(Addition):
     They were made with an earlier B: while B is small and grows, the product would explode.
 
     Args:
-        target_of: for each pair, the indices of its targets by factor.
-        owners: as those of an :class:`Addition`.
+        pairs, target_of: as those of an :class:`Addition`.
     """
 
     def __init__(
@@ -78,10 +85,9 @@ class BoundedAverages(Addition):
         averages: list[Tensor],
         pairs: list[LoraPair],
         target_of: list[dict[str, int]],
-        owners: Sequence[LoraPair],
         norm_scope: str,
     ) -> None:
-        super().__init__(averages, owners)
+        super().__init__(averages, pairs, target_of)
         self._onto_B = sorted({targets["B"] for targets in target_of if "B" in targets})
         # A tensor on the host: a compiled forward pass would be compiled anew for each number.
         self.rho = torch.zeros((), dtype=torch.float64)

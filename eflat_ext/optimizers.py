@@ -98,16 +98,10 @@ class EFlatLoRA(Transferring):
             torch.zeros_like(t, dtype=average_dtype(t.dtype), memory_format=torch.contiguous_format)
             for t in targets
         ]
-        pair_of = {
-            index: pair
-            for pair, of_pair in zip(self.pairs, self._target_of, strict=True)
-            for index in of_pair.values()
-        }
-        owners = [pair_of[index] for index in range(len(targets))]
         self._perturbation = (
-            BoundedAverages(averages, self.pairs, self._target_of, owners, norm_scope)
+            BoundedAverages(averages, self.pairs, self._target_of, norm_scope)
             if "A" in self._factors
-            else Addition(averages, owners)
+            else Addition(averages, self.pairs, self._target_of)
         )
         self._rho_changed()
         self._perturb_with(model, self._perturbation)
