@@ -30,9 +30,10 @@ from typing import Any
 
 import csv_rows
 import torch
-from remembered import Memory, examples_of, perturb
+from remembered import Memory, examples_of, moves
 from timing import machine, print_table
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from eflat_ext import finetune
@@ -55,6 +56,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     memory = Memory(model)
     factors = memory.factors
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
     generator = torch.Generator().manual_seed(seed)
 
     def backward(batch: Any) -> Tensor:
@@ -65,10 +67,12 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
 
     @torch.no_grad()
     def loss_at(batch: Any, direction: Tensor) -> float:
-        clean = perturb(factors, direction, RHO)
-        loss = cross_entropy(finetune.logits_of(config, model, batch[0]), batch[1])
-        torch._foreach_copy_(factors, clean)
-        return float(loss)
+        moved = {name_of[f]: f + move for f, move in moves(factors, direction, RHO).items()}
+
+        def there(**inputs: Tensor) -> Any:
+            return functional_call(model, moved, kwargs=inputs)
+
+        return float(cross_entropy(finetune.logits_of(config, there, batch[0]), batch[1]))
 
     def fresh(batch: Any) -> Any:
         """Another batch that shares no example with this one."""

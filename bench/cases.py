@@ -129,16 +129,17 @@ def adamw(pairs: list[Pair]) -> Callable[[], object]:
 
 
 def fused_step(pairs: list[Pair]) -> Callable[[], object]:
-    """Perturbation, average, restoring and AdamW in one operator, of copies of the factors."""
+    """Perturbation, average and AdamW in one operator, of copies of the factors: the forward pass
+    has added the averages."""
     A, B, grad_A, grad_B = columns(pairs)
     A, B = [t.clone() for t in A], [t.clone() for t in B]
     device, each = A[0].device, 2 * len(A)
     wide = torch.promote_types(B[0].dtype, torch.float32)
     numbers = {"lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    averages = [torch.zeros_like(t, dtype=wide) for t in B]
     values = {
         **{"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B},
-        "clean": [t.clone() for t in B],
-        "ema": [torch.zeros_like(t, dtype=wide) for t in B],
+        **{"E": averages, "ema": averages},
         "exp_avg": [torch.zeros_like(t) for t in A + B],
         "exp_avg_sq": [torch.zeros_like(t) for t in A + B],
         "step": [torch.ones((), device=device) for _ in A + B],

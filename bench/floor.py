@@ -8,7 +8,8 @@ those. Per pair, onto B, gradients like factors:
     bytes      (3 n + 2 m) r elements: factors and gradients read once, E written once
     products   reduce: (n + m) 64 T (T + 1) / 2 with T = ceil(2r / 8) tiles, symmetric halves once;
                apply: n times 2r times r, r rounded up to 8
-    step       with AdamW: A 28 bytes an element, B 40 in float32, where AdamW alone takes 28
+    step       with AdamW: A 28 bytes an element, B 36 in float32 (its average is what the forward
+               pass added), where AdamW alone takes 28
 
 A product is one multiply-add of the float64 tensor cores (sm_80, 90, 100); elsewhere 10 float32
 instructions in reduce and 11 in apply, and 1.5 or 2 shuffles (arithmetic.cuh). The longer of the
@@ -60,7 +61,7 @@ def step_bytes(case: Case) -> tuple[float, float]:
     """Of the fused step in float32, and of AdamW alone."""
     A = sum(c * m * case.rank for c, _, m in case.layers)
     B = sum(c * n * case.rank for c, n, _ in case.layers)
-    return 28.0 * A + 40.0 * B, 28.0 * (A + B)
+    return 28.0 * A + 36.0 * B, 28.0 * (A + B)
 
 
 def floor(case: Case, dtype: torch.dtype, card: Card) -> dict[str, float]:

@@ -7,7 +7,7 @@ of 4096 x 11008; 32 layers make 224 pairs. float32, gradients are there, no forw
 
     AdamW foreach, fused   ``torch.optim.AdamW.step``, the same as the base of the next two
     unfused, foreach       ``EFlatLoRA.step`` with fused_step=False around it: perturbation and
-    unfused, fused         average, restore, AdamW
+    unfused, fused         average, AdamW
     fused                  ``EFlatLoRA.step``: one operator
     perturb                ``foreach_perturb_ema_`` alone: what EFlat-LoRA computes beyond AdamW
     operator               ``foreach_adamw_step_`` alone, without the Python around it
@@ -16,13 +16,13 @@ Bytes per element of a factor, float32, when all that is read twice comes out of
 
     AdamW        28: weight, gradient and two moments read; weight and moments written (foreach
                  makes a pass per operation and moves several times that)
-    fused        28, and for the target 8 of its average, 4 of its clean values: 12 more
-    unfused      perturbation 8, for the target 8 of its average and 8 for restoring; AdamW 28
+    fused        28, and for the target 8 of its average, which is what the forward pass added
+    unfused      perturbation 8, and for the target 8 of its average; AdamW 28
 
-Adding the perturbation before the next forward pass costs another 16 per element of the target
-(read the weight, write its clean copy; read the average, write the weight); it is part of
-neither. The floor is the bytes of the fused step over the speed of a copy; on a CPU the
-multiply-adds of perturb_cpu.py take longer than that.
+Adding the perturbation in the next forward pass costs another 12 per element of the target (read
+the weight and the average, write their sum); it is part of neither. The floor is the bytes of the
+fused step over the speed of a copy; on a CPU the multiply-adds of perturb_cpu.py take longer than
+that.
 """
 
 from __future__ import annotations
@@ -69,40 +69,40 @@ def eflat(layers: int, rank: int, device: str, fused_step: bool, **kind: bool) -
     base = torch.optim.AdamW(parameters, lr=1e-6, **kind)
     optimizer = EFlatLoRA(model, base, fused_step=fused_step)
     optimizer.step()  # makes AdamW's state
-    optimizer._warned_clean = True  # there is no forward pass
     return optimizer
 
 
-def at_the_perturbed_point(optimizer: EFlatLoRA) -> Callable[[], object]:
-    """A step as it is after a training forward pass, whose own perturbation is not timed."""
+def ran_perturbed(optimizer: EFlatLoRA) -> None:
+    """Let the gradients be those of a training forward pass, which is not timed."""
+    for factor in optimizer.perturbation.factors:
+        factor.ran_perturbed = True
 
+
+def at_the_perturbed_point(optimizer: EFlatLoRA) -> Callable[[], object]:
     def step() -> None:
-        weights = optimizer._weights
-        weights._dirty = weights._applied = weights.visited = True
+        ran_perturbed(optimizer)
         optimizer.step()
 
-    optimizer.train()
-    optimizer.eval()  # a clean copy to restore
     return step
 
 
 def operators(optimizer: EFlatLoRA) -> tuple[Callable[[], object], Callable[[], object]]:
-    rows = optimizer._with_gradients()
-    adamw = adamw_lists(optimizer.base, rows)
+    ran_perturbed(optimizer)
+    rows = optimizer.perturbation.operands()
+    adamw = adamw_lists(optimizer.base, optimizer.perturbation.parameters_of(rows))
     if adamw is None:
         raise SystemExit("the fused operator does not apply")
     averages = [torch.zeros_like(b, dtype=torch.float32) for b in rows.B]
-    clean = [b.detach().clone() for b in rows.B]
     skipped = torch.zeros((), dtype=torch.int64, device=rows.A[0].device)
-    pairs, radius = (rows.A, rows.B, rows.grad_A, rows.grad_B), (rows.scaling, 0.05, 0.9)
+    pairs, radius = rows.lists, (rows.scaling, 0.05, 0.9)
 
     def perturb() -> None:
-        torch.ops.eflat.foreach_perturb_ema_(*pairs, averages, skipped, *radius)
+        torch.ops.eflat.foreach_perturb_ema_(*pairs, averages, averages, skipped, *radius)
 
     @torch.no_grad()
     def step() -> None:
         torch.ops.eflat.foreach_adamw_step_(
-            *pairs, clean, averages, *adamw[:3], skipped, *radius, *adamw[3:]
+            *pairs, averages, averages, *adamw[:3], skipped, *radius, *adamw[3:]
         )
 
     return perturb, step
@@ -131,7 +131,7 @@ def measure(layers: int, rank: int, device: str, rounds: int) -> list[dict[str, 
     perturb, operator = operators(of_operators)
     targets = sum(pair.B.numel() for pair in fused.pairs)
     elements = targets + sum(pair.A.numel() for pair in fused.pairs)
-    floor = 28 * elements + 12 * targets
+    floor = 28 * elements + 8 * targets
     source = torch.ones(floor // 8, device=device)
     copy = torch.empty_like(source)
     contenders = {
@@ -149,8 +149,8 @@ def measure(layers: int, rank: int, device: str, rounds: int) -> list[dict[str, 
     traffic = {
         "AdamW foreach": 28 * elements,
         "AdamW fused": 28 * elements,
-        "unfused, foreach": 36 * elements + 16 * targets,
-        "unfused, fused": 36 * elements + 16 * targets,
+        "unfused, foreach": 36 * elements + 8 * targets,
+        "unfused, fused": 36 * elements + 8 * targets,
         "fused": floor,
         "perturb": 8 * elements + 8 * targets,
         "operator": floor,

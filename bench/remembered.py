@@ -28,6 +28,7 @@ from eflat_ext.data import InputError
 from eflat_ext.finetune import adamw_settings
 from eflat_ext.optimizer_arguments import trainable_parameters
 from eflat_ext.pairs import LoraPair, find_pairs
+from eflat_ext.perturbation.base import Perturbation
 
 Example = tuple[int, ...]  # its tokens
 
@@ -98,24 +99,19 @@ class Memory:
 
 
 @torch.no_grad()
-def perturb(factors: list[Tensor], direction: Tensor, rho: float) -> list[Tensor]:
-    """Move each pair's factors, A before B, by rho along its part of the direction.
-
-    Returns:
-        What the factors were before.
-    """
-    clean = [factor.detach().clone() for factor in factors]
+def moves(factors: list[Tensor], direction: Tensor, rho: float) -> dict[Tensor, Tensor]:
+    """What moves each pair's factors, A before B, by rho along its part of the direction."""
     parts = direction.split([factor.numel() for factor in factors])
     norms = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts)).view(-1, 2), dim=1)
     scales = torch.where(norms > 0, rho / norms, 0).repeat_interleave(2)
-    moves = torch._foreach_mul(parts, list(scales.unbind()))
-    shaped = [move.view_as(factor) for move, factor in zip(moves, factors, strict=True)]
-    torch._foreach_add_(factors, shaped)
-    return clean
+    scaled = torch._foreach_mul(parts, list(scales.unbind()))
+    return {factor: move.view_as(factor) for factor, move in zip(factors, scaled, strict=True)}
 
 
 class RememberedLoRASAM(torch.optim.AdamW):
     """AdamW with its gradient taken at factors perturbed along the batch's gradient of last time.
+
+    Training forward passes of the model see it, evaluation does not.
 
     Args:
         model: a PEFT model of linear layers, called with ``input_ids`` and ``attention_mask``.
@@ -128,33 +124,23 @@ class RememberedLoRASAM(torch.optim.AdamW):
         self._rho = rho
         self._memory = Memory(model)
         self._examples: list[Example] = []
-        self._clean: list[Tensor] = []
+        self._perturbation = Perturbation(model, ["A", "B"], rho=rho, norm_scope="layer")
+        self._perturbation.claim(self)
         model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def step(self, closure: Callable[[], Any]) -> Any:
         """One step; the closure runs at perturbed factors."""
-        try:
-            loss = closure()
-        finally:
-            self._restore()
+        loss = closure()
         self._memory.keep(self._examples)
         super().step()
         return loss
 
     def _before(self, model: nn.Module, arguments: Any, inputs: dict[str, Tensor]) -> None:
-        if not model.training:
-            return
-        self._restore()
-        self._examples = examples_of(inputs)
-        direction = self._memory.recall(self._examples)
-        if direction is not None:
-            self._clean = perturb(self._memory.factors, direction, self._rho)
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        if self._clean:
-            torch._foreach_copy_(self._memory.factors, self._clean)
-        self._clean = []
+        if model.training:
+            self._examples = examples_of(inputs)
+            d = self._memory.recall(self._examples)
+            E = {} if d is None else moves(self._memory.factors, d, self._rho)
+            self._perturbation.put(E)
 
 
 def lora_sam_memory(config: FinetuneConfig, model: Any, steps: int) -> RememberedLoRASAM:

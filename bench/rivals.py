@@ -5,9 +5,10 @@ Both are AdamW with something around its step, and take the factors of a model f
 Flat-LoRA by random perturbation (Li et al., arXiv 2409.14396), here "random-flat": the gradient is
 taken at ``W + noise``, W = W0 + s B A, the noise of row i drawn from a normal distribution of
 standard deviation ``rho f(t) ||W_i|| / sqrt(m)``, m the row's length, with f(t) rising from 0 to 1
-as half a cosine over the training. It lies in the frozen W0 and is drawn anew from its seed to take
-it out again, up to rounding, so that no matrix is kept. As in the authors' code, only layers with
-an adapter are perturbed. Deviation: seeds come from the run's seed, not from the clock.
+as half a cosine over the training. As in the authors' code, only layers with an adapter are
+perturbed. Deviations: seeds come from the run's seed, not from the clock; ``W0 + noise`` stands in
+W0's place for a step, where the authors add the noise to W0, draw it again from its seed and take
+it out, which keeps no matrix and changes W0 by rounding.
 
 Bi-LoRA (Liu et al., arXiv 2508.19564), here "bi-lora": beside the adapter (B1, A1), which descends,
 an auxiliary adapter (B2, A2) of the same rank ascends on the same gradient, taken at
@@ -21,7 +22,8 @@ gradient clipping sees the main adapter alone, since AdamW, used for both, hardl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,24 +54,27 @@ class RandomFlatLoRA(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any]) -> Any:
         """One step; the closure runs at perturbed weights."""
         strength = self._rho * (1 - math.cos(math.pi * self._step / self._steps)) / 2
-        deviations = [strength * deviation(pair) for pair in self._pairs]
-        self._add_noise(deviations, 1)
-        try:
-            with torch.enable_grad():
-                loss = closure()
-        finally:
-            self._add_noise(deviations, -1)
+        with self._noise(strength), torch.enable_grad():
+            loss = closure()
         super().step()
         self._step += 1
         return loss
 
-    def _add_noise(self, deviations: list[Tensor], sign: int) -> None:
-        device = deviations[0].device
+    @contextmanager
+    def _noise(self, strength: float) -> Iterator[None]:
+        """Within, ``W0 + noise`` is found in W0's place; no weight is written."""
+        layers = [pair.layer.get_base_layer() for pair in self._pairs]
+        device = layers[0].weight.device
         generator = torch.Generator(device).manual_seed((self._seed << 20) + self._step)
-        for pair, scale in zip(self._pairs, deviations, strict=True):
-            weight = pair.layer.get_base_layer().weight
-            noise = torch.randn(weight.shape, generator=generator, device=device)
-            weight.add_(sign * scale * noise)
+        try:
+            for layer, pair in zip(layers, self._pairs, strict=True):
+                weight, scale = layer.weight, strength * deviation(pair)
+                noise = torch.randn(weight.shape, generator=generator, device=device)
+                layer.__dict__["weight"] = (weight + scale * noise).to(weight.dtype)
+            yield
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("weight", None)
 
 
 def deviation(pair: LoraPair) -> Tensor:

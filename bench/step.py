@@ -11,8 +11,8 @@ largest. Peak memory is the resident set of a process of its own per method.
 
 The floor: EFlat-LoRA's extra work beyond LoRA's is one pass over the factors and gradients,
 O((n + m) r^2) multiply-adds per pair, beside the O(n m) per token of the layer itself; Flat-LoRA
-and LoRA-SAM take a second gradient. EFlat-LoRA's extra memory: a clean copy of B and the moving
-average, both float32.
+and LoRA-SAM take a second gradient. EFlat-LoRA's extra memory: the moving average in float32, and
+B + average, kept from a layer's forward pass to its backward pass.
 """
 
 import argparse

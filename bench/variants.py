@@ -40,6 +40,7 @@ from eflat_ext.finetune import Builder, adamw_settings
 from eflat_ext.ops import perturb
 from eflat_ext.optimizer_arguments import trainable_parameters
 from eflat_ext.pairs import LoraPair, find_pairs
+from eflat_ext.perturbation.base import Perturbation
 from eflat_ext.reference import default_rtol
 
 
@@ -241,6 +242,8 @@ def _full_sam(config: FinetuneConfig, model: Any, steps: int) -> FullSAM:
 class AveragedLoRASAM(torch.optim.AdamW):
     """AdamW with its gradient taken at factors perturbed by an average of LoRA-SAM's perturbation.
 
+    Training forward passes of the model see it, evaluation does not.
+
     Args:
         model: a PEFT model.
         rho: norm of a pair's perturbation of both factors.
@@ -251,26 +254,22 @@ class AveragedLoRASAM(torch.optim.AdamW):
     def __init__(self, model: nn.Module, *, rho: float, beta: float, **adamw: Any) -> None:
         super().__init__(trainable_parameters(model), **adamw)
         self._rho, self._beta = rho, beta
-        self._pairs = [(pair.parameter_A, pair.parameter_B) for pair in find_pairs(model)]
-        self.averages = [[torch.zeros_like(f) for f in pair] for pair in self._pairs]
+        self._perturbation = Perturbation(model, ["A", "B"], rho=rho, norm_scope="layer")
+        self._perturbation.claim(self)
+        self._pairs = [(p.parameter_A, p.parameter_B) for p in self._perturbation.pairs]
+        self.averages = {f: torch.zeros_like(f) for pair in self._pairs for f in pair}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:
         """One step; the closure runs at perturbed factors."""
-        clean = [[factor.clone() for factor in pair] for pair in self._pairs]
-        for pair, averages in zip(self._pairs, self.averages, strict=True):
-            torch._foreach_add_(pair, averages)
-        try:
-            with torch.enable_grad():
-                loss = closure()
-        finally:
-            for pair, values in zip(self._pairs, clean, strict=True):
-                torch._foreach_copy_(pair, values)
-        for pair, averages in zip(self._pairs, self.averages, strict=True):
+        with torch.enable_grad():
+            loss = closure()
+        for pair in self._pairs:
             gradients = [factor.grad for factor in pair]
             norm = torch.stack([g.norm() for g in gradients]).norm()
             newest = [self._rho * g / norm if norm > 0 else 0 * g for g in gradients]
-            torch._foreach_lerp_(averages, newest, self._beta)
+            torch._foreach_lerp_([self.averages[f] for f in pair], newest, self._beta)
+        self._perturbation.put(self.averages)
         super().step()
         return loss
 

@@ -27,27 +27,15 @@ class AdamWSteps {
  public:
   // on_device: whether the kernels read and raise those of the lists' steps that are on the device.
   AdamWSteps(Arguments& arguments, const std::vector<Tensor>& A, const std::vector<Tensor>& B,
-             const std::vector<Tensor>& clean, const AdamWLists& lists, bool on_device)
+             const AdamWLists& lists, bool on_device)
       : on_device_(on_device) {
     lists.check_lengths(A.size());
-    arguments.check_perturbed("clean", clean.size(), A.size());
-    for (size_t i = 0; i < clean.size(); ++i) {
-      const Tensor& target = arguments.perturbed(i, A, B);
-      const std::string name = argument("clean", i), like = arguments.perturbed_name(i, A.size());
-      check_like(clean[i], name, target, like);
-      check_dtype_and_device(clean[i], name, target, like);
-    }
     steps_.reserve(A.size());
     counters_.resize(2 * A.size());
     for (size_t l = 0; l < A.size(); ++l) {
       const AdamW a = of_factor(A[l], "A", l, lists, l),
                   b = of_factor(B[l], "B", l, lists, A.size() + l);
-      const AdamW &target = arguments.onto_B ? b : a, &other = arguments.onto_B ? a : b;
-      const size_t i = arguments.both ? A.size() + l : l;
-      steps_.push_back(
-          {arguments.keep(clean[i], argument("clean", i)),
-           arguments.both ? arguments.keep(clean[l], argument("clean", l)) : other.factor, target,
-           other});
+      steps_.push_back(arguments.onto_B ? Step{b, a} : Step{a, b});
       Pair& pair = arguments.pairs[l];
       pair.step = &steps_.back();
       // Written memory of a tensor that is copied on write is not what was there to be read.

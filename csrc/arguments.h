@@ -187,12 +187,11 @@ struct Arguments {
     return argument(is_A(i, pairs) ? "A" : "B", i % pairs);
   }
 
-  // Where its E goes.
-  void*& out_of(int64_t i) {
-    const int64_t count = pairs.size();
-    Pair& pair = pairs[i % count];
-    return both && i < count ? pair.out_other : pair.out;
-  }
+  // Where its E goes, and its side.
+  void*& out_of(int64_t i) { return is_other(i) ? pair_of(i).out_other : pair_of(i).out; }
+  Side& side_of(int64_t i) { return is_other(i) ? pair_of(i).other : pair_of(i).target; }
+  Pair& pair_of(int64_t i) { return pairs[i % pairs.size()]; }
+  bool is_other(int64_t i) const { return both && i < int64_t(pairs.size()); }
 
   // Checks a pair and appends it, with `out` still to be set. index < 0: no list.
   void add(const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,
@@ -248,7 +247,7 @@ struct Arguments {
                  const std::vector<double>& scaling, std::optional<double> rtol) {
     check_lengths(A, B, grad_A, grad_B, scaling);
     const int64_t count = A.size();
-    kept.reserve(4 * count);
+    kept.reserve(6 * count);
     for (int64_t l = 0; l < count; ++l) {
       check_device(A[l], argument("A", l), A[0], "A[0]");
       add(A[l], B[l], grad_A[l], grad_B[l], scaling[l], rtol, l);
@@ -256,17 +255,20 @@ struct Arguments {
     return new_norms(A[0], {count});
   }
 
-  // As add_all, with the moving averages that the perturbations go into. No pairs: no norms.
+  // As add_all, with what the forward pass has added to the perturbed factors (an empty list:
+  // nothing) and the moving averages that the perturbations go into. No pairs: no norms.
   Tensor add_averages(const std::vector<Tensor>& A, const std::vector<Tensor>& B,
                       const std::vector<Tensor>& grad_A, const std::vector<Tensor>& grad_B,
-                      const std::vector<Tensor>& ema, const Tensor& skipped,
-                      const std::vector<double>& scaling, double beta, std::optional<double> rtol) {
+                      const std::vector<Tensor>& E, const std::vector<Tensor>& ema,
+                      const Tensor& skipped, const std::vector<double>& scaling, double beta,
+                      std::optional<double> rtol) {
     STD_TORCH_CHECK(beta >= 0 && beta <= 1, "beta must be in [0, 1], got ", beta);
     STD_TORCH_CHECK(skipped.defined(), "skipped must be a tensor, got None");
     STD_TORCH_CHECK(type_of(skipped) == ScalarType::Long && skipped.dim() == 0,
                     "skipped must be an int64 tensor without dimensions, got ",
                     dtype_name(type_of(skipped)), " of shape ", shape_of(skipped));
     check_perturbed("ema", ema.size(), A.size());
+    if (!E.empty()) check_perturbed("E", E.size(), A.size());
     if (A.empty()) {
       check_lengths(A, B, grad_A, grad_B, scaling);
       return torch::stable::new_empty(skipped, {0}, ScalarType::Float);
@@ -275,9 +277,14 @@ struct Arguments {
     const Tensor norms = add_all(A, B, grad_A, grad_B, scaling, rtol);
     check_device(skipped, "skipped", A[0], "A[0]");
     for (size_t i = 0; i < ema.size(); ++i) {
-      check_average(ema[i], i, perturbed(i, A, B), perturbed_name(i, A.size()));
+      check_perturbation(ema[i], argument("ema", i), i, A, B);
       out_of(i) = written(ema[i], argument("ema", i));
-      pairs[i % A.size()].out_dtype = dtype_of(ema[i]);
+      pair_of(i).out_dtype = dtype_of(ema[i]);
+    }
+    // After the averages: one that is copied on write has its memory now.
+    for (size_t i = 0; i < E.size(); ++i) {
+      check_perturbation(E[i], argument("E", i), i, A, B);
+      side_of(i).added = keep(E[i], argument("E", i));
     }
     return norms;
   }
@@ -326,16 +333,17 @@ struct Arguments {
     check_dtype_and_device(grad, name, factor, factor_name);
   }
 
-  // Whether a moving average can be updated.
-  static void check_average(const Tensor& ema, int64_t index, const Tensor& target,
-                            const std::string& like) {
-    const std::string name = argument("ema", index);
-    check_like(ema, name, target, like);
-    check_device(ema, name, target, like);
+  // Whether a tensor suits the perturbed factor i: a moving average, or what was added.
+  void check_perturbation(const Tensor& t, const std::string& name, int64_t i,
+                          const std::vector<Tensor>& A, const std::vector<Tensor>& B) const {
+    const Tensor& target = perturbed(i, A, B);
+    const std::string like = perturbed_name(i, A.size());
+    check_like(t, name, target, like);
+    check_device(t, name, target, like);
     const ScalarType expected =
         type_of(target) == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    STD_TORCH_CHECK(type_of(ema) == expected, name, " must be ", dtype_name(expected), " for ",
-                    dtype_name(type_of(target)), " factors, got ", dtype_name(type_of(ema)));
+    STD_TORCH_CHECK(type_of(t) == expected, name, " must be ", dtype_name(expected), " for ",
+                    dtype_name(type_of(target)), " factors, got ", dtype_name(type_of(t)));
   }
 
   static void check_scaling(double scaling, int64_t index) {

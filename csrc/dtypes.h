@@ -76,6 +76,21 @@ EFLAT_HD f16 from_double<f16>(double x) {  // round to nearest, ties to even
   return {uint16_t(sign | ((rounded - (112u << 23)) >> 13))};
 }
 
+// What is added to a factor is float64 for float64, else float32; the sum is rounded to the
+// factor's type, as torch's (factor + added).to(factor.dtype).
+template <class T>
+struct AddedTo {
+  using type = float;
+};
+template <>
+struct AddedTo<double> {
+  using type = double;
+};
+template <class T>
+EFLAT_HD T point(T factor, typename AddedTo<T>::type added) {
+  return from_double<T>(static_cast<decltype(added)>(to_double(factor)) + added);
+}
+
 EFLAT_HD double largest_finite(DType dtype) {
   switch (dtype) {
     case DType::f64:
@@ -88,6 +103,8 @@ EFLAT_HD double largest_finite(DType dtype) {
       return 65504.0;
   }
 }
+
+EFLAT_HD DType added_to(DType factor) { return factor == DType::f64 ? DType::f64 : DType::f32; }
 
 EFLAT_HD int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 

@@ -57,12 +57,12 @@ std::tuple<Tensor, Tensor> perturb(Tensor A, Tensor B, Tensor grad_A, Tensor gra
 template <class Device>
 Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
                             std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
-                            std::vector<Tensor> ema, Tensor skipped, std::vector<double> scaling,
-                            double rho, double beta, std::string onto, std::string norm_scope,
-                            std::optional<double> rtol) {
+                            std::vector<Tensor> E, std::vector<Tensor> ema, Tensor skipped,
+                            std::vector<double> scaling, double rho, double beta, std::string onto,
+                            std::string norm_scope, std::optional<double> rtol) {
   Arguments arguments(onto, norm_scope, rho, rtol);
   const Tensor norms =
-      arguments.add_averages(A, B, grad_A, grad_B, ema, skipped, scaling, beta, rtol);
+      arguments.add_averages(A, B, grad_A, grad_B, E, ema, skipped, scaling, beta, rtol);
   if (A.empty()) return norms;  // the counter alone has brought the call here
   check_overlaps(arguments, {}, skipped);
   Device device(A[0]);
@@ -70,12 +70,11 @@ Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
   return norms;
 }
 
-// As foreach_perturb_ema_; then what was perturbed becomes `clean`, and every A and B takes a step
-// of torch.optim.AdamW. Lists from exp_avg on hold two entries per pair, those of all A and those
-// of all B; so do E, ema and clean onto both.
+// As foreach_perturb_ema_; then every A and B takes a step of torch.optim.AdamW. Lists from exp_avg
+// on hold two entries per pair, those of all A and those of all B; so do E and ema onto both.
 template <class Device>
 Tensor foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> grad_A,
-                           std::vector<Tensor> grad_B, std::vector<Tensor> clean,
+                           std::vector<Tensor> grad_B, std::vector<Tensor> E,
                            std::vector<Tensor> ema, std::vector<Tensor> exp_avg,
                            std::vector<Tensor> exp_avg_sq, std::vector<Tensor> step, Tensor skipped,
                            std::vector<double> scaling, double rho, double beta,
@@ -85,8 +84,8 @@ Tensor foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B, std::ve
                            std::string norm_scope, std::optional<double> rtol) {
   Arguments arguments(onto, norm_scope, rho, rtol);
   const Tensor norms =
-      arguments.add_averages(A, B, grad_A, grad_B, ema, skipped, scaling, beta, rtol);
-  const AdamWSteps steps(arguments, A, B, clean,
+      arguments.add_averages(A, B, grad_A, grad_B, E, ema, skipped, scaling, beta, rtol);
+  const AdamWSteps steps(arguments, A, B,
                          {exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay},
                          Device::kReadsSteps);
   if (A.empty()) return norms;
@@ -112,27 +111,27 @@ Tensor foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B, std::vector
 }
 
 // Schemas and registration; m is a library of STABLE_TORCH_LIBRARY or STABLE_TORCH_LIBRARY_IMPL.
-#define EFLAT_DEFINE(m)                                                                      \
-  m.def(                                                                                     \
-      "perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, float scaling, float rho, " \
-      "str onto=\"B\", float? rtol=None) -> (Tensor E, Tensor norm)");                       \
-  m.def(                                                                                     \
-      "foreach_perturb(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "           \
-      "float[] scaling, float rho, str onto=\"B\", str norm_scope=\"layer\", "               \
-      "float? rtol=None) -> (Tensor[] E, Tensor norms)");                                    \
-  m.def(                                                                                     \
-      "foreach_perturb_ema_(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "      \
-      "Tensor(a!)[] ema, Tensor(b!) skipped, float[] scaling, float rho, float beta, "       \
-      "str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) -> Tensor norms");        \
-  m.def(                                                                                     \
-      "foreach_adamw_step_(Tensor(a!)[] A, Tensor(b!)[] B, Tensor[] grad_A, "                \
-      "Tensor[] grad_B, Tensor[] clean, Tensor(c!)[] ema, Tensor(d!)[] exp_avg, "            \
-      "Tensor(e!)[] exp_avg_sq, Tensor(f!)[] step, Tensor(g!) skipped, float[] scaling, "    \
-      "float rho, float beta, float[] lr, float[] beta1, float[] beta2, float[] eps, "       \
-      "float[] weight_decay, str onto=\"B\", str norm_scope=\"layer\", "                     \
-      "float? rtol=None) -> Tensor norms");                                                  \
-  m.def(                                                                                     \
-      "foreach_bound(Tensor[] ema, Tensor[] B, float[] scaling, float rho, "                 \
+#define EFLAT_DEFINE(m)                                                                           \
+  m.def(                                                                                          \
+      "perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, float scaling, float rho, "      \
+      "str onto=\"B\", float? rtol=None) -> (Tensor E, Tensor norm)");                            \
+  m.def(                                                                                          \
+      "foreach_perturb(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "                \
+      "float[] scaling, float rho, str onto=\"B\", str norm_scope=\"layer\", "                    \
+      "float? rtol=None) -> (Tensor[] E, Tensor norms)");                                         \
+  m.def(                                                                                          \
+      "foreach_perturb_ema_(Tensor[] A, Tensor[] B, Tensor[] grad_A, Tensor[] grad_B, "           \
+      "Tensor[] E, Tensor(a!)[] ema, Tensor(b!) skipped, float[] scaling, float rho, "            \
+      "float beta, str onto=\"B\", str norm_scope=\"layer\", float? rtol=None) -> Tensor norms"); \
+  m.def(                                                                                          \
+      "foreach_adamw_step_(Tensor(a!)[] A, Tensor(b!)[] B, Tensor[] grad_A, "                     \
+      "Tensor[] grad_B, Tensor[] E, Tensor(c!)[] ema, Tensor(d!)[] exp_avg, "                     \
+      "Tensor(e!)[] exp_avg_sq, Tensor(f!)[] step, Tensor(g!) skipped, float[] scaling, "         \
+      "float rho, float beta, float[] lr, float[] beta1, float[] beta2, float[] eps, "            \
+      "float[] weight_decay, str onto=\"B\", str norm_scope=\"layer\", "                          \
+      "float? rtol=None) -> Tensor norms");                                                       \
+  m.def(                                                                                          \
+      "foreach_bound(Tensor[] ema, Tensor[] B, float[] scaling, float rho, "                      \
       "str norm_scope=\"layer\") -> Tensor factors")
 
 #define EFLAT_REGISTER(m, Device)                                                  \

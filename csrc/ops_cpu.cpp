@@ -102,19 +102,21 @@ std::tuple<Tensor, Tensor> no_perturb(Tensor A, Tensor B, Tensor grad_A, Tensor 
 
 Tensor no_foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
                                std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
-                               std::vector<Tensor> ema, Tensor skipped, std::vector<double>, double,
-                               double, std::string, std::string, std::optional<double>) {
+                               std::vector<Tensor> E, std::vector<Tensor> ema, Tensor skipped,
+                               std::vector<double>, double, double, std::string, std::string,
+                               std::optional<double>) {
   refuse_one({{"A", A},
               {"B", B},
               {"grad_A", grad_A},
               {"grad_B", grad_B},
+              {"E", E},
               {"ema", ema},
               {"skipped", {skipped}, false}});
 }
 
 Tensor no_foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B,
                               std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
-                              std::vector<Tensor> clean, std::vector<Tensor> ema,
+                              std::vector<Tensor> E, std::vector<Tensor> ema,
                               std::vector<Tensor> exp_avg, std::vector<Tensor> exp_avg_sq,
                               std::vector<Tensor> step, Tensor skipped, std::vector<double>, double,
                               double, std::vector<double>, std::vector<double>, std::vector<double>,
@@ -124,7 +126,7 @@ Tensor no_foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B,
               {"B", B},
               {"grad_A", grad_A},
               {"grad_B", grad_B},
-              {"clean", clean},
+              {"E", E},
               {"ema", ema},
               {"exp_avg", exp_avg},
               {"exp_avg_sq", exp_avg_sq},

@@ -1,5 +1,5 @@
-// What an operator writes must share no memory with anything else it is given: blocks of all pairs
-// are computed in any order.
+// What an operator writes must share no memory with anything else it is given, since blocks of all
+// pairs are computed in any order; but E[i] may be ema[i].
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -94,10 +94,13 @@ inline void check_overlaps(const Arguments& arguments, const std::vector<float*>
     for (bool is_target : {true, false}) {
       const Side& side = is_target ? p.target : p.other;
       const bool is_B = is_target == onto_B;
-      const int64_t bytes = side.length * p.rank * size_of(p.dtype), i = is_B ? count + l : l;
-      if (is_target || both)
-        overlaps.written(is_target ? p.out : p.out_other,
-                         side.length * p.rank * size_of(p.out_dtype), "ema", both ? i : l);
+      const int64_t elements = side.length * p.rank, bytes = elements * size_of(p.dtype),
+                    i = is_B ? count + l : l;
+      if (const void* out = is_target ? p.out : p.out_other) {
+        overlaps.written(out, elements * size_of(p.out_dtype), "ema", both ? i : l);
+        if (side.added && side.added != out)  // it may be the average itself
+          overlaps.read(side.added, elements * size_of(p.out_dtype), "E", both ? i : l);
+      }
       overlaps.read(side.grad, bytes, is_B ? "grad_B" : "grad_A", l);
       if (!p.step) {
         overlaps.read(side.factor, bytes, is_B ? "B" : "A", l);
@@ -108,8 +111,6 @@ inline void check_overlaps(const Arguments& arguments, const std::vector<float*>
       overlaps.written(a.exp_avg, bytes, "exp_avg", i);
       overlaps.written(a.exp_avg_sq, bytes, "exp_avg_sq", i);
       overlaps.written(counters[i], sizeof(float), "step", i);
-      const void* clean = is_target ? p.step->clean : p.step->clean_other;
-      if (clean != a.factor) overlaps.read(clean, bytes, "clean", both ? i : l);
     }
   }
   overlaps.written(skipped.const_data_ptr(), sizeof(int64_t), "skipped");

@@ -10,16 +10,21 @@ constexpr int kMaxRank = 256;
 
 // A factor and its gradient, seen as length x r matrices with a row per output (B) or input (A)
 // of the layer. B (n, r) is stored so; A (r, m) is stored transposed.
+//
+// The gradient was taken at the factor or, where the forward pass has added something to it, at
+// their sum in the type of what was added, rounded to the factor's type: the side's point, which
+// Gram matrices and products are of.
 struct Side {
   const void* factor;
   const void* grad;  // null: factor alone
   int64_t length;
   bool transposed;
+  const void* added = nullptr;  // float64 for a float64 factor, else float32; null: nothing
 };
 
 // torch.optim.AdamW of one factor; hyperparameters of its own, since parameter groups may differ.
 struct AdamW {
-  void* factor;  // written: the factor of the pair's side
+  void* factor;  // of the pair's side, to be written
   void* exp_avg;
   void* exp_avg_sq;    // both of the factor's type
   float* step;         // steps before this one, where the kernels can read it and raise it by one;
@@ -27,11 +32,8 @@ struct AdamW {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
-// The optimizer's step of a pair, after its perturbation has gone into the moving average: what was
-// perturbed returns to its clean values, then AdamW of both factors.
+// The optimizer's step of a pair, after its perturbation has gone into the moving average.
 struct Step {
-  const void* clean;        // like the target, perhaps the target itself
-  const void* clean_other;  // of the other factor, likewise; it is the factor where no E is for it
   AdamW target, other;
 };
 
@@ -43,7 +45,7 @@ struct Pair {
   DType dtype;  // of factors and gradients
   double scaling;
   double rtol;
-  void* out;        // E, or the moving average of it
+  void* out;        // E, or the moving average of it, which may be what was added to the target
   void* out_other;  // null; or both factors are perturbed: the target is B, and this is for A
   DType out_dtype;
   const Step* step;  // null: the perturbation alone

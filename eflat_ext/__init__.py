@@ -17,6 +17,7 @@ from .optimizers import (
     create_flat_optimizer,
     create_lora_sam_optimizer,
 )
+from .perturbation import EFlatPerturbation
 
 if torch.version.cuda is not None and importlib.util.find_spec("eflat_ext._C_cuda") is not None:
     try:
@@ -40,6 +41,7 @@ def build_info() -> dict[str, object]:
 
 __all__ = [
     "EFlatLoRA",
+    "EFlatPerturbation",
     "FlatLoRA",
     "LoRASAM",
     "build_info",

@@ -143,12 +143,18 @@ def _is_finite(number: float) -> bool:
 
 
 def check_averages(
-    ema: Sequence[Tensor], skipped: Tensor, targets: Sequence[Tensor], beta: float
+    E: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    skipped: Tensor,
+    targets: Sequence[Tensor],
+    beta: float,
 ) -> None:
-    """ValueError unless averages, counter and their weight suit the targets."""
+    """ValueError unless what was added, averages, counter and their weight suit the targets."""
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta}")
     check_alike("ema", ema, targets)
+    if E:  # an empty list: nothing was added
+        check_alike("E", E, targets)
     if targets and skipped.device != targets[0].device:
         raise ValueError(
             f"skipped must be on the device of A[0], {targets[0].device}, got {skipped.device}"

@@ -65,8 +65,6 @@ class Layer:
     def weight(self) -> Tensor:
         """``W0 + s B A``, (n, m), a copy; a quantised W0 is dequantised.
 
-        Its factors are those of ``state_dict()``: clean where an optimizer has perturbed them.
-
         Raises:
             NotImplementedError: W0 is quantised in a way that PEFT cannot undo.
         """
@@ -76,8 +74,7 @@ class Layer:
         W = W.flatten(1).clone()
         for pair in self.pairs:
             if pair.active:
-                A, B = (pair.part(f, saved(*pair.slot(f))).flatten(1).to(W) for f in "AB")
-                W += pair.scaling * (B @ A)
+                W += pair.scaling * (pair.B.detach().to(W) @ pair.A.detach().to(W))
         return W
 
     def term(self, x: Tensor, D: Tensor) -> Tensor:
@@ -128,16 +125,6 @@ def adapted_layers(model: nn.Module, names: Sequence[str] | None = None) -> list
         some = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "")
         raise ValueError(f"layers: none ends with one of {list(names or [])}; there are {some}")
     return layers
-
-
-def saved(module: nn.Module, name: str) -> Tensor:
-    """A parameter of the module as ``state_dict()`` has it: clean where an optimizer perturbed it.
-
-    Args:
-        module: that holds the parameter itself. name: of its attribute.
-    """
-    # A parametrised module saves it by another name.
-    return module.state_dict().get(name, getattr(module, name)).detach()
 
 
 def constant(D: Tensor) -> Shift:
@@ -272,7 +259,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     for module in training:
         # In eval mode on a CPU bitsandbytes lays the weights out anew, for good, and rounds their
         # scales; nothing else of these layers depends on their mode. PEFT's layers around them have
-        # the same name and must not be in training mode: an optimizer would perturb them.
+        # the same name and must not be in training mode: they would run perturbed.
         if _is_linear_4bit(module):
             module.training = True
     try:

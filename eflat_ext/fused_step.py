@@ -1,8 +1,8 @@
 """A whole step of EFlat-LoRA around ``torch.optim.AdamW`` as one operator, where that applies.
 
 ``torch.ops.eflat.foreach_adamw_step_`` does for a list of pairs what
-``foreach_perturb_ema_``, restoring the clean values and ``AdamW.step`` do one after another. What
-is in no pair is left to the base optimizer.
+``foreach_perturb_ema_`` and ``AdamW.step`` do one after the other. What is in no pair is left to
+the base optimizer.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .optimizer_base import PairList
+from .dtensors import is_dtensor
 
 _DEVICES = ("cpu", "cuda")  # that have a kernel for it
 # lr, beta1, beta2, eps, weight_decay
@@ -37,17 +36,20 @@ class AdamWLists(NamedTuple):
     weight_decay: list[float]
 
 
-def adamw_lists(base: Optimizer, rows: PairList) -> AdamWLists | None:
-    """What the operator needs to do ``base.step()`` for the factors of some pairs.
+def adamw_lists(base: Optimizer, factors: Sequence[Tensor]) -> AdamWLists | None:
+    """Return what the operator needs to do ``base.step()`` for the parameters of some pairs.
 
-    None where it cannot: ``base`` is no plain AdamW, or has step hooks (or all optimizers have),
-    which may look at the gradients; a factor is not trained, has no gradient or no state yet;
-    factors or steps occur twice; tensors that are not dense and contiguous on one device.
+    None where it cannot: ``base`` is no plain AdamW, or has step hooks, which may look at the
+    gradients; a factor is not trained, has no gradient or no state yet, or is sharded; factors or
+    steps occur twice; tensors that are not dense and contiguous on one device.
+
+    Args:
+        base: the optimizer.
+        factors: the parameters of A of the pairs, then those of B.
     """
     if type(base) is not AdamW or not _own_step(base) or _has_hooks(base):
         return None
-    factors = [*rows.parameters_A, *rows.parameters_B]
-    if not factors or len({id(factor) for factor in factors}) < len(factors):
+    if not factors or any(map(is_dtensor, factors)) or len(set(map(id, factors))) < len(factors):
         return None
     device = factors[0].device
     if device.type not in _DEVICES:
@@ -72,7 +74,7 @@ def adamw_lists(base: Optimizer, rows: PairList) -> AdamWLists | None:
 
 @contextmanager
 def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """A context in which the parameters have no gradients, so that no optimizer steps them."""
+    """Make a context in which the parameters have no gradients, so that no optimizer steps them."""
     gradients = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
@@ -91,12 +93,7 @@ def _own_step(base: AdamW) -> bool:
 
 
 def _has_hooks(base: AdamW) -> bool:
-    return bool(
-        base._optimizer_step_pre_hooks
-        or base._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-    )
+    return bool(base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks)
 
 
 def _numbers(group: dict[str, Any]) -> _Numbers | None:

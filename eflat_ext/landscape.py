@@ -23,7 +23,6 @@ from .full_space import (
     check_batches,
     constant,
     mean_loss,
-    saved,
 )
 from .hessian import Product, hessian
 
@@ -167,19 +166,15 @@ def line(
     found, others = adapted_layers(model, layers), adapted_layers(other, layers)
     if [(x.name, x.shape) for x in found] != [(x.name, x.shape) for x in others]:
         raise ValueError("other: expected a model with adapters on the same layers")
-    if {name for name, _ in _state(model)} != {name for name, _ in _state(other)}:
+    theirs = {name: value.detach() for name, value in _state(other)}
+    if {name for name, _ in _state(model)} != theirs.keys():
         raise ValueError("other: expected a model with the same parameters and buffers")
-    theirs: dict[str, Tensor] = {}
     for name, p in _outside(model, found).items():
-        owner, _, attribute = name.rpartition(".")
-        q = theirs[name] = saved(other.get_submodule(owner), attribute)
-        if q.shape != p.shape:
+        if (shape := theirs[name].shape) != p.shape:
             raise ValueError(
-                f"other: expected {name} of shape {tuple(p.shape)}, got {tuple(q.shape)}"
+                f"other: expected {name} of shape {tuple(p.shape)}, got {tuple(shape)}"
             )
     check_batches(batches)
-    # An evaluation takes an optimizer's perturbation out, which has to be gone before they move.
-    mean_loss(model, loss_fn, [next(iter(batches))])
     direction: dict[str, Shift] = {}
     for first, second in zip(found, others, strict=True):
         D = second.weight().to(first.device) - first.weight()

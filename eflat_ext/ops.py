@@ -6,6 +6,7 @@ The kernels are in ``csrc/``; this file says what PyTorch has to know of them be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -150,6 +151,7 @@ def _(
     B,
     grad_A,
     grad_B,
+    E,
     ema,
     skipped,
     scaling,
@@ -161,7 +163,7 @@ def _(
 ):
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
-    check_averages(ema, skipped, perturbed(onto, A, B), beta)
+    check_averages(E, ema, skipped, perturbed(onto, A, B), beta)
     return skipped.new_empty(len(A), dtype=_norm_dtype(A))
 
 
@@ -171,7 +173,7 @@ def _(
     B,
     grad_A,
     grad_B,
-    clean,
+    E,
     ema,
     exp_avg,
     exp_avg_sq,
@@ -191,9 +193,8 @@ def _(
 ):
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
-    targets, factors = perturbed(onto, A, B), [*A, *B]
-    check_averages(ema, skipped, targets, beta)
-    check_alike("clean", clean, targets)
+    factors = [*A, *B]
+    check_averages(E, ema, skipped, perturbed(onto, A, B), beta)
     check_alike("exp_avg", exp_avg, factors)
     check_alike("exp_avg_sq", exp_avg_sq, factors)
     check_shapes("step", step, [torch.Size()] * len(factors))
@@ -230,16 +231,36 @@ for _name in ("foreach_perturb_ema_", "foreach_adamw_step_", "foreach_bound"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
+# What an operator writes: the positions and names of those arguments, and their tensors in a call.
+
+
+def _written(operator):
+    return [
+        (i, argument.name)
+        for i, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _tensors_at(at, arguments):
+    value = arguments[at]  # None: the kernel refuses it
+    return [value] if isinstance(value, Tensor) else value or ()
+
+
+def _refuse(written, arguments, is_wrong, says):
+    for at, name in written:
+        for i, t in enumerate(_tensors_at(at, arguments)):
+            if is_wrong(t):
+                index = "" if arguments[at] is t else f"[{i}]"
+                raise RuntimeError(f"{name}{index} must {says}")
+
+
 # Tensors whose values are to be negated or conjugated when they are read. torch's fallback resolves
 # those that are read; of those that are written it takes one alone, and fails after the call.
 
 
 def _refuse_lazy_values(operator, key):
-    written = [
-        (i, argument.name)
-        for i, argument in enumerate(operator._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
+    written = _written(operator)
 
     def resolved(value):
         if isinstance(value, Tensor):
@@ -247,61 +268,55 @@ def _refuse_lazy_values(operator, key):
         return [resolved(x) for x in value] if isinstance(value, (list, tuple)) else value
 
     def kernel(*arguments):
-        for at, name in written:
-            is_list = isinstance(arguments[at], (list, tuple))
-            for i, t in enumerate(arguments[at] if is_list else [arguments[at]]):
-                if t.is_neg() or t.is_conj():
-                    raise RuntimeError(
-                        f"{name}{f'[{i}]' * is_list} must hold its values as they are, since it is "
-                        "updated in place, got a view that negates or conjugates them"
-                    )
+        _refuse(
+            written,
+            arguments,
+            lambda t: t.is_neg() or t.is_conj(),
+            "hold its values as they are, since it is updated in place, got a view that negates or "
+            "conjugates them",
+        )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return operator(*map(resolved, arguments))
 
     _library.impl(operator, kernel, key)
 
 
-for _key in ("Conjugate", "Negative"):
-    _refuse_lazy_values(torch.ops.eflat.foreach_perturb_ema_.default, _key)
-    _refuse_lazy_values(torch.ops.eflat.foreach_adamw_step_.default, _key)
+def _write_in_place(operator):
+    written = _written(operator)
+    name = operator._schema.name.removeprefix("eflat::")
+
+    def kernel(keyset, *arguments):
+        if torch.is_grad_enabled():
+            _refuse(
+                written,
+                arguments,
+                attrgetter("requires_grad"),
+                f"not require a gradient, since {name} writes to it: call it within "
+                "torch.no_grad()",
+            )
+        if not torch.is_inference_mode_enabled():  # as torch's own operators do
+            _refuse(
+                written,
+                arguments,
+                Tensor.is_inference,
+                "not be an inference tensor outside InferenceMode, since it is updated in place: "
+                "make a clone of it before",
+            )
+        norms = operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+        tensors = [t for at, _ in written for t in _tensors_at(at, arguments)]
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+        return norms
+
+    _library.impl(operator, kernel, "ADInplaceOrView", with_keyset=True)
 
 
-def _check_no_gradient(operator, written):
-    for name, tensors in written.items():
-        for i, t in enumerate(tensors):
-            if t.requires_grad and torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"{name}[{i}] must not require a gradient, since {operator} writes to it: call "
-                    "it within torch.no_grad()"
-                )
-
-
-def _perturb_ema_in_place(keyset, A, B, grad_A, grad_B, ema, skipped, *options):
-    _check_no_gradient("foreach_perturb_ema_", {"ema": ema})
-    norms = torch.ops.eflat.foreach_perturb_ema_.default.redispatch(
-        keyset & torch._C._after_ADInplaceOrView_keyset,
-        *(A, B, grad_A, grad_B, ema, skipped, *options),
-    )
-    torch.autograd.graph.increment_version([*ema, skipped])
-    return norms
-
-
-def _adamw_step_in_place(
-    keyset, A, B, grad_A, grad_B, clean, ema, exp_avg, exp_avg_sq, step, skipped, *options
+for _operator in (
+    torch.ops.eflat.foreach_perturb_ema_.default,
+    torch.ops.eflat.foreach_adamw_step_.default,
 ):
-    written = {"A": A, "B": B, "ema": ema, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    _check_no_gradient("foreach_adamw_step_", {**written, "step": step})
-    norms = torch.ops.eflat.foreach_adamw_step_.default.redispatch(
-        keyset & torch._C._after_ADInplaceOrView_keyset,
-        *(A, B, grad_A, grad_B, clean, ema, exp_avg, exp_avg_sq, step, skipped, *options),
-    )
-    torch.autograd.graph.increment_version([t for ts in written.values() for t in ts])
-    torch.autograd.graph.increment_version([*step, skipped])
-    return norms
-
-
-_library.impl("foreach_perturb_ema_", _perturb_ema_in_place, "ADInplaceOrView", with_keyset=True)
-_library.impl("foreach_adamw_step_", _adamw_step_in_place, "ADInplaceOrView", with_keyset=True)
+    _write_in_place(_operator)
+    for _key in ("Conjugate", "Negative"):
+        _refuse_lazy_values(_operator, _key)
 
 torch.library.register_autograd("eflat::perturb", backward, setup_context=setup)
 torch.library.register_autograd(

@@ -37,6 +37,13 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Slot: TypeAlias = tuple[nn.Module, str]
 
 
+def held(slot: Slot) -> Tensor:
+    """Return the parameter itself, also while a perturbed value stands in its place."""
+    module, name = slot
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter
+
+
 @dataclass(frozen=True, eq=False)
 class LoraPair:
     """One adapter of one LoRA layer, or of one expert of such a layer.
@@ -78,12 +85,12 @@ class LoraPair:
     @property
     def parameter_A(self) -> Tensor:
         """The parameter of A: (r, m), (r, in, kernel...), or (experts r, m)."""
-        return getattr(self.module_A, self.key)
+        return held(self.slot("A"))
 
     @property
     def parameter_B(self) -> Tensor:
         """The parameter of B: (n, r), (n, r, 1...), or (n, r experts)."""
-        return getattr(self.module_B, self.key)
+        return held(self.slot("B"))
 
     def parameter(self, factor: str) -> Tensor:
         """The parameter of factor "A" or "B"."""
@@ -112,11 +119,6 @@ class LoraPair:
         """n, m and r of the whole factors, also where they are sharded."""
         A, B = self.parameter_A.shape, self.parameter_B.shape
         return B[0], math.prod(A[1:]), A[0] // self.experts
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether a parameter of the pair has one."""
-        return self.parameter_A.grad is not None or self.parameter_B.grad is not None
 
     @property
     def scaling(self) -> float:
@@ -152,7 +154,7 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
         TypeError: ``model`` is no ``torch.nn.Module``.
         ValueError: no LoRA layer, or none that is a plain pair.
     """
-    LoraLayer, _ = _peft_classes()
+    LoraLayer = _lora_class()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     shared = _shared_memory(model)
@@ -185,34 +187,17 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
     return pairs
 
 
-def merging_layers(model: nn.Module) -> list[Any]:
-    """The LoRA layers whose forward passes merge and unmerge: attention modules."""
-    _, attention_class = _peft_classes()
-    return [module for module in model.modules() if isinstance(module, attention_class)]
+def lora_layers(model: nn.Module) -> list[Any]:
+    """Return PEFT's LoRA layers of a model, in module order, those within others too."""
+    return [module for module in model.modules() if isinstance(module, _lora_class())]
 
 
-def reads_outside(layer: nn.Module) -> bool:
-    """Whether ``get_delta_weight`` of a LoRA layer is called by others alone, to keep the result.
-
-    Layers of ``target_parameters`` call it in their forward passes.
-    """
-    return hasattr(layer, "get_delta_weight") and not hasattr(layer, "parameter_name")
-
-
-def adding_modules(model: nn.Module) -> list[nn.Module]:
-    """PEFT's tuners, which make an adapter of the weights of others."""
-    # Asked of the class: a PeftModel hands on every attribute of its tuner.
-    return [module for module in model.modules() if hasattr(type(module), "add_weighted_adapter")]
-
-
-def _peft_classes() -> tuple[type, type]:
+def _lora_class() -> type:
     try:
         from peft.tuners.lora import LoraLayer
-        from peft.tuners.lora import layer as classes
     except ImportError as error:
         raise ImportError("finding LoRA layers needs PEFT: pip install peft") from error
-    absent = type("Absent", (), {})  # a class that an older PEFT does not have
-    return LoraLayer, getattr(classes, "MultiheadAttention", absent)
+    return LoraLayer
 
 
 def _pairs(layer: Any, adapter: str, name: str) -> list[LoraPair]:
@@ -233,6 +218,8 @@ def _pairs(layer: Any, adapter: str, name: str) -> list[LoraPair]:
 def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
     """Why this adapter's factors are no plain pair; empty when they are one."""
     layer, A, B = pair.layer, pair.module_A, pair.module_B
+    if pair.key not in A._parameters or pair.key not in B._parameters:
+        return "a factor is computed from other parameters"
     plain = (nn.Linear, nn.ParameterDict, *CONVOLUTIONS)
     if not (isinstance(A, plain) and isinstance(B, plain)):
         return f"factors are {type(A).__name__} and {type(B).__name__}"
@@ -244,6 +231,8 @@ def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
     if isinstance(B, nn.ParameterDict) and layer.get_base_layer().max_norm is not None:
         return "max_norm"  # every forward pass renormalises A in place
     shape_A, shape_B = pair.parameter_A.shape, pair.parameter_B.shape
+    if 0 in (*shape_A, *shape_B):
+        return f"shapes {tuple(shape_A)} and {tuple(shape_B)}, without an entry"
     if min(len(shape_A), len(shape_B)) < 2 or shape_A[0] != math.prod(shape_B[1:]):
         return f"shapes {tuple(shape_A)} and {tuple(shape_B)}"
     variant = type(getattr(layer, "lora_variant", {}).get(pair.adapter)).__name__

@@ -295,8 +295,6 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         optimizer = _perturbing(self.optimizer)
         if isinstance(optimizer, TwoGradients):
             optimizer.abandon_step()
-        elif optimizer is not None:
-            optimizer.eval()
 
 
 class _StepBounds(TrainerCallback):

@@ -1,11 +1,8 @@
-"""Flat-LoRA and LoRA-SAM: two gradients per step, the second at perturbed weights.
-
-Flat-LoRA: Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3). LoRA-SAM, its peer,
-perturbs the factors as SAM (Foret et al., arXiv 2010.01412) perturbs weights.
-"""
+"""Flat-LoRA and LoRA-SAM: two gradients per step, the second at perturbed weights."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,83 +10,79 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .additions import PartialAddition
-from .dtensors import from_local
-from .engines import initialises_state
-from .gradient_watch import GradientWatch
-from .optimizer_base import PairList, PerturbingOptimizer, Rho
-from .pairs import LoraPair
-from .sharded import Norms, Sharding
-from .transferring import Transferring
+from .optimizer_base import PerturbingOptimizer
+from .perturbation.base import Rho
+from .perturbation.checkpoint import initialises_state
+from .perturbation.checks import check_base
+from .perturbation.targets import parameters_of
+from .perturbation.two_points import FlatPerturbation, SAMPerturbation, TwoPointPerturbation
+from .stacklevel import stacklevel_of_user
 
 
 class TwoGradients(PerturbingOptimizer):
     """A step of two gradients: the first makes the perturbation, the second moves the weights."""
 
-    def _prepare(self, model: nn.Module) -> None:
-        self._perturbation = PartialAddition()
-        self._pending = False
-        self._first_gradients: GradientWatch | None = None
-        self._perturb_with(model, self._perturbation)
-        self._weights.enabled = False
+    perturbation: TwoPointPerturbation
 
-    def _perturbations(self, rho: float, rows: PairList) -> tuple[dict[int, Tensor], Tensor]:
-        """What to add to targets, by their index, and the norms of the rows."""
-        raise NotImplementedError  # abstract: what the two methods differ in
-
-    def _perturbed_shards(
-        self, rho: float, sharding: Sharding, indices: list[int]
-    ) -> tuple[dict[int, Tensor], Norms]:
-        """The same where factors are sharded: this rank's shards, and the norms of these pairs."""
-        raise NotImplementedError  # abstract
+    def __init__(self, perturbation: TwoPointPerturbation, base: Optimizer) -> None:
+        super().__init__(perturbation, base)
+        # What changes during a step; wrappers that copy attributes share it.
+        self._step = _Step()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One whole step with a closure; without one, the same as :meth:`second_step`.
-
-        The weights are clean afterwards, also when the closure or the base optimizer raises.
+        """Take a whole step with a closure; without one, the same as :meth:`second_step`.
 
         Args:
-            closure: zero_grad, forward, backward; evaluated twice, first at the clean weights.
+            closure: zero_grad, forward, backward; evaluated twice, first at the clean weights. The
+                gradients of the first evaluation are dropped.
 
         Returns:
             What the closure returned the first time, None without one.
 
         Raises:
-            RuntimeError: no closure and no :meth:`first_step` before; or both.
+            RuntimeError: no closure and no :meth:`first_step` before, or both; the closure adds to
+                gradients that were there before, which belong to other passes.
         """
-        loss = None
-        if closure is None and not self._pending:
+        self.perturbation.check()
+        self.perturbation.join_steps()
+        if closure is None and not self.perturbation.pending:
             if initialises_state(self.base):
-                return self.base.step()
+                return self._step_base()
             raise RuntimeError(
                 "step() needs a closure, or first_step() before it; with Hugging Face Trainer, "
                 "eflat_ext.trainer.PerturbationMixin: class MyTrainer(PerturbationMixin, "
                 "Trainer)"
             )
+        loss = None
         if closure is not None:
             self._not_pending()
             with torch.enable_grad():
-                loss = closure()
-        # Restored within "try", too: a signal during the restoring in "finally" would end it.
+                loss = self._first_evaluation(closure)
         try:
             if closure is not None:
-                self.first_step(zero_grad=False)
+                self.first_step()
                 with torch.enable_grad():
                     closure()
-            unperturbed = self._weights.alive and not self._weights.visited
+            clean = self.perturbation.has_gradients() and not self.perturbation.ran()
             self.abandon_step()
         finally:
-            self.abandon_step()
-        if unperturbed and self._has_gradients():
-            self._warn_clean_gradient()
-        self.base.step()
-        self._steps += 1
+            self.abandon_step()  # again: a signal may end the first one
+        if clean and not self._step.warned:
+            self._step.warned = True
+            warnings.warn(
+                "the second gradient of this step was taken without the perturbation: no LoRA "
+                "layer of the model ran in training mode (model.train())",
+                UserWarning,
+                stacklevel=stacklevel_of_user(),
+            )
+        self._step_base()
+        self.perturbation.finish_update()
         return loss
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = True) -> None:
-        """Perturb the weights along the gradients there are now.
+        """Perturb training passes along the gradients there are now.
 
         Scaled gradients need no unscaling: a common factor leaves the perturbation alone.
 
@@ -100,49 +93,30 @@ class TwoGradients(PerturbingOptimizer):
             RuntimeError: the last :meth:`first_step` has had no :meth:`second_step`.
         """
         self._not_pending()
-        deltas = self._new_perturbations(self._rho_now())
-        self._perturbation.indices = list(deltas)
-        self._perturbation.deltas = list(deltas.values())
-        self._pending = self._weights.enabled = True
-        self._weights.perturb()
-        self._weights.visited = False
+        self.perturbation.perturb()
         if zero_grad:
             self.base.zero_grad()
-        self._first_gradients = None if zero_grad else GradientWatch(self._weights.targets())
-        self._weights.watch_gradients()
+        self._step.first = [] if zero_grad else self._gradients()
 
-    def _new_perturbations(self, rho: float) -> dict[int, Tensor]:
-        """What to add to targets, by their index; norms are kept, and counted."""
-        sharding, indices = self._sharding() or (None, [])
-        if sharding is None:
-            rows = self._with_gradients()
-            deltas, norms = self._perturbations(rho, rows)
-            self._skipped_on(norms.device).add_((~(norms.isfinite() & (norms > 0))).sum())
-            self._norms = (rows.indices, norms)
-            return deltas
-        if not indices:
-            return {}
-        shards, found = self._perturbed_shards(rho, sharding, indices)
-        self._skipped_on(found.skipped.device).add_(found.skipped)
-        self._keep_norms(indices, found.values)
-        targets = self._weights.targets()
-        return {index: from_local(shard, targets[index]) for index, shard in shards.items()}
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Step the base optimizer with the gradients there are now; passes are clean again.
 
-    def second_step(self) -> None:
-        """Restore the clean weights and step the base optimizer with the gradients there are now.
+        Args:
+            zero_grad: also drop these gradients afterwards.
 
         Raises:
             RuntimeError: no :meth:`first_step` before.
         """
-        if not self._pending:
+        if not self.perturbation.pending:
             raise RuntimeError("second_step() needs first_step() before it")
         self.step()
+        if zero_grad:
+            self.zero_grad()
 
     def abandon_step(self) -> None:
-        """Restore the clean weights and forget a :meth:`first_step`; nothing if there was none."""
-        self._weights.restore()
-        self._weights.enabled = self._pending = False
-        self._perturbation.indices, self._perturbation.deltas = [], []
+        """Forget a :meth:`first_step`, so that passes are clean; nothing if there was none."""
+        self.perturbation.withdraw()
+        self._step.first = []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients.
@@ -150,25 +124,54 @@ class TwoGradients(PerturbingOptimizer):
         Dropping the second gradients abandons the step: a gradient scaler that found an overflow
         in them never calls ``step``.
         """
-        first = self._first_gradients
-        if self._pending and self._has_gradients() and (first is None or first.replaced()):
+        first = {id(gradient) for gradient in self._step.first}
+        new = [gradient for gradient in self._gradients() if id(gradient) not in first]
+        if self.perturbation.pending and new:
             self.abandon_step()
-        self._first_gradients = None
+        self._step.first = []
+        self._step.zeroed = True
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.abandon_step()
         super().load_state_dict(state_dict)
 
+    def _gradients(self) -> list[Tensor]:
+        factors = self.perturbation.factors
+        return [f.parameter.grad for f in factors if f.parameter.grad is not None]
+
+    def _first_evaluation(self, closure: Callable[[], Any]) -> Any:
+        before = [(p, p.grad) for p in parameters_of(self.param_groups) if p.grad is not None]
+        before = [(p, grad) for p, grad in before if bool((grad != 0).any())]
+        self._step.zeroed = False
+        loss = closure()
+        if not self._step.zeroed and any(p.grad is grad for p, grad in before):
+            raise RuntimeError(
+                "step(closure): expected a closure that calls optimizer.zero_grad() and computes "
+                "all gradients of the step, since it is evaluated at two points; got one that adds "
+                "to gradients that were there before, or zeroes them in place by other means. For "
+                "accumulated micro-batches call first_step() and second_step()"
+            )
+        return loss
+
     def _not_pending(self) -> None:
-        if self._pending:
+        if self.perturbation.pending:
             raise RuntimeError(
                 "the last first_step() has had no second_step(); after a step that was skipped, "
                 "call optimizer.zero_grad() or optimizer.abandon_step()"
             )
 
 
-class FlatLoRA(Transferring, TwoGradients):
+class _Step:
+    """Where a step of two gradients stands."""
+
+    def __init__(self) -> None:
+        self.first: list[Tensor] = []  # gradients of the first pass that were not dropped
+        self.zeroed = False  # zero_grad was called since somebody set this to False
+        self.warned = False
+
+
+class FlatLoRA(TwoGradients):
     """Flat-LoRA: gradient, perturbation by equations (1)-(3), second gradient there, base step.
 
     Either ``step(closure)``, or :meth:`first_step` and :meth:`second_step` around the second
@@ -180,6 +183,8 @@ class FlatLoRA(Transferring, TwoGradients):
     Args and errors: see :class:`EFlatLoRA`.
     """
 
+    perturbation: FlatPerturbation
+
     def __init__(
         self,
         model: nn.Module,
@@ -190,57 +195,18 @@ class FlatLoRA(Transferring, TwoGradients):
         norm_scope: str = "layer",
         rtol: float | None = None,
     ) -> None:
-        super().__init__(model, base, rho=rho, onto=onto, norm_scope=norm_scope, rtol=rtol)
-        self._prepare(model)
+        options: Any = {"rho": rho, "onto": onto, "norm_scope": norm_scope, "rtol": rtol}
+        super().__init__(FlatPerturbation(model, **options), check_base(base))
 
-    def _perturbations(self, rho: float, rows: PairList) -> tuple[dict[int, Tensor], Tensor]:
-        E, norms = torch.ops.eflat.foreach_perturb(
-            rows.A,
-            rows.B,
-            rows.grad_A,
-            rows.grad_B,
-            rows.scaling,
-            rho,
-            self.onto,
-            self.norm_scope,
-            self.rtol,
-        )
-        targets = self._weights.targets()
-        deltas: dict[int, Tensor] = {}
-        for (pair, factor, index), e in zip(self._perturbed(rows.indices), E, strict=True):
-            _put(deltas, index, pair, factor, targets[index], e)
-        return deltas, norms
+    @property
+    def onto(self) -> str:
+        """The factor that carries the perturbation, "B" or "A", or "both"."""
+        return self.perturbation.onto
 
-    def _perturbed_shards(
-        self, rho: float, sharding: Sharding, indices: list[int]
-    ) -> tuple[dict[int, Tensor], Norms]:
-        perturbations, norms = sharding.perturb(
-            [self.pairs[i] for i in indices],
-            [self._target_of[i] for i in indices],
-            rho,
-            self.onto,
-            self.norm_scope,
-            self.rtol,
-            lambda dtype: dtype,
-        )
-        return {index: value for index, (value, _) in perturbations.items()}, norms
-
-
-def _put(
-    deltas: dict[int, Tensor],
-    index: int,
-    pair: LoraPair,
-    factor: str,
-    target: Tensor,
-    value: Tensor,
-) -> None:
-    """Make the perturbation of a pair, or its part of it, the one of the target of this index."""
-    if pair.experts == 1:
-        deltas[index] = value.view_as(target)
-        return
-    if index not in deltas:
-        deltas[index] = torch.zeros_like(target, dtype=value.dtype)
-    pair.part(factor, deltas[index]).copy_(value)
+    @property
+    def rtol(self) -> float | None:
+        """Relative cut-off of a factor's singular values; None for the operators' default."""
+        return self.perturbation.rtol
 
 
 class LoRASAM(TwoGradients):
@@ -253,55 +219,4 @@ class LoRASAM(TwoGradients):
     def __init__(
         self, model: nn.Module, base: Optimizer, *, rho: Rho = 0.05, norm_scope: str = "layer"
     ) -> None:
-        super().__init__(model, base, rho=rho, norm_scope=norm_scope, factors=["A", "B"])
-        self._prepare(model)
-
-    def _perturbations(self, rho: float, rows: PairList) -> tuple[dict[int, Tensor], Tensor]:
-        if not rows.indices:
-            return {}, torch.zeros(0, device=self._skipped.device)
-        norm_A, norm_B = (  # in float32 the squares of tiny gradients are zero
-            torch.stack(torch._foreach_norm(list(grads), 2, torch.float64))
-            for grads in (rows.grad_A, rows.grad_B)
-        )
-        norms = torch.hypot(norm_A, norm_B)
-        good = norms.isfinite() & (norms > 0)
-        scale = self._scales(rho, norms, good)
-        targets = self._weights.targets()
-        deltas: dict[int, Tensor] = {}
-        for row, ok in enumerate(good.unbind()):
-            i = rows.indices[row]
-            for factor, index in self._target_of[i].items():
-                grad = (rows.grad_A if factor == "A" else rows.grad_B)[row]
-                delta = torch.where(ok, _times(grad, scale[row]), 0)
-                _put(deltas, index, self.pairs[i], factor, targets[index], delta)
-        return deltas, norms
-
-    def _perturbed_shards(
-        self, rho: float, sharding: Sharding, indices: list[int]
-    ) -> tuple[dict[int, Tensor], Norms]:
-        norms = sharding.gradient_norms([self.pairs[i] for i in indices])
-        scale = self._scales(rho, norms.values, norms.usable)
-        shards: dict[int, Tensor] = {}
-        for factor in ("A", "B"):
-            rows = [
-                (self.pairs[i], self._target_of[i][factor], own)
-                for i, own in zip(indices, scale.unbind(), strict=True)
-                if factor in self._target_of[i]
-            ]
-            pairs, targets, scales = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
-            spread = sharding.spread(pairs, targets, factor, scales)
-            for pair, index, _ in rows:
-                gradient, by = sharding.gradient(pair, factor), spread[index]
-                shards[index] = torch.where(by != 0, _times(gradient, by), 0)
-        return shards, norms
-
-    def _scales(self, rho: float, norms: Tensor, good: Tensor) -> Tensor:
-        """By what the gradients of each pair are multiplied."""
-        norms = norms.double()
-        shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
-        return torch.where(good, rho / shared, 0)
-
-
-def _times(gradient: Tensor, scale: Tensor) -> Tensor:
-    """In float64: for a tiny gradient the scale is beyond float32's range."""
-    return (gradient.double() * scale).to(gradient.dtype)
+        super().__init__(SAMPerturbation(model, rho=rho, norm_scope=norm_scope), check_base(base))

@@ -86,7 +86,7 @@ def with_ddp(device: torch.device) -> None:
 
 
 def with_fsdp(device: torch.device, folder: str) -> None:
-    model = shard(make_model(device))  # first shard, then make the optimizer
+    model = shard(make_model(device))
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2, rho=0.05)
     train(model, optimizer, 30, seed=1)
     weights, state = get_state_dict(model, optimizer)

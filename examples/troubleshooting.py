@@ -14,8 +14,12 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from eflat_ext import create_eflat_optimizer, create_flat_optimizer
-from eflat_ext.optimizers import EFlatLoRA
+from eflat_ext import (
+    EFlatLoRA,
+    EFlatPerturbation,
+    create_eflat_optimizer,
+    create_flat_optimizer,
+)
 
 ADAMW = torch.optim.AdamW
 
@@ -48,10 +52,54 @@ def model_left_in_eval_mode() -> None:
         optimizer.step()
 
 
+def second_pass_in_eval_mode() -> None:
+    model = make_model()
+    optimizer = create_flat_optimizer(model, ADAMW)
+    loss_of(model).backward()
+    optimizer.first_step()
+    loss_of(model.eval()).backward()
+    optimizer.second_step()
+
+
 def second_optimizer() -> None:
     model = make_model()
     first = create_eflat_optimizer(model, ADAMW)
-    create_eflat_optimizer(model, ADAMW, lr=first.param_groups[0]["lr"] / 2)
+    second = create_eflat_optimizer(model, ADAMW, lr=first.param_groups[0]["lr"] / 2)
+    loss_of(model).backward()
+    second.step()
+    first.step()
+
+
+def optimizer_of_somebody_else() -> None:
+    model = make_model()
+    optimizer = create_eflat_optimizer(model, ADAMW)
+    loss_of(model).backward()
+    ADAMW([p for p in model.parameters() if p.requires_grad]).step()  # not optimizer.step()
+    del optimizer
+
+
+def attached_twice() -> None:
+    model = make_model()
+    optimizer = ADAMW([p for p in model.parameters() if p.requires_grad])
+    perturbation = EFlatPerturbation(model).attach(optimizer)
+    perturbation.attach(optimizer)
+
+
+def parameters_replaced() -> None:
+    model = make_model()
+    optimizer = create_eflat_optimizer(model, ADAMW)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    loss_of(model).backward()
+    optimizer.step()
+
+
+def engine_with_parameters_of_its_own() -> None:
+    model = make_model()
+    optimizer = create_eflat_optimizer(model, ADAMW)
+    (group,) = optimizer.param_groups
+    group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+    loss_of(model).backward()
+    optimizer.step()
 
 
 def step_without_closure() -> None:
@@ -59,6 +107,13 @@ def step_without_closure() -> None:
     optimizer = create_flat_optimizer(model, ADAMW)
     loss_of(model).backward()
     optimizer.step()
+
+
+def closure_that_accumulates() -> None:
+    model = make_model()
+    optimizer = create_flat_optimizer(model, ADAMW)
+    loss_of(model).backward()
+    optimizer.step(lambda: loss_of(model).backward())  # without optimizer.zero_grad()
 
 
 def second_half_never_came() -> None:
@@ -69,6 +124,10 @@ def second_half_never_came() -> None:
         optimizer.first_step()
 
 
+def name_for_a_class() -> None:
+    create_eflat_optimizer(make_model(), "adamw")  # type: ignore[arg-type]
+
+
 def no_adapter() -> None:
     create_eflat_optimizer(Net(), ADAMW)
 
@@ -77,6 +136,12 @@ def frozen_factor() -> None:
     model = make_model()
     model.base_model.model.head.lora_B.default.weight.requires_grad_(False)
     create_eflat_optimizer(model, ADAMW)
+
+
+def frozen_factor_of_both() -> None:
+    model = make_model()
+    model.base_model.model.head.lora_B.default.weight.requires_grad_(False)
+    create_eflat_optimizer(model, ADAMW, onto="both")
 
 
 def parameters_of_another_model() -> None:
@@ -101,13 +166,11 @@ def base_prepared_on_its_own() -> None:
     EFlatLoRA(model, base)
 
 
-def base_that_moves_weights_by_itself() -> None:
-    class ScheduleFree(torch.optim.SGD):  # the two methods of schedule-free optimizers
-        def train(self) -> None: ...
+def base_that_perturbs_by_itself() -> None:
+    class SAM(torch.optim.SGD):  # as in SAM packages
+        def first_step(self) -> None: ...
 
-        def eval(self) -> None: ...
-
-    create_eflat_optimizer(make_model(), ScheduleFree, lr=0.1)
+    create_eflat_optimizer(make_model(), SAM, lr=0.1)
 
 
 def base_that_maximises() -> None:
@@ -123,13 +186,6 @@ def several_devices_in_one_model() -> None:
 def rank_beyond_the_kernels() -> None:
     config = LoraConfig(r=300, target_modules=["head"])
     create_eflat_optimizer(get_peft_model(Net(), config), ADAMW)
-
-
-def data_parallel() -> None:
-    model = make_model()
-    optimizer = create_eflat_optimizer(model, ADAMW)
-    model._replicate_for_data_parallel()(torch.ones(2, 4, 8))  # as nn.DataParallel does
-    del optimizer
 
 
 def copied_optimizer() -> None:
@@ -162,21 +218,28 @@ def radius_out_of_range() -> None:
 
 REMEDIES: dict[Callable[[], None], str] = {
     model_left_in_eval_mode: "call model.train() before the training forward pass",
-    second_optimizer: "call remove_hooks() of the first one, or change its param_groups",
+    second_pass_in_eval_mode: "call model.train() before the second pass, too",
+    second_optimizer: "step the newer one; to change numbers alone, change its param_groups",
+    optimizer_of_somebody_else: "step this package's, or attach an EFlatPerturbation to the other",
+    attached_twice: "make a new EFlatPerturbation for each optimizer",
+    parameters_replaced: "load without assign=True, or make the optimizer afterwards",
+    engine_with_parameters_of_its_own: "EFlatPerturbation.update(gradients) before its step",
     step_without_closure: "step(closure), or first_step() and second_step(); in Trainer, the mixin",
+    closure_that_accumulates: "zero_grad() in the closure; accumulate by the two half steps",
     second_half_never_came: "call abandon_step() when the second pass failed or was skipped",
+    name_for_a_class: "give the class itself, torch.optim.AdamW",
     no_adapter: "call get_peft_model first; the adapter has to be a LoRA and active",
     frozen_factor: 'unfreeze it, or perturb the other one: onto="A"',
+    frozen_factor_of_both: 'unfreeze it, or perturb the one that trains: onto="A"',
     parameters_of_another_model: "make the optimizer after the adapter, over its parameters",
     grouped_convolution: "nothing: the layer trains as with plain LoRA",
     base_needs_a_closure: "take an optimizer of one gradient: AdamW, SGD, Adafactor",
     wrapped_twice: "wrap the plain optimizer, once",
     base_prepared_on_its_own: "this package's optimizer around the plain one, then prepare that",
-    base_that_moves_weights_by_itself: "take an optimizer that changes weights in step() alone",
+    base_that_perturbs_by_itself: "take the optimizer that it would be wrapped around",
     base_that_maximises: "negate the loss",
     several_devices_in_one_model: "one device, or DistributedDataParallel, or FSDP2",
     rank_beyond_the_kernels: "a smaller rank, or LoRA-SAM, which has no kernel of its own",
-    data_parallel: "use DistributedDataParallel",
     copied_optimizer: "make a new one on the other model, then load_state_dict",
     checkpoint_of_another_rank: "resume with the LoraConfig that the checkpoint was made with",
     checkpoint_of_the_other_factor: "resume with the options that the checkpoint was made with",

@@ -6,18 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from strategies import RHO, Pair, averages, generator, lists, targets
+from strategies import RHO, Pair, added, averages, generator, lists
 from torch import Tensor, nn
 
 ops = torch.ops.eflat
 NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 WRITTEN = ("A", "B", "ema", "exp_avg", "exp_avg_sq", "step")
+FOR_AVERAGES = (*Pair._fields, "E", "ema", "skipped", "rho", "beta")
 
 
 def random_call(
-    given: list[Pair], onto: str = "B", norm_scope: str = "layer", seed: int = 0
+    given: list[Pair],
+    onto: str = "B",
+    norm_scope: str = "layer",
+    seed: int = 0,
+    kind: str = "own",
 ) -> dict[str, Any]:
-    """A call in the middle of training: every factor has moments, a step and numbers of its own."""
+    """A call in the middle of training: every factor has moments, a step and numbers of its own.
+    ``kind`` is that of :func:`strategies.added`."""
     g = generator(seed)
 
     def one_of(*values: float) -> list[float]:
@@ -37,7 +43,7 @@ def random_call(
         "B": B,
         "grad_A": grad_A,
         "grad_B": grad_B,
-        "clean": like(targets(given, onto), 1.0),
+        "E": added(ema, kind, seed),
         "ema": ema,
         "exp_avg": like(gradients, 0.5),
         "exp_avg_sq": [t.square() for t in like(gradients, 0.5)],
@@ -56,19 +62,23 @@ def random_call(
     }
 
 
-def of_targets(call: dict[str, Any]) -> list[Tensor]:
-    """The factors of a call that are perturbed, in the order of ema and clean."""
-    names = {"A": ("A",), "B": ("B",), "both": ("A", "B")}[call.get("onto", "B")]
-    return [t for name in names for t in call[name]]
+def adds_averages(call: dict[str, Any]) -> bool:
+    """Whether what was added is the averages themselves."""
+    return any(e is t for e, t in zip(call["E"], call["ema"], strict=False))
 
 
 def mapped(call: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The call with every tensor replaced."""
+    """The call with every tensor replaced; what is one tensor stays one."""
+    made: dict[int, Tensor] = {}
 
     def of(value: Any) -> Any:
         if isinstance(value, list):
             return [of(x) for x in value]
-        return function(value) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in made:
+            made[id(value)] = function(value)
+        return made[id(value)]
 
     return {name: of(value) for name, value in call.items()}
 
@@ -85,12 +95,10 @@ def one_after_another(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """What the operator has to leave behind; 16-bit factors are float64, before rounding."""
     call = copied(call)
     norms = ops.foreach_perturb_ema_(
-        **{name: call[name] for name in (*Pair._fields, "ema", "skipped", "rho", "beta")},
+        **{name: call[name] for name in FOR_AVERAGES},
         onto=call["onto"],
         norm_scope=call["norm_scope"],
     )
-    for target, clean in zip(of_targets(call), call["clean"], strict=True):
-        target.copy_(clean)
     factors = [*call["A"], *call["B"]]
     for i, (factor, grad) in enumerate(zip(factors, call["grad_A"] + call["grad_B"], strict=True)):
         wide = torch.float64 if factor.dtype.itemsize == 2 else factor.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,10 @@ def against_one_process(
     assert_same_on_all_ranks(named(model))
     if method == "eflat":
         assert_same_on_all_ranks(optimizer.averages)
-        with torch.no_grad():
-            loss_of(net, own_part(data[0]))  # a training forward pass perturbs
-        assert optimizer._weights.applied
-        assert_same_on_all_ranks(named(model))
-        optimizer.eval()
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        points = optimizer.points()
+        assert any(not torch.equal(point, parameter) for parameter, point in points.items())
+        assert_same_on_all_ranks({names[parameter]: point for parameter, point in points.items()})
     errors = errors_against(model, optimizer, one, single)
     plain = lora_mlp(**config)
     net = DistributedDataParallel(plain)
@@ -104,14 +104,36 @@ def evaluation_of_the_inner_model() -> None:
     x = data[3][0]
     with optimizer.clean(), torch.no_grad():
         expected = model(x)
+    with torch.no_grad():
+        assert not torch.equal(model(x), expected)
     loss_of(net, own_part(data[3])).backward()
-    assert optimizer._weights.applied and net.training
+    assert net.training
     if dist.get_rank() == 0:
         net.module.eval()
         assert torch.equal(net.module(x), expected)
         net.module.train()
     optimizer.step()
     assert_same_on_all_ranks(named(model))
+
+
+def layer_unused_on_one_rank(onto: str) -> None:
+    """As layer drop does: the gradient of a layer comes from the other rank, and its point."""
+    model = lora_mlp(init_lora_weights=False)
+    inner = model.base_model.model
+    up = inner.up
+    net = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = optimizer_of(net, onto=onto)
+    data = batches(6)
+    train(net, optimizer, data[:3])
+    if dist.get_rank() == 1:
+        inner.up = up.base_layer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(net, optimizer, data[3:4])
+    inner.up = up
+    assert_same_on_all_ranks({**named(model), **optimizer.averages})
+    train(net, optimizer, data[4:])
+    assert_same_on_all_ranks({**named(model), **optimizer.averages})
 
 
 def bad_gradient_on_one_rank(value: float, **options: Any) -> None:

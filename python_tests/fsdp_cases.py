@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sharded_cases import (
     one_process,
     optimizer_of,
     own_part,
+    relative_errors,
     shard_model,
     train,
     whole,
@@ -27,10 +28,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from eflat_ext import reference
-from eflat_ext.dtensors import from_local, laid_out_as
+from eflat_ext import EFlatPerturbation, reference
+from eflat_ext.dtensors import laid_out_as
 from eflat_ext.pairs import find_pairs
-from eflat_ext.sharded import Sharding
 
 
 def against_one_process(
@@ -51,31 +51,60 @@ def against_one_process(
     mesh = dist.init_device_mesh("cpu", shape, **names)
     model = shard_model(lora_mlp(**config), dim_A, layers, mesh)
     optimizer = optimizer_of(model, method, **options)
-    train(model, optimizer, batches(steps))
+    data = batches(steps)
+    train(model, optimizer, data[:-1])
+    last = own_part(data[-1])
+    optimizer.zero_grad()
+    loss_of(model, last).backward()
+    with Collectives() as calls:
+        optimizer.step() if method == "eflat" else optimizer.first_step()
+    # All factors and gradients at once; after a step the new B, which bounds averages onto A.
+    bound = method == "eflat" and optimizer.onto != "B"
+    assert calls.count == 1 + bound
+    assert_whole(optimizer)
+    if method != "eflat":
+        loss_of(model, last).backward()
+        optimizer.step()
     counts = {"skipped": optimizer.skipped_perturbations}
     assert_same_on_all_ranks({**optimizer.perturbation_norms, **counts})
     return errors_against(model, optimizer, one, single)
 
 
-def distribute(model: nn.Module, dim_A: int, dim_B: int = 0) -> nn.Module:
-    """Make every LoRA factor, and its gradient, a DTensor; without FSDP."""
+def assert_whole(optimizer: Any) -> None:
+    """What is added to factors is no shard, and the same on all ranks."""
+    made = {str(i): factor.E for i, factor in enumerate(optimizer.perturbation.factors)}
+    for E, factor in zip(made.values(), optimizer.perturbation.factors, strict=True):
+        assert E.shape == factor.parameter.shape and hasattr(factor.parameter, "full_tensor")
+    made.update(getattr(optimizer, "averages", {}))
+    assert all(type(E) is Tensor for E in made.values())
+    assert_same_on_all_ranks(made)
+
+
+def distribute(model: nn.Module, dim_A: int | None, dim_B: int | None = 0) -> nn.Module:
+    """Make every LoRA factor, and its gradient, a DTensor, replicated for None; without FSDP."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for name, module in list(model.named_modules()):
         for key, parameter in list(module._parameters.items()):
             if "lora_" not in name or parameter is None:
                 continue
             dim = dim_A if "lora_A" in name or "lora_embedding_A" in name else dim_B
-            new = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(dim)]))
+            layout = [Replicate() if dim is None else Shard(dim)]
+            new = nn.Parameter(distribute_tensor(parameter.detach(), mesh, layout))
             if parameter.grad is not None:
-                new.grad = distribute_tensor(parameter.grad, mesh, [Shard(dim)])
+                new.grad = distribute_tensor(parameter.grad, mesh, layout)
             module._parameters[key] = new
     return model
 
 
 def operators(
-    kind: str, dim_A: int, onto: str, norm_scope: str, condition: float = 1.0
+    kind: str,
+    dim_A: int | None,
+    onto: str,
+    norm_scope: str,
+    dim_B: int | None = 0,
+    condition: float = 1.0,
 ) -> dict[str, float]:
-    """Errors of perturbation and norm against the reference, for one kind of layer."""
+    """Errors of perturbations and norms against the reference, for one kind of layer."""
     if kind == "experts":
         model = lora_experts()
         with torch.no_grad():
@@ -106,122 +135,149 @@ def operators(
     )
     columns = [*zip(*rows, strict=True), [pair.scaling for pair in pairs]]
     made, norms = reference.foreach_perturb(*columns, 0.3, onto, norm_scope)
-    carriers = ["A", "B"] if onto == "both" else [onto]
-    first = [[p.group for p in pairs].index(pair.group) for pair in pairs]
-    target_of = [{f: 2 * i + k for k, f in enumerate(carriers)} for i in first]
-    distribute(model, dim_A)
-    sharding = Sharding.of(pairs)
-    assert sharding is not None
+    distribute(model, dim_A, dim_B)
+    perturbation = EFlatPerturbation(model, 0.3, beta=1.0, onto=onto, norm_scope=norm_scope)
     with Collectives() as calls:
-        given, found = sharding.perturb(pairs, target_of, 0.3, onto, norm_scope, None, lambda t: t)
+        perturbation.update()
     assert calls.count == 1
-    assert_same_on_all_ranks({"norms": found.values})
-    assert found.usable.all() and not found.skipped
-    errors = {"norms": float((found.values / norms - 1).abs().max())}
+    assert_same_on_all_ranks(perturbation.norms)
+    assert int(perturbation.skipped) == 0
+    found = torch.stack([perturbation.norms[pair.name] for pair in pairs])
     largest = 0.0
-    for (factor, i), E in zip(itertools.product(carriers, range(len(pairs))), made, strict=True):
-        pair, local = pairs[i], given[target_of[i][factor]].value
-        parameter: Any = pair.parameter(factor)
-        assert local.shape == parameter.to_local().shape
-        full = from_local(local, parameter).full_tensor()
-        part = pair.part(factor, full).flatten(1)
-        largest = max(largest, float((part - E).norm() / E.norm().clamp_min(1e-9)))
-    return {**errors, "perturbation": largest}
+    for average, E in zip(perturbation.averages.values(), made, strict=True):
+        error = (average.flatten(1) - E).norm() / E.norm().clamp_min(1e-9)
+        largest = max(largest, float(error))
+    return {"norms": float((found / norms - 1).abs().max()), "perturbation": largest}
 
 
 def refused(kind: str) -> str:
     """The error at construction."""
     model = lora_mlp()
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    world = dist.get_world_size()
+    mesh = dist.init_device_mesh("cpu", (world,))
+    grid = dist.init_device_mesh("cpu", (1, world), mesh_dim_names=("r", "s"))
+    up, down = model.base_model.model.up, model.base_model.model.down
     if kind == "FSDP":
         cpu = torch.device("cpu")
         model = FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True)
-    elif kind == "columns of B":
-        model = distribute(model, dim_A=1, dim_B=1)
     elif kind == "mixed":
-        fully_shard(model.base_model.model.up, mesh=mesh)
+        fully_shard(up, mesh=mesh)
     elif kind == "two meshes":
-        fully_shard(model.base_model.model.up, mesh=mesh)
-        other = dist.init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("r", "s"))
-        fully_shard(model.base_model.model.down, mesh=other)
+        fully_shard(up, mesh=mesh)
+        fully_shard(down, mesh=grid)
+    elif kind == "two dimensions":
+        for module, placements in ((up, [Replicate(), Shard(0)]), (down, [Shard(0), Replicate()])):
+            for factor in (module.lora_A["default"], module.lora_B["default"]):
+                weight = distribute_tensor(factor.weight.detach(), grid, placements)
+                factor.weight = nn.Parameter(weight)
     before = {k: id(v) for k, v in model.named_parameters()}
     try:
         optimizer_of(model)
     except NotImplementedError as error:
-        assert before == {k: id(v) for k, v in model.named_parameters()}
-        assert (
-            not any(m._forward_pre_hooks for m in model.modules() if "Fully" not in str(type(m)))
-            or kind != "columns of B"
-        )
-        return str(error)
-    return ""
+        message = str(error)
+    assert before == {k: id(v) for k, v in model.named_parameters()}
+    assert not any("forward" in vars(module) for module in model.modules())
+    return message
+
+
+class Plain:
+    """A model in one process, to compare a sharded one with."""
+
+    def __init__(self, clean: dict[str, Tensor], averages: dict[str, Tensor]) -> None:
+        self.model = lora_mlp()
+        self.clean, self.perturbed = clean, dict(clean)
+        for name, average in averages.items():
+            key = name.replace(".default", ".lora_B.default") + ".weight"
+            self.perturbed[key] = clean[key] + average
+
+    def load(self, perturbed: bool) -> nn.Module:
+        self.model.load_state_dict(self.perturbed if perturbed else self.clean, strict=False)
+        return self.model
+
+    def output(self, x: Tensor, perturbed: bool) -> Tensor:
+        with torch.no_grad():
+            return self.load(perturbed)(x)
+
+    def gradients(self, batch: Any) -> dict[str, Tensor]:
+        """At the perturbed weights, by the names of all that is trained."""
+        model = self.load(True)
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def trained_beside_plain(layers: bool) -> tuple[nn.Module, Any, Plain]:
+    model = shard_model(lora_mlp(), layers=layers)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, batches(3))
+    optimizer.zero_grad()
+    return model, optimizer, Plain(named(model), optimizer.averages)
 
 
 def life_cycle(layers: bool) -> None:
-    """Weights are perturbed in training forward passes and nowhere else."""
+    """Training forward passes are perturbed and nothing else is."""
     data = batches(4)
-    model = shard_model(lora_mlp(), layers=layers)
-    optimizer = optimizer_of(model)
-    plain = lora_mlp()
-    train(model, optimizer, data[:3])
-    clean = named(model)
-    perturbed = dict(clean)
-    for name, average in whole(optimizer.averages).items():
-        key = name.replace(".default", ".lora_B.default") + ".weight"
-        perturbed[key] = clean[key] + average
-
-    def outputs(weights: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            for name, parameter in plain.named_parameters():
-                parameter.copy_(weights[name])
-            return plain(data[0][0])
+    model, optimizer, plain = trained_beside_plain(layers)
+    x = data[0][0]
+    assert not torch.equal(plain.output(x, True), plain.output(x, False))
 
     def check(training: bool, save: bool) -> None:
         model.train(training)
         with torch.no_grad():
-            given = model(data[0][0])
-        torch.testing.assert_close(given, outputs(perturbed if training else clean))
-        assert optimizer._weights.applied == training
-        if not save:
-            return
-        # What is saved is clean, at any moment, and sharded as the parameters are.
-        state = model.state_dict()
-        assert_same_bits(whole({n: state[n] for n in clean}), clean)
+            torch.testing.assert_close(model(x), plain.output(x, training))
+        if save:  # clean, at any moment, and sharded as the parameters are
+            state = model.state_dict()
+            assert all(hasattr(value, "full_tensor") for value in state.values())
+            assert_same_bits(whole({n: state[n] for n in plain.clean}), plain.clean)
 
-    assert not torch.equal(outputs(perturbed), outputs(clean))
     # FSDP2 keeps what its root module has gathered, until a state_dict or a backward pass.
     for save in (False, True):
         for training in (True, False, True, True, False, False, True):
             check(training, save)
-    with optimizer.clean():
-        assert_same_bits(named(model), clean)
+    with optimizer.clean(), torch.no_grad():
+        torch.testing.assert_close(model(x), plain.output(x, False))
+    check(True, False)
     loss_of(model, own_part(data[3])).backward()
-    optimizer.eval()
-    assert_same_bits(named(model), clean)
+    assert_same_bits(named(model), plain.clean)
     optimizer.step()
     optimizer.remove_hooks()
+    with torch.no_grad():
+        now = Plain(named(model), {})
+        torch.testing.assert_close(model(x), now.output(x, False))
 
 
-def checkpointed() -> None:
-    """What is computed again is gathered as the shards are: it cannot be perturbed by then."""
-    model = shard_model(lora_mlp())
-    inner = model.base_model.model
-    plain = inner.forward
-    inner.forward = lambda x: checkpoint(plain, x, use_reentrant=False)
-    optimizer = optimizer_of(model)
-    train(model, optimizer, batches(3))
-    for between in (model.eval, optimizer.eval):
-        optimizer.zero_grad()
-        loss = loss_of(model, batches(1)[0])
-        between()
-        if between == model.eval:
-            loss_of(model, batches(1)[0])
-            model.train()
-        try:
+def interrupted_step(layers: bool, checkpointed: bool) -> None:
+    """An evaluation and a ``state_dict()`` between forward and backward leave the gradients alone.
+
+    Also where the pass is computed again, which was refused when parameters were perturbed.
+    """
+    model, optimizer, plain = trained_beside_plain(layers)
+    batch = batches(4)[3]
+    if checkpointed:
+        inner = model.base_model.model
+        forward = inner.forward
+        inner.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+    expected = plain.gradients(batch)
+    for between in ("nothing", "state_dict", "evaluation", "both"):
+        for saved_within in (False, True):
+            optimizer.zero_grad()
+            loss = loss_of(model, own_part(batch))
+            if between in ("evaluation", "both"):
+                model.eval()
+                with torch.no_grad():
+                    found = model(batch[0])
+                torch.testing.assert_close(found, plain.output(batch[0], False))
+                model.train(saved_within)  # whatever the mode is when the backward pass begins
+            if between in ("state_dict", "both"):
+                state = model.state_dict()
+                assert_same_bits(whole({n: state[n] for n in plain.clean}), plain.clean)
             loss.backward()
-            raise AssertionError("computed again at clean weights")
-        except RuntimeError as error:
-            assert "weights were restored between the forward and the backward pass" in str(error)
+            model.train()
+            parameters = dict(model.named_parameters())
+            for name, gradient in expected.items():
+                torch.testing.assert_close(parameters[name].grad.full_tensor(), gradient)
+    optimizer.step()
+    assert_whole(optimizer)
 
 
 def mixed_precision(onto: str) -> None:
@@ -326,7 +382,7 @@ def replicated() -> None:
     for optimizer in optimizers:
         optimizer.step()
     for given, average in zip(*(o.averages.values() for o in optimizers), strict=True):
-        torch.testing.assert_close(given.full_tensor(), average)
+        torch.testing.assert_close(given, average)
 
 
 def sharded_after_construction(method: str, loaded: bool) -> None:
@@ -336,31 +392,62 @@ def sharded_after_construction(method: str, loaded: bool) -> None:
     single = optimizer_of(one, method)
     model = lora_mlp()
     optimizer = optimizer_of(model, method)
-    if loaded:  # a perturbation is due at the first forward pass
+    if loaded:  # the first pass is perturbed; such a resumption was refused
         train(one, single, data[:4], lambda batch: batch)
         model.load_state_dict(one.state_dict())
-        optimizer.load_state_dict(single.state_dict())
+        optimizer.load_state_dict(copy.deepcopy(single.state_dict()))
+    states = {n: optimizer.state.get(p, {}) for n, p in model.named_parameters()}
+    give_shards(model, optimizer)
+    for name, parameter in model.named_parameters():
+        for key, value in states[name].items():
+            value = laid_out_as(value, parameter) if value.dim() else value
+            optimizer.state[parameter][key] = value
+    rest = data[4:] if loaded else data
+    if loaded and method == "eflat":
+        with torch.no_grad():
+            torch.testing.assert_close(model(data[4][0]), one(data[4][0]))
+    train(model, optimizer, rest)
+    train(one, single, rest, lambda batch: batch)
+    assert max(errors_against(model, optimizer, one, single).values()) < 1e-6
+
+
+def give_shards(model: nn.Module, optimizer: Any) -> None:
+    """Shard a model, and let its optimizer train the shards in place of what it trained."""
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    states = {names[id(p)]: state for p, state in optimizer.state.items()}
     shard_model(model)
     shards = dict(model.named_parameters())
-    for group, own in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = [shards[name] for name in own]
+    for group in optimizer.param_groups:
+        group["params"] = [shards[names[id(p)]] for p in group["params"]]
     optimizer.state.clear()
-    if loaded:
-        for name, state in states.items():
-            own = {key: laid_out_as(t, shards[name]) if t.dim() else t for key, t in state.items()}
-            optimizer.state[shards[name]] = own
-        try:
-            model(data[4][0])
-            raise AssertionError("the first forward pass had begun before the perturbation")
-        except RuntimeError as error:
-            assert "call optimizer.train() before the first forward pass" in str(error)
-        return
-    train(model, optimizer, data)
+
+
+def sharded_around_an_attached_one(moment: str) -> None:
+    """A perturbation of its own, and a model that is sharded before, between or after."""
+    data = batches(6)
+    one = lora_mlp()
+    single = optimizer_of(one)
+    model = lora_mlp()
+    if moment == "before it is made":
+        shard_model(model)
+    perturbation = EFlatPerturbation(model, rho=0.3)
+    if moment == "before it is attached":
+        shard_model(model)
+    elif moment == "once it has run":
+        loss_of(model, own_part(data[0])).backward()
+        shard_model(model.zero_grad() or model)
+    base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    perturbation.attach(base)
+    if moment == "once it is attached":
+        give_shards(model, base)
+    for batch in data:
+        base.zero_grad()
+        loss_of(model, own_part(batch)).backward()
+        base.step()
     train(one, single, data, lambda batch: batch)
-    assert max(errors_against(model, optimizer, one, single).values()) < 1e-6
+    assert relative_errors(named(model), named(one)) < 1e-6
+    assert relative_errors(perturbation.averages, single.averages) < 1e-6
+    assert all(type(average) is Tensor for average in perturbation.averages.values())
+    assert_same_on_all_ranks(perturbation.averages)
 
 
 def replaced_parameters() -> None:

@@ -12,13 +12,13 @@ import fuzz_arguments as change
 import torch
 from adamw_case import NUMBERS as ADAMW_NUMBERS
 from adamw_case import random_call
-from strategies import DTYPES, make_pair
+from strategies import ADDED, DTYPES, make_pair
 from torch import Tensor
 
 import eflat_ext
 
 TWO_PER_PAIR = ("exp_avg", "exp_avg_sq", "step", *ADAMW_NUMBERS)
-TWO_ONTO_BOTH = ("ema", "clean")
+TWO_ONTO_BOTH = ("E", "ema")
 
 
 def two_per_pair(arguments: dict[str, Any]) -> tuple[str, ...]:
@@ -155,7 +155,8 @@ def valid_call(rng: random.Random) -> Call:
     ]
     if operator == "foreach_bound":
         onto = "A"  # the moving averages that it is for
-    values = random_call(pairs, onto, rng.choice(["layer", "global"]), rng.getrandbits(32))
+    options = (rng.choice(["layer", "global"]), rng.getrandbits(32), rng.choice(ADDED))
+    values = random_call(pairs, onto, *options)
     values["rho"] = rng.choice([0.05, 0.0, 1.0, 3])
     values["beta"] = rng.choice([0.9, 0.0, 1.0, 0.3])
     values["rtol"] = rng.choice([None, None, 1e-7, 1e-3, 0.3])

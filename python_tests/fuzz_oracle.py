@@ -60,6 +60,8 @@ def wrong_arguments(call: Call) -> set[str]:
                 expected = len(a[first]) * (2 if name in two_per_pair(a) else 1)
                 value = a.get(name)
                 if kind.startswith("List[") and isinstance(value, (list, tuple)):
+                    if name == "E" and not value:
+                        continue  # nothing was added
                     wrong |= {name, first} if len(value) != expected else set()
     wrong |= wrong_shapes(call, lists)
     if call.written:
@@ -127,8 +129,8 @@ def wrong_shapes(call: Call, lists: dict[str, Any]) -> set[str]:
         check("grad_B", i, "B", i)
         pairs = len(lists.get("A", ()))
         for at, target in enumerate(perturbed(call)):
-            check("clean", at * pairs + i, target, i)
-            check("ema", at * pairs + i, target, i, average_dtype)
+            for name in ("E", "ema"):
+                check(name, at * pairs + i, target, i, average_dtype)
         for name in ("exp_avg", "exp_avg_sq"):
             check(name, i, "A", i)
             check(name, pairs + i, "B", i)
@@ -159,7 +161,7 @@ def wrong_to_write(call: Call, lists: dict[str, Any]) -> set[str]:
     """Not contiguous, part of something else that is given, or recorded by autograd."""
     wrong: set[str] = set()
     ranges = []
-    own = [t for name in perturbed(call) for t in lists.get(name, ())]
+    averages = lists.get("ema", ())
     for name, tensors in lists.items():
         for i, t in enumerate(tensors):
             if not usable(t):
@@ -169,8 +171,10 @@ def wrong_to_write(call: Call, lists: dict[str, Any]) -> set[str]:
                 wrong.add(name)
             if writes and call.mode == "grad" and t.requires_grad:
                 wrong.add(name)
-            if name == "clean" and i < len(own) and same_memory(t, own[i]):
-                continue  # the target may stand for its clean values
+            if writes and call.mode != "inference" and t.is_inference():
+                wrong.add(name)
+            if name == "E" and i < len(averages) and same_memory(t, averages[i]):
+                continue  # what was added may be the average
             if t.is_contiguous() and not t.is_neg() and not t.is_conj() and t.numel():
                 start = t.data_ptr()
                 ranges.append((start, start + t.numel() * t.element_size(), writes, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -37,3 +38,42 @@ def interrupted(action: Callable[[], Any], at: int | None = None) -> tuple[bool,
         sys.setprofile(None)
         torch.set_grad_enabled(True)  # torch's own ``no_grad`` may be cut short
     return False, moments
+
+
+def interrupted_within(
+    package: str, kind: str, action: Callable[[], Any], at: int | None = None
+) -> tuple[bool, int]:
+    """Run ``action``; interrupt it before a line or an opcode of a package.
+
+    Args:
+        package: its name.
+        kind: "line" or "opcode".
+        at: the number of the line or opcode, counted from 0 as they run (None: never).
+
+    Returns:
+        Whether it was interrupted, and how many lines or opcodes began.
+    """
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if frame.f_globals.get("__name__", "").split(".")[0] != package:
+            return None
+        frame.f_trace_opcodes = kind == "opcode"
+        if event == kind:
+            count += 1
+            if at is not None and count > at:
+                raise KeyboardInterrupt  # which ends the tracing, too
+        return trace
+
+    gc.disable()  # what is raised while garbage is collected is dropped
+    try:
+        sys.settrace(trace)
+        action()
+    except KeyboardInterrupt:
+        return True, count
+    finally:
+        sys.settrace(None)
+        gc.enable()
+        torch.set_grad_enabled(True)
+    return False, count

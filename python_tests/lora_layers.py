@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from models import at_points
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,18 +104,24 @@ def gradient_matrices(pair: LoraPair) -> tuple[Tensor, Tensor]:
 def step_as_the_reference(
     optimizer: EFlatLoRA, loss: Callable[[int], Tensor], steps: int = 3
 ) -> None:
-    """Steps whose averages must be the reference's, made from live factors and gradients.
+    """Steps whose averages must be the reference's, of the gradients and where they were taken.
 
     Args:
         optimizer: of radius ``RHO`` and weight ``BETA``, its averages zero.
-        loss: the loss at a step's number.
+        loss: the loss at a step's number; random numbers are drawn anew in each call.
     """
     expected = {name: 0.0 for name in optimizer.averages}
     for step in range(steps):
         optimizer.zero_grad()
-        loss(step).backward()
-        for pair in optimizer.pairs:
-            row = (*factors(pair), *gradient_matrices(pair), pair.scaling)
+        state = torch.get_rng_state()
+        value = loss(step)
+        value.backward()
+        with at_points(optimizer):
+            rows = [(*factors(p), *gradient_matrices(p), p.scaling) for p in optimizer.pairs]
+            with optimizer.clean(), torch.no_grad(), torch.random.fork_rng():
+                torch.set_rng_state(state)
+                torch.testing.assert_close(loss(step), value, **CLOSE)
+        for pair, row in zip(optimizer.pairs, rows, strict=True):
             E, norm = reference.foreach_perturb(*[[x] for x in row], RHO, optimizer.onto)
             assert norm > 0
             for name, e in zip(average_names(optimizer, pair), E, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,6 +131,23 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what the parameters hold, read past every hook."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def at_points(optimizer: Any) -> Iterator[None]:
+    """Within, the parameters hold the values at which the next gradients will be taken.
+
+    Parameters are never perturbed: tests that look at a step's point look here.
+    """
+    points = optimizer.points()
+    clean = {parameter: parameter.detach().clone() for parameter in points}
+    try:
+        for parameter, value in points.items():
+            parameter.data.copy_(value)
+        yield
+    finally:
+        for parameter, value in clean.items():
+            parameter.data.copy_(value)
 
 
 def accelerator(**kwargs: object) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lora_layers import factors, gradient_matrices
-from models import assert_same_bits, same_bits, trainable, weights
+from models import assert_same_bits, at_points, same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
@@ -159,10 +160,12 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 def perturbations(optimizer: Any) -> dict[tuple[str, str], Tensor]:
-    """By pair and factor, what the reference makes of the factors and gradients there are now."""
+    """By pair and factor, what the reference makes of the gradients there are now."""
     found = {}
-    for pair in optimizer.pairs:
-        A, B, *gradients = *factors(pair), *gradient_matrices(pair)
+    with at_points(optimizer):
+        points = [factors(pair) for pair in optimizer.pairs]
+    for pair, (A, B) in zip(optimizer.pairs, points, strict=True):
+        gradients = gradient_matrices(pair)
         if hasattr(optimizer, "onto"):
             E, norm = reference.perturb(A, B, *gradients, pair.scaling, RHO, optimizer.onto)
             assert norm > 0
@@ -174,16 +177,27 @@ def perturbations(optimizer: Any) -> dict[tuple[str, str], Tensor]:
     return found
 
 
-def assert_moved_by(optimizer: Any, clean: dict[int, Tensor], expected: dict, limit: float) -> None:
-    """Factors are where the perturbations put them, the others at their clean values."""
+def assert_points(optimizer: Any, expected: dict, limit: float) -> None:
+    """The passes' points are the factors moved by these perturbations, and the others as is."""
+    points = optimizer.points()
     for pair in optimizer.pairs:
         for factor, parameter in (("A", pair.parameter_A), ("B", pair.parameter_B)):
             E = expected.get((pair.name, factor))
             if E is None:
-                assert same_bits(parameter, clean[id(parameter)])
+                assert same_bits(points[parameter], parameter)
             else:
-                point = clean[id(parameter)].double() + E.view_as(parameter)
-                assert relative_error(parameter, point) < limit
+                point = parameter.detach().double() + E.view_as(parameter)
+                assert relative_error(points[parameter], point) < limit
+
+
+def assert_taken_at_the_points(model: nn.Module, optimizer: Any, loss: Callable[..., Any]) -> None:
+    """The gradients there are now are, bit for bit, those of a copy at the points."""
+    with at_points(optimizer):
+        other = copy.deepcopy(model)  # runs as it is
+    other.zero_grad()
+    loss(other).backward()
+    for parameter, copied in zip(trainable(model), trainable(other), strict=True):
+        assert same_bits(parameter.grad, copied.grad)
 
 
 def steps_as_the_reference(
@@ -207,19 +221,19 @@ def steps_as_the_reference(
     average = {}
     eflat = isinstance(optimizer, EFlatLoRA)
     for step in range(steps):
-        clean = {id(parameter): parameter.detach().clone() for parameter in parameters}
         saved = lora_only(weights(model))
         optimizer.zero_grad()
         loss(model, step).backward()
         new = perturbations(optimizer)
         if not eflat:
-            assert_moved_by(optimizer, clean, {}, 0)
+            assert_points(optimizer, {}, 0)
             optimizer.first_step()
             loss(model, step).backward()
-            assert_moved_by(optimizer, clean, new, limit)
+            assert_points(optimizer, new, limit)
         elif optimizer.onto == "B":  # averages onto A are bounded where they are applied
-            assert_moved_by(optimizer, clean, average, limit)
-        assert_same_bits(lora_only(model.state_dict()), saved)
+            assert_points(optimizer, average, limit)
+        assert_taken_at_the_points(model, optimizer, lambda other, step=step: loss(other, step))
+        assert_same_bits(lora_only(weights(model)), saved)
         for parameter, copied in zip(parameters, shadow, strict=True):
             copied.grad = parameter.grad.clone()
         plain.step()
@@ -229,5 +243,4 @@ def steps_as_the_reference(
             assert relative_error(optimizer.averages[key[0]], average[key]) < limit
         for parameter, copied in zip(parameters, shadow, strict=True):
             assert relative_error(parameter, copied) < limit
-        assert_same_bits(lora_only(model.state_dict()), lora_only(weights(model)))
     assert_same_bits(base_state(model), base)

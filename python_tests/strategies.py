@@ -12,7 +12,7 @@ a factor's small singular directions, where the pseudo-inverse is large.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -190,6 +190,36 @@ def averages(pairs: list[Pair], onto: str = "B") -> list[Tensor]:
     ]
 
 
+ADDED = ("average", "own", "strided", "zeros", "nothing")
+
+
+def added(ema: list[Tensor], kind: str, seed: int, size: float = 0.1) -> list[Tensor]:
+    """What the forward pass may have added to the perturbed factors: the averages themselves,
+    tensors of its own, strided ones or expanded zeros, or nothing."""
+    g = generator(seed)
+    if kind == "nothing":
+        return []
+    if kind == "average":
+        return list(ema)
+    if kind == "zeros":
+        return [torch.zeros((), dtype=t.dtype).expand(t.shape) for t in ema]
+    E = [(size * normal(g, *t.shape)).to(t.dtype) for t in ema]
+    return E if kind == "own" else [t.T.contiguous().T for t in E]
+
+
+def points(pairs: list[Pair], E: list[Tensor], onto: str) -> list[Pair]:
+    """The pairs as they were where their gradients were taken."""
+    result = list(pairs)
+    for i, e in enumerate(E):
+        at, name = (
+            i % len(pairs),
+            "A" if onto == "A" or (onto, i < len(pairs)) == ("both", True) else "B",
+        )
+        factor = getattr(result[at], name)
+        result[at] = result[at]._replace(**{name: (factor + e).to(factor.dtype)})
+    return result
+
+
 def ambiguous(
     pair: Pair, rtol: float | None = None, onto: str = "B", rho: float | None = None
 ) -> bool:
@@ -344,10 +374,11 @@ def perturb_ema_(
     beta: float = 0.9,
     onto: str = "B",
     norm_scope: str = "layer",
+    E: Sequence[Tensor] = (),
 ) -> Tensor:
     """The operator in place on ``ema`` and ``skipped``; gives the norms."""
-    A, B, grad_A, grad_B, scaling = lists(pairs)
-    arguments = (A, B, grad_A, grad_B, ema, skipped, scaling, RHO, beta, onto, norm_scope)
+    *columns, scaling = lists(pairs)
+    arguments = (*columns, list(E), ema, skipped, scaling, RHO, beta, onto, norm_scope)
     return on_device(torch.ops.eflat.foreach_perturb_ema_, *arguments)
 
 

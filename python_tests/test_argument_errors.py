@@ -196,6 +196,7 @@ def average_arguments() -> dict:
     return {
         **{key: value for key, value in list_arguments(*pairs).items() if key != "scaling"},
         "scaling": [2.0, 1.0],
+        "E": [torch.zeros(N, R), torch.ones(5, 2)],
         "ema": [torch.ones(N, R), torch.ones(5, 2)],
         "skipped": torch.tensor(7),
         "beta": 0.9,
@@ -218,6 +219,10 @@ def average_arguments() -> dict:
         ({"ema": [torch.ones(N, R), torch.ones(5, 2).double()]}, r"ema\[1\] must be float32"),
         ({"ema": [torch.ones(N, R).half(), torch.ones(5, 2)]}, r"ema\[0\] must be float32"),
         ({"ema": [torch.ones(N, R), torch.ones(2, 5).T]}, r"ema\[1\] must be contiguous"),
+        ({"E": [torch.ones(N, R)]}, "E must have one entry per pair, 2, got 1"),
+        ({"E": [torch.ones(N, R), torch.ones(2, 5)]}, r"E\[1\] must have the shape of B\[1\]"),
+        ({"E": [torch.ones(N, R), torch.ones(5, 2).double()]}, r"E\[1\] must be float32"),
+        ({"E": [torch.ones(N, R).half(), torch.ones(5, 2)]}, r"E\[0\] must be float32 for float32"),
         ({"grad_B": [torch.ones(N, R), torch.ones(5, 3)]}, r"grad_B\[1\] must have the shape"),
         ({"scaling": [1.0, 0.0]}, r"scaling\[1\] must be finite and not 0"),
     ],
@@ -273,6 +278,11 @@ def test_freed_storage():
             ops.perturb(**call)
 
 
+def of_inference(t: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return t.clone()
+
+
 def quantized_to_4_bits(t: torch.Tensor) -> torch.Tensor:
     rows = len(t)
     return torch.quantize_per_channel(t, torch.ones(rows), torch.zeros(rows), 0, torch.quint4x2)
@@ -287,6 +297,7 @@ READ_OR_WRITTEN = {
     "freed": (freed, "must lie within its storage"),
 }
 WRITTEN = {
+    "of inference": (of_inference, "must not be an inference tensor outside InferenceMode"),
     "negated": (torch._neg_view, "must hold its values as they are"),
     "recorded by autograd": (torch.Tensor.requires_grad_, "must not require a gradient"),
 }
@@ -295,7 +306,7 @@ WRITTEN = {
 @pytest.mark.filterwarnings("ignore:.*(nested|[Qq]uantiz)")
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("grad_B", kind) for kind in READ_OR_WRITTEN]
+    [(name, kind) for name in ("grad_B", "E") for kind in READ_OR_WRITTEN]
     + [("ema", kind) for kind in (*READ_OR_WRITTEN, *WRITTEN)],
 )
 def test_odd_tensors_are_named_and_nothing_changes(name, kind):
@@ -308,12 +319,30 @@ def test_odd_tensors_are_named_and_nothing_changes(name, kind):
     assert torch.equal(call["ema"][0], torch.ones(N, R)) and int(call["skipped"]) == 7
 
 
-@pytest.mark.parametrize("skipped", [None, torch._neg_view(torch.tensor(7))], ids=str)
+@pytest.mark.parametrize(
+    "skipped",
+    [None, torch._neg_view(torch.tensor(7)), of_inference(torch.tensor(7))],
+    ids=["None", "negated", "of inference"],
+)
 def test_odd_counters(skipped):
     call = {**average_arguments(), "skipped": skipped}
     with pytest.raises(RuntimeError, match="skipped must"):
         ops.foreach_perturb_ema_(**call)
     assert all(bool((t == 1).all()) for t in call["ema"])
+
+
+def test_inference_tensors_are_written_within_inference_mode():
+    """As torch's own operators do it; alone or beside others, whose versions are raised."""
+    call, other = average_arguments(), average_arguments()
+    norms = ops.foreach_perturb_ema_(**other)
+    with torch.inference_mode():
+        call["ema"][1] = call["ema"][1].clone()
+        assert torch.equal(ops.foreach_perturb_ema_(**call), norms)
+        every = {n: [t.clone() for t in v] if n == "ema" else v for n, v in call.items()}
+        ops.foreach_perturb_ema_(**every)
+    for x, y in zip(call["ema"], other["ema"], strict=True):
+        assert torch.equal(x, y)
+    assert call["ema"][0]._version > 0
 
 
 # Calls at random.

@@ -1,28 +1,29 @@
-"""What sits on a model whose weights are perturbed: on copies of it, for one owner, and removed."""
+"""What sits on a model whose passes are perturbed: on copies of it, and once it is removed."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import weakref
 
 import pytest
 import torch
-from models import assert_same_bits, weights
-from perturbed_case import Case, Owner, X, add_one
+from models import assert_same_bits, lora_weights, weights
+from perturbed_case import Case, X, assert_nothing_in_place
 from torch import nn
 
-from eflat_ext.perturbed import PerturbedWeights
+from eflat_ext import EFlatPerturbation
 
 
-def assert_no_hooks(model: nn.Module) -> None:
+def assert_nothing_attached(model: nn.Module) -> None:
     for module in model.modules():
-        assert not module._forward_pre_hooks
-        assert not module._state_dict_hooks
-        assert not module._load_state_dict_pre_hooks
-        assert not {"merge", "extra_repr"} & vars(module).keys()
+        assert not module._forward_pre_hooks and not module._forward_hooks
+        assert not module._state_dict_hooks and not module._load_state_dict_pre_hooks
+        assert not {"forward", "_replicate_for_data_parallel"} & vars(module).keys()
+    assert_nothing_in_place(model)
 
 
 def copies_of(model: nn.Module) -> list[nn.Module]:
@@ -33,104 +34,123 @@ def copies_of(model: nn.Module) -> list[nn.Module]:
     return [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded]
 
 
-@pytest.mark.parametrize("copied_while", ["clean", "perturbed"])
-@pytest.mark.parametrize("first", ["forward", "train forward", "state_dict", "guarded", "attach"])
-def test_a_copied_model_is_inert_and_clean(copied_while: str, first: str) -> None:
+@pytest.mark.parametrize("moment", ["before a pass", "after a pass", "after a backward pass"])
+def test_a_copied_model_is_clean_and_inert(moment: str) -> None:
+    """And takes a perturbation of its own."""
     case = Case()
-    if copied_while == "perturbed":
-        case.model(X)
-    for other in copies_of(case.model):
-        inner = other[0][0]
-        if first == "forward":
-            other.eval()(X)
-        elif first == "train forward":
-            other.train()(X)
-        elif first == "state_dict":
-            assert_same_bits(dict(inner.state_dict()), case.before)
-            continue
-        elif first == "guarded":
-            inner.extra_repr()
-        else:
-            owner = Owner()
-            again = PerturbedWeights(other, [(inner.up, "weight")], add_one, owner)
-            assert_same_bits(weights(inner), case.before)
-            other.train()(X)
-            assert again.applied
-            again.remove()
-            assert_no_hooks(other)
-        assert_same_bits(weights(inner), case.before)
-    if copied_while == "perturbed":
-        case.assert_perturbed()
-    else:
-        case.assert_clean()
-
-
-def test_a_copy_made_while_perturbed_is_clean_at_once_and_keeps_what_is_written_to_it() -> None:
-    case = Case()
-    case.model(X)
+    if moment != "before a pass":
+        output = case.model(X)
+        if moment == "after a backward pass":
+            output.sum().backward()
     for other in copies_of(case.model):
         inner = other[0][0]
         assert_same_bits(weights(inner), case.before)
-        with torch.no_grad():
-            inner.up.weight.fill_(7.0)
-        assert (other.state_dict()["0.0.up.weight"] == 7).all()
-        other(X)
-        assert (inner.up.weight == 7).all()
+        assert_same_bits(dict(inner.state_dict()), case.before)
+        for mode in (True, False):
+            assert torch.equal(other.train(mode)(X), case.plain()(X))
+        again = EFlatPerturbation(other)
+        again.put({B: torch.ones_like(B) for B in lora_weights(inner)})
+        assert torch.equal(other.train()(X), case.plain(1.0, 1.0)(X))
+        again.remove()
+        assert torch.equal(other(X), case.plain()(X))
+        assert_same_bits(weights(inner), case.before)
+        with torch.no_grad():  # memory of its own
+            lora_weights(inner)[0].fill_(7.0)
     case.assert_perturbed()
 
 
 def test_copying_one_layer_does_not_drag_the_model_along() -> None:
     case = Case()
     case.model(X)
-    assert len(pickle.dumps(case.inner.up)) < len(pickle.dumps(case.inner)) + 4000
-    big = nn.Parameter(torch.zeros(10**6))
-    case.inner.register_parameter("big", big)
-    assert len(pickle.dumps(case.inner.up)) < 10**5
+    case.inner.register_parameter("big", nn.Parameter(torch.zeros(10**6)))
+    for layer in case.layers:
+        assert len(pickle.dumps(layer)) < 10**5
+        assert copy.deepcopy(layer).forward.__self__ is not layer
 
 
-def test_one_owner_at_a_time() -> None:
+def test_a_perturbation_that_is_gone_leaves_the_model() -> None:
     case = Case()
-    slots = [(case.inner.up, "weight")]
-    for model in (case.model, case.inner):
-        with pytest.raises(RuntimeError, match="remove_hooks"):
-            PerturbedWeights(model, slots, add_one, Owner())
-    case.model(X)
-    case.weights.remove()
-    case.assert_clean()
-    owner = Owner()
-    second = PerturbedWeights(case.model, slots, add_one, owner)
-    assert second.alive and not case.weights.alive
-
-
-def test_a_dead_owner_leaves_clean_weights_and_its_place() -> None:
-    case = Case()
-    case.model(X)
     case.assert_perturbed()
-    case.owner = None
+    case.perturbation = None
     gc.collect()
-    assert not case.weights.alive
-    case.model(X)
-    case.assert_clean()
-    owner = Owner()
-    PerturbedWeights(case.model, [(case.inner.up, "weight")], add_one, owner)
+    assert_nothing_attached(case.model)
+    case.assert_runs_clean()
 
 
-def test_owner_and_model_are_not_kept_alive() -> None:
+def test_one_that_waited_for_its_first_pass_leaves_the_model_too() -> None:
     case = Case()
-    case.model.owner = case.owner  # a cycle
-    seen = [weakref.ref(case.model), weakref.ref(case.owner)]
+    case.perturbation.remove()
+    waiting = EFlatPerturbation(case.model)
+    assert "forward" in vars(case.layers[0])
+    del waiting
+    gc.collect()
+    assert_nothing_attached(case.model)
+
+
+def test_perturbation_and_model_are_not_kept_alive() -> None:
+    case = Case()
+    case.model.perturbation = case.perturbation  # a cycle
+    case.model(X)
+    seen = [weakref.ref(case.model), weakref.ref(case.perturbation), weakref.ref(case.layers[0])]
     del case
-    gc.collect()
-    assert [ref() for ref in seen] == [None, None]
+    for _ in range(2):  # layers are held until the perturbation is gone
+        gc.collect()
+    assert [ref() for ref in seen] == [None] * 3
 
 
-def test_removed_hooks_are_all_gone() -> None:
+def test_a_removed_perturbation_leaves_nothing() -> None:
     case = Case()
     case.model(X)
-    case.weights.remove()
-    case.assert_clean()
-    assert_no_hooks(case.model)
-    case.model(X)
-    case.assert_clean()
-    case.weights.perturb()
+    case.perturbation.remove()
+    assert_nothing_attached(case.model)
+    case.assert_runs_clean()
+
+
+def test_forward_passes_that_another_library_puts_there() -> None:
+    """As accelerate does, under and over this one; it puts the former one back as it finds it."""
+    case = Case()
+    layer, seen = case.layers[0], []
+    case.perturbation.remove()
+
+    def patch(name: str) -> None:
+        inner = layer.forward
+
+        def forward(*args: object, **kwargs: object) -> object:
+            seen.append(name)
+            return inner(*args, **kwargs)
+
+        forward.__wrapped__ = inner
+        layer.forward = forward
+
+    patch("under")
+    under = layer.forward
+    case.perturbation = EFlatPerturbation(case.model)
+    case.put(1.0)
+    assert inspect.signature(layer.forward) == inspect.signature(type(layer).forward).replace(
+        parameters=list(inspect.signature(type(layer).forward).parameters.values())[1:]
+    )
+    case.assert_perturbed()
+    patch("over")
+    case.assert_perturbed()
+    assert seen == ["under", "over", "under"]
+    case.perturbation.remove()  # the one over it keeps it, without effect
+    case.assert_runs_clean()
+    layer.forward = under
+    case.perturbation = EFlatPerturbation(case.model)
+    case.put(1.0)
+    case.assert_perturbed()
+    case.perturbation.remove()
+    assert layer.forward is under
+    case.assert_runs_clean()
+
+
+def test_a_forward_pass_that_replaced_this_one() -> None:
+    """It runs clean; at the next step this one is put over it."""
+    case = Case()
+    layer = case.layers[0]
+    layer.forward = type(layer).forward.__get__(layer)
+    case.assert_runs_at(0.0, 1.0)
+    case.model(X).square().sum().backward()
+    case.perturbation.update()
+    case.put(1.0)
     case.assert_perturbed()

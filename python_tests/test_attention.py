@@ -114,8 +114,7 @@ def test_eflat_lora(onto: str, base: type[torch.optim.Optimizer]) -> None:
         loss = model(x)
         torch.testing.assert_close(loss, perturbed_loss, **CLOSE)
         assert step == 0 or not torch.isclose(loss, clean_loss, rtol=1e-6, atol=0)
-        saved = model.state_dict()
-        assert_same_bits({name: saved[name] for name in before}, before)
+        assert_same_bits(lora_factors(model), before)
         loss.backward()
         for index, (pair, leaf) in enumerate(zip(pairs, expected, strict=True)):
             gradients = gradient_matrices(pair)
@@ -127,8 +126,22 @@ def test_eflat_lora(onto: str, base: type[torch.optim.Optimizer]) -> None:
         step_beside(plain, shadow, optimizer, trainable(model), averages)
 
 
+def merged_by(model: nn.Module) -> dict[str, Any]:
+    """Whoever merges: PEFT's model, the module, and its output projection by itself."""
+    layer = model.base_model.model.attention
+    return {"model": model.base_model, "layer": layer, "inner": layer.base_layer.out_proj}
+
+
+def base_weights(model: nn.Module) -> list[Tensor]:
+    """Those that merging changes."""
+    base = model.base_model.model.attention.base_layer
+    return [t.detach().clone() for t in (base.in_proj_weight, base.out_proj.base_layer.weight)]
+
+
+@pytest.mark.parametrize("who", ["model", "layer", "inner"])
 @pytest.mark.parametrize("method", CREATE)
-def test_whoever_merges_finds_clean_weights(method: str) -> None:
+def test_whoever_merges_finds_clean_weights(method: str, who: str) -> None:
+    """Its own forward pass merges perturbed ones meanwhile."""
     model = lora_attention()
     optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
 
@@ -139,41 +152,43 @@ def test_whoever_merges_finds_clean_weights(method: str) -> None:
         return loss
 
     optimizer.step(closure)
-    clean = lora_factors(model)
+    clean, x = lora_factors(model), batch()
     if method != "eflat":
         closure()
         optimizer.first_step()
-    layer = model.base_model.model.attention
-    inner = layer.base_layer.out_proj
-    for merge, unmerge in (
-        (model.merge_adapter, model.unmerge_adapter),
-        (layer.merge, layer.unmerge),
-        (inner.merge, inner.unmerge),
-    ):
-        model(batch())
-        assert optimizer._weights.applied
-        merge()
-        assert not optimizer._weights.applied
-        unmerge()
-        assert_same_bits(lora_factors(model), clean)
+    plain = copy.deepcopy(model)  # runs as it is
+    y = plain(x)
+    loss = model(x)
+    assert not torch.isclose(loss, y, rtol=1e-6, atol=0)  # it was perturbed
+    for each in (model, plain):
+        merged_by(each)[who].merge_adapter() if who == "model" else merged_by(each)[who].merge()
+    # Each pass of PEFT's rounds the weights of the base.
+    torch.testing.assert_close(base_weights(model), base_weights(plain), **CLOSE)
+    for each in (model, plain):
+        merged_by(each)[who].unmerge_adapter() if who == "model" else merged_by(each)[who].unmerge()
+    assert_same_bits(lora_factors(model), clean)
+    torch.testing.assert_close(model(x), loss, **CLOSE)
     optimizer.remove_hooks()
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    layer = model.base_model.model.attention
     assert not {"merge", "unmerge", "forward"} & vars(layer).keys()
 
 
-def test_a_forward_pass_that_fails_leaves_the_guard_working() -> None:
+def test_a_forward_pass_that_fails_leaves_clean_weights() -> None:
     model = lora_attention()
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=1.0)
-    model(batch()).backward()
+    x = batch()
+    model(x).backward()
     optimizer.step()
-    clean = lora_factors(model)
-    layer = model.base_model.model.attention
+    clean, expected = lora_factors(model), model(x).detach()
+    assert not torch.isclose(expected, copy.deepcopy(model)(x), rtol=1e-6, atol=0)
     with pytest.raises((RuntimeError, AssertionError)):
         model(batch()[:, :, :5])
-    assert optimizer._weights.applied
-    layer.merge()
-    assert not optimizer._weights.applied
-    layer.unmerge()
     assert_same_bits(lora_factors(model), clean)
+    torch.testing.assert_close(model(x), expected, **CLOSE)
+    optimizer.zero_grad()
+    model(x).backward()
+    optimizer.step()
 
 
 def test_copies_of_a_model_are_inert() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -103,7 +104,7 @@ def test_what_a_checkpoint_holds(dtype: torch.dtype) -> None:
     assert state.keys() == {"state", "param_groups"}
     (group,) = state["param_groups"]
     assert group["perturbation_steps"] == 3 and group["perturbation_skipped"] == 0
-    assert "rho" not in group
+    assert not {"rho", "perturbation_rho"} & group.keys()
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     holders = [names[key] for key, entry in state["state"].items() if "perturbation_ema" in entry]
     assert holders == [n for n in names if "lora_B" in n]
@@ -112,7 +113,8 @@ def test_what_a_checkpoint_holds(dtype: torch.dtype) -> None:
         assert {"step", "exp_avg", "exp_avg_sq"} <= entry.keys()
         if "perturbation_ema" in entry:
             assert entry["perturbation_ema"].dtype == expected
-    # The live groups and the base's state know nothing of it.
+    # The live groups show rho, and they and the base's state know nothing of the rest.
+    assert optimizer.param_groups[0]["perturbation_rho"] == radius(3)
     assert "perturbation_steps" not in optimizer.param_groups[0]
     assert not any("perturbation_ema" in entry for entry in optimizer.state.values())
     loads = torch.optim.AdamW(trainable(lora_mlp(dtype)), lr=1.0)
@@ -249,13 +251,18 @@ def test_averages_stay_with_their_factors_where_a_group_is_extended_in_place() -
     assert_same_bits(optimizer.averages, before)
 
 
-def test_loading_while_perturbed_leaves_clean_weights() -> None:
-    model = lora_mlp()
-    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
+def test_loading_in_the_middle_of_a_step_finds_its_point(onto: str) -> None:
+    model, batch = lora_mlp(), batches(1)[0]
+    optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2, rho=1.0, onto=onto)
     train_on(model, optimizer, batches(2))
-    before, state = weights(model), through_a_file(optimizer.state_dict())
-    model(batches(1)[0][0])
+    state, before = through_a_file(optimizer.state_dict()), weights(model)
+    loss = loss_of(model, batch)
+    assert not same_bits(loss, loss_of(copy.deepcopy(model), batch))
+    for averages in optimizer.averages.values():
+        averages.zero_()
     optimizer.load_state_dict(state)
+    assert same_bits(loss_of(model, batch), loss)
     assert_same_bits(weights(model), before)
 
 

@@ -20,10 +20,12 @@ from adamw_case import WRITTEN, copied, mapped, one_after_another, random_call
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from strategies import (
+    ADDED,
     DTYPES,
     ONTO,
     RHO,
     Pair,
+    added,
     ambiguous,
     averages,
     error,
@@ -32,6 +34,7 @@ from strategies import (
     make_pair,
     ontos,
     pairs,
+    points,
     rounding_errors,
     same_bits,
     scopes,
@@ -209,16 +212,19 @@ def test_gradients_of_very_different_sizes(grad_of_target, grad_of_other):
         check([pair], onto, "layer")
 
 
+@pytest.mark.parametrize("kind", ADDED)
 @pytest.mark.parametrize("onto", ONTO)
-def test_moving_average(onto):
+def test_moving_average(onto, kind):
     good, bad = make_pair(1, 50, 40, 6), make_pair(2, 20, 30, 3)
     bad.A[0, 0] = math.nan
     ema = [torch.randn_like(e) for e in averages([good, bad], onto)]
     before = [e.clone() for e in ema]
+    E = added(ema, kind, 0)
+    (there,) = points([good], [e.clone() for e in E[::2]], onto)
     skipped = torch.zeros((), dtype=torch.int64)
-    arguments = lists([good, bad])
-    norms = kernels.foreach_perturb_ema_(*arguments[:4], ema, skipped, arguments[4], RHO, 0.3, onto)
-    expected, _ = reference.foreach_perturb(*lists([good]), RHO, onto)
+    *columns, scaling = lists([good, bad])
+    norms = kernels.foreach_perturb_ema_(*columns, E, ema, skipped, scaling, RHO, 0.3, onto)
+    expected, _ = reference.foreach_perturb(*lists([there]), RHO, onto)
     for mean, old, x in zip(ema[::2], before[::2], expected, strict=True):
         assert error(mean, 0.7 * old.double() + 0.3 * x) < 1e-6
     assert all(map(same_bits, ema[1::2], before[1::2]))
@@ -242,11 +248,18 @@ def check_step(call) -> None:
                 assert error(x, y) <= (1e-9 if x.dtype == torch.float64 else 2e-6), name
 
 
-@settings(max_examples=40)
-@given(st.lists(pairs(sizes=sizes, ranks=ranks), min_size=1, max_size=4), ontos, scopes, seeds)
-def test_adamw_step(given, onto, norm_scope, seed):
-    assume(not any(ambiguous(pair, None, onto) for pair in given))
-    check_step(random_call(given, onto, norm_scope, seed))
+@settings(max_examples=60)
+@given(
+    st.lists(pairs(sizes=sizes, ranks=ranks), min_size=1, max_size=4),
+    ontos,
+    scopes,
+    seeds,
+    st.sampled_from(ADDED),
+)
+def test_adamw_step(given, onto, norm_scope, seed, kind):
+    call = random_call(given, onto, norm_scope, seed, kind)
+    assume(not any(ambiguous(pair, None, onto) for pair in points(given, call["E"], onto)))
+    check_step(call)
 
 
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
@@ -293,8 +306,12 @@ def test_repeats_bit_for_bit(onto):
 def test_the_operators_tests_pass(ops):
     """Those of numbers and bad cases, with these kernels in place of the CPU's."""
     files = [
-        Path(__file__).with_name(f"test_operators{x}.py") for x in ("", "_bad_cases", "_inputs")
+        Path(__file__).with_name(f"test_{x}.py")
+        for x in ("operators", "operators_bad_cases", "operators_inputs")
     ]
+    # Thread by thread, all of these would take minutes.
+    of_points = ("test_mixed_lists", "test_every_rank")
+    files += [Path(__file__).with_name(f"test_points.py::{name}") for name in of_points]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
         env={**os.environ, "EFLAT_TEST_KERNELS": ops, "HYPOTHESIS_PROFILE": "few"},

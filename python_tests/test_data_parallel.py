@@ -43,6 +43,12 @@ def test_evaluation_of_the_inner_model() -> None:
     together(2, "ddp_cases:evaluation_of_the_inner_model")
 
 
+@pytest.mark.proves("Several devices", "DDP: a layer that one rank does not run")
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
+def test_a_layer_that_one_rank_does_not_run(onto: str) -> None:
+    together(2, "ddp_cases:layer_unused_on_one_rank", onto)
+
+
 @pytest.mark.proves("Several devices", "DDP: NaN on one rank, all skip alike")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("fused", [True, False])

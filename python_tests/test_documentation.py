@@ -59,6 +59,22 @@ def test_code_of_pages_names_what_exists(page):
         assert (ROOT / "python_tests" / test).exists(), test
 
 
+def test_messages_of_the_page_are_those_of_the_script(monkeypatch):
+    """Each row is provoked, and each mistake has a row, but for what needs a trainer."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    script = importlib.import_module("troubleshooting")
+    provoked = [script.provoke(mistake).partition(": ")[2] for mistake in script.REMEDIES]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.+?)` \|", page, flags=re.M)
+    of_message = {
+        message: [r for r in rows if re.match(re.escape(r).replace(r"\.\.\.", ".*"), message)]
+        for message in provoked
+    }
+    assert all(len(named) == 1 for named in of_message.values()), of_message
+    left = set(rows) - {row for named in of_message.values() for row in named}
+    assert left == {"PerturbationMixin: both passes must see the same inputs"}
+
+
 def test_table_of_settings_is_up_to_date():
     readme = settings_table.README.read_text(encoding="utf-8")
     assert readme == settings_table.readme_with(settings_table.table(), readme)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from lora_layers import BETA, CLOSE, RHO, Calls, average_names, step_beside
-from models import CREATE, assert_same_bits, trainable, weights
+from models import CREATE, assert_same_bits, at_points, trainable, weights
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -135,15 +135,16 @@ def test_eflat_lora(onto: str, base: type[torch.optim.Optimizer], norm_scope: st
         if onto == "A":
             scaled = [(*f, pair.scaling) for f, pair in zip(live, pairs, strict=True)]
             applied = reference.bounded(scaled, averages, RHO, norm_scope)
-        clean_loss = copy.deepcopy(model).eval()(x)
+        clean_loss = copy.deepcopy(model)(x)
         loss = model(x)
         assert step == 0 or not torch.isclose(loss, clean_loss, rtol=1e-6, atol=0)
         loss.backward()
-        rows = [factors_and_gradients(pair) for pair in pairs]
+        with at_points(optimizer):
+            rows = [factors_and_gradients(pair) for pair in pairs]
+            torch.testing.assert_close(copy.deepcopy(model)(x), loss, **CLOSE)
         for row, clean, average in zip(rows, live, applied, strict=True):
             torch.testing.assert_close(row[which], clean[which] + average, **CLOSE)
-        saved = model.state_dict()
-        assert_same_bits({name: saved[name] for name in before}, before)
+        assert_same_bits(weights(model), before)
         E, _ = reference.foreach_perturb(
             *zip(*rows, strict=True), [pair.scaling for pair in pairs], RHO, onto, norm_scope
         )
@@ -156,8 +157,9 @@ def test_two_gradients(onto: str) -> None:
     model = lora_experts()
     method, options = ("lora-sam", {}) if onto == "both" else ("flat", {"onto": onto})
     optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=RHO, **options)
-    model(batch()).backward()
-    before = weights(model)
+    x = batch()
+    clean_loss = model(x)
+    clean_loss.backward()
     rows = [factors_and_gradients(pair) for pair in optimizer.pairs]
     optimizer.first_step()
     for pair, (A, B, grad_A, grad_B) in zip(optimizer.pairs, rows, strict=True):
@@ -167,10 +169,13 @@ def test_two_gradients(onto: str) -> None:
         else:
             E, _ = reference.perturb(A, B, grad_A, grad_B, pair.scaling, RHO, onto)
             expected = (A + E, B) if onto == "A" else (A, B + E)
-        torch.testing.assert_close((pair.A.detach(), pair.B.detach()), expected, **CLOSE)
-    model(batch()).backward()
+        with at_points(optimizer):
+            torch.testing.assert_close((pair.A.detach(), pair.B.detach()), expected, **CLOSE)
+    with at_points(optimizer):
+        loss = copy.deepcopy(model)(x)
+    torch.testing.assert_close(model(x), loss, **CLOSE)
     optimizer.abandon_step()
-    assert_same_bits(weights(model), before)
+    assert torch.equal(model(x), clean_loss)
 
 
 @pytest.mark.parametrize("onto", ["A", "B", "both"])
@@ -239,9 +244,7 @@ def test_fused_steps_of_the_linear_layers_alone(onto: str) -> None:
         assert [pair.experts for pair in optimizer.pairs] == [3, 3, 3, 1]
         for x in (batch(), batch(), batch()):
             optimizer.zero_grad()
-            optimizer.train()
             torch.tanh(model.base_model.model["linear"](x)).sum().backward()
-            optimizer._weights.visited = True
             with Calls() as calls:
                 optimizer.step()
         assert ("foreach_adamw_step_" in calls.names) == fused_step
@@ -293,7 +296,6 @@ def test_a_mixture_of_experts_of_transformers(method: str) -> None:
     assert losses[-1] < losses[0]
     assert int(optimizer.skipped_perturbations) > 0
     before = weights(model)
-    model(tokens)
-    saved = model.state_dict()
-    names = [name for name in before if "lora_" in name]
-    assert_same_bits({k: saved[k] for k in names}, {k: before[k] for k in names})
+    loss = model(tokens, labels=tokens).loss
+    assert torch.equal(loss, model.eval()(tokens, labels=tokens).loss) == (method != "eflat")
+    assert_same_bits(weights(model), before)

@@ -58,9 +58,8 @@ class Run:
         self.backward(step, overflows)
         if overflows and self.how == "gradient":
             next(p for p in self.model.parameters() if p.grad is not None).grad[0, 0] = torch.inf
-        self.optimizer.train()
-        moved = weights(self.model)
-        self.perturbations.append({n: moved[n] - clean[n] for n in moved if "lora_" in n})
+        points, named = self.optimizer.points(), self.model.named_parameters()
+        self.perturbations.append({n: points[p] - clean[n] for n, p in named if "lora_" in n})
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
         scale = self.scaler.get_scale()
@@ -71,8 +70,8 @@ class Run:
         if overflows:  # nothing has changed, whatever runs next
             assert_same_bits(self.everything(), before)
             self.optimizer.zero_grad()
-            self.optimizer.eval()
-            assert_same_bits(weights(self.model), clean)
+            for parameter, point in self.optimizer.points().items() if self.two else ():
+                assert same_bits(point, parameter)
 
     def everything(self) -> dict[str, Tensor]:
         """What a checkpoint of now would hold."""

@@ -60,6 +60,15 @@ def test_operators_against_the_reference(kind: str, dim_A: int, onto: str, norm_
 
 
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
+@pytest.mark.parametrize(("dim_A", "dim_B"), [(0, 1), (1, 1), (None, 0), (1, None)])
+def test_any_dimension_may_be_sharded(dim_A: int | None, dim_B: int | None, onto: str) -> None:
+    """Columns of B, which were refused; and factors of which one is whole on every rank."""
+    for kind in ("linear", "experts"):
+        for errors in together(4, "fsdp_cases:operators", kind, dim_A, onto, "layer", dim_B):
+            assert max(errors.values()) < 1e-10, errors
+
+
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_steps_of_experts(onto: str) -> None:
     together(2, "fsdp_cases:experts", onto)
 
@@ -79,8 +88,11 @@ def test_life_cycle(layers: bool) -> None:
     together(2, "fsdp_cases:life_cycle", layers)
 
 
-def test_an_evaluation_before_the_backward_pass_of_a_checkpointed_model_is_refused() -> None:
-    together(2, "fsdp_cases:checkpointed")
+@pytest.mark.proves("Several devices", "FSDP2: an evaluation between forward and backward")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("layers", [True, False])
+def test_an_evaluation_within_a_step(layers: bool, checkpointed: bool) -> None:
+    together(2, "fsdp_cases:interrupted_step", layers, checkpointed)
 
 
 @pytest.mark.proves("Several devices", "FSDP2: bfloat16 mixed precision")
@@ -124,8 +136,8 @@ def test_replicated_dtensors() -> None:
     ("kind", "words"),
     [
         (
-            "columns of B",
-            ["factor B of base_model.model.up.default", "Shard(dim=1)", "Shard(0) for B"],
+            "two dimensions",
+            ["factor A of base_model.model.down.default has the placements (Shard(dim=0), "],
         ),
         ("mixed", ["factor A of base_model.model.down.default is no DTensor while others are"]),
         ("two meshes", ["others are on DeviceMesh"]),
@@ -137,9 +149,23 @@ def test_unsupported_layouts(kind: str, words: list[str]) -> None:
         assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(("method", "loaded"), [("eflat", False), ("flat", False), ("eflat", True)])
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("method", ["eflat", "flat"])
 def test_sharded_after_construction(method: str, loaded: bool) -> None:
     together(2, "fsdp_cases:sharded_after_construction", method, loaded)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before it is made",
+        "before it is attached",
+        "once it has run",
+        "once it is attached",
+    ],
+)
+def test_sharded_around_an_attached_perturbation(moment: str) -> None:
+    together(2, "fsdp_cases:sharded_around_an_attached_one", moment)
 
 
 @pytest.mark.proves("Several devices", "engines with parameters of their own are refused")

@@ -5,21 +5,29 @@ from __future__ import annotations
 import copy
 import random
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import perturbed_case
 import pytest
 import torch
-from interrupts import interrupted
-from models import assert_same_bits, batches, lora_mlp, loss_of, same_bits, train_on, weights
+from interrupts import interrupted, interrupted_within
+from models import (
+    assert_same_bits,
+    at_points,
+    batches,
+    lora_mlp,
+    loss_of,
+    same_bits,
+    train_on,
+    weights,
+)
+from perturbed_case import assert_nothing_in_place
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from eflat_ext import perturbed
+from eflat_ext import EFlatPerturbation
 from eflat_ext.optimizers import (
     EFlatLoRA,
     create_eflat_optimizer,
@@ -79,17 +87,15 @@ class Case:
         saved = {name: value.clone() for name, value in model.state_dict().items()}
         for name, value in saved.items():
             assert same_bits(value, self.before[name]) or same_bits(value, self.after[name]), name
-        loss_of(model, DATA[2])
-        point = weights(model)
-        if isinstance(optimizer, EFlatLoRA):  # perturbed by the average there is now
-            optimizer.eval()
-            optimizer.train()
-            assert_same_bits(point, weights(model))
-        elif self.closure:
-            assert_same_bits(point, saved)
-        else:
+        assert_nothing_in_place(model)
+        if not isinstance(optimizer, EFlatLoRA) and not self.closure:
             optimizer.abandon_step()
-        optimizer.eval()
+        output = model(DATA[2][0])
+        with at_points(optimizer):  # perturbed by the average there is now, or clean
+            assert same_bits(output, model.eval()(DATA[2][0]))
+        if not isinstance(optimizer, EFlatLoRA):
+            assert same_bits(output, model(DATA[2][0]))
+        model.train()
         assert_same_bits(weights(model), saved)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -159,59 +165,75 @@ def test_signals_at_random_times(method: str) -> None:
     assert hits >= 20
 
 
-@pytest.mark.parametrize(
-    "action", ["perturb", "restore", "forward", "clean", "load", "restored_by"]
-)
-def test_an_interrupt_at_any_line_loses_nothing(action: str) -> None:
-    """KeyboardInterrupt before every single line of the module that the action runs through."""
-    source = Path(perturbed.__file__).resolve()
+@pytest.mark.parametrize("kind", ["line", "opcode"])
+@pytest.mark.parametrize("method", ["eflat", "eflat onto A", "flat", "lora-sam"])
+def test_an_interrupt_at_any_place_of_a_training_pass(method: str, kind: str) -> None:
+    """Before each line and each opcode of this package, also where a pass is computed again.
 
-    def act(case: perturbed_case.Case) -> None:
-        if action == "forward":
-            case.model(perturbed_case.X)
-            case.model.eval()(perturbed_case.X)
-            case.model.train()(perturbed_case.X)
-        elif action == "clean":
-            with case.weights.clean():
-                case.assert_clean()
-        elif action == "load":
-            case.inner.load_state_dict(case.before)
-        elif action == "restored_by":
-            with case.weights.restored_by([1]) as clean, torch.no_grad():
-                case.inner.down.weight.copy_(clean[0])
-        else:
-            getattr(case.weights, action)()
+    No layer is left perturbed, and the next pass runs as if there had been none before.
+    """
+    create, base, options = METHODS[method]
+    model = lora_mlp(torch.float32, modules_to_save=None, target_modules=["up"])
+    optimizer = create(model, base, lr=0.05, rho=0.5, **options)
+    train_on(model, optimizer, DATA[:2])
+    if not isinstance(optimizer, EFlatLoRA):
+        loss_of(model, DATA[2]).backward()
+        optimizer.first_step()
+    x = DATA[2][0][:2]
+    clean, perturbed = model.eval()(x), model.train()(x)
+    before = weights(model)
+    assert not torch.equal(clean, perturbed)
 
-    interrupted = 0
-    for line in range(1, 1000):
-        case, count = perturbed_case.Case(), 0
-        if action in ("restore", "clean", "load", "restored_by"):
-            case.weights.perturb()
+    def run() -> None:
+        output = checkpoint(model, x, use_reentrant=False)
+        assert same_bits(output, perturbed)
+        output.sum().backward()
+        with optimizer.clean():
+            assert same_bits(model(x), clean)
 
-        def trace(frame, event, _, line=line):  # type: ignore[no-untyped-def]
-            nonlocal count
-            if Path(frame.f_code.co_filename) != source:
-                return None
-            if event == "line":
-                count += 1
-                if count == line:
-                    raise KeyboardInterrupt
-            return trace
+    def prepare() -> None:
+        with torch.no_grad():
+            for pair in optimizer.pairs:
+                pair.parameter_B.mul_(1)  # so that what depends on it is made anew
 
-        sys.settrace(trace)
-        try:
-            act(case)
-        except KeyboardInterrupt:
-            interrupted += 1
-        finally:
-            sys.settrace(None)
-            torch.set_grad_enabled(True)  # an interrupted ``with`` may not have left its block
-        assert_same_bits(dict(case.inner.state_dict()), case.before)
-        case.weights._suspended = 0
-        case.model.train()(perturbed_case.X)
-        case.assert_perturbed()
-        case.model.eval()(perturbed_case.X)
-        case.assert_clean()
-        if count < line:
-            break
-    assert interrupted >= 5 and count < line
+    prepare()
+    _, places = interrupted_within("eflat_ext", kind, run)
+    hits = 0
+    for place in range(places):
+        prepare()
+        hits += interrupted_within("eflat_ext", kind, run, place)[0]
+        assert_nothing_in_place(model)
+        assert_same_bits(weights(model), before)
+        assert same_bits(model.eval()(x), clean)
+        assert same_bits(model.train()(x), perturbed)
+    assert hits == places > (50 if kind == "line" else 300), (hits, places)
+
+
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
+def test_an_interrupt_in_the_pass_that_claims_a_model(onto: str) -> None:
+    """The first one of a perturbation that is apart from an optimizer; at some of its lines."""
+
+    def fresh() -> tuple[Any, EFlatPerturbation]:
+        model = lora_mlp(torch.float32, modules_to_save=None, target_modules=["up"])
+        return model, EFlatPerturbation(model, rho=0.5, onto=onto)
+
+    def trained(model: Any, perturbation: EFlatPerturbation) -> dict[str, Tensor]:
+        for batch in DATA:
+            model.zero_grad()
+            loss_of(model, batch).backward()
+            perturbation.update()
+            with torch.no_grad():
+                for pair in perturbation.pairs:
+                    pair.parameter_B.sub_(pair.parameter_B.grad)
+        return weights(model)
+
+    expected = trained(*fresh())
+    model, perturbation = fresh()  # must be held: gone, it perturbs nothing
+    _, places = interrupted_within("eflat_ext", "line", lambda: model(DATA[0][0]))
+    assert places > 200
+    for place in random.SystemRandom().sample(range(places), 40):
+        print("place", place)
+        model, perturbation = fresh()
+        assert interrupted_within("eflat_ext", "line", lambda m=model: m(DATA[0][0]), place)[0]
+        assert_nothing_in_place(model)
+        assert_same_bits(trained(model, perturbation), expected)

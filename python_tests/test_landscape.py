@@ -11,7 +11,6 @@ from models import (
     batches,
     lora_mlp,
     loss_of,
-    same_bits,
     train_on,
     weights,
 )
@@ -139,12 +138,12 @@ def test_a_line_of_models_whose_optimizers_are_in_the_middle_of_a_step():
         train_on(model, optimizer, DATA)
     before = [weights(model) for model in models]
     expected = line(*models, loss_of, DATA, [0.3], layers=["up"])
-    for model, clean in zip(models, before, strict=True):
-        loss_of(model, DATA[0]).backward()
-        assert not all(same_bits(clean[name], w) for name, w in weights(model).items())
+    for model in models:
+        loss = loss_of(model, DATA[0])
+        loss.backward()
+        assert abs(float(loss.detach()) - mean_loss(model, loss_of, DATA[:1])) > 1e-3
     assert line(*models, loss_of, DATA, [0.3], layers=["up"]) == expected
-    for model, optimizer, clean in zip(models, optimizers, before, strict=True):
-        optimizer.eval()
+    for model, clean in zip(models, before, strict=True):
         assert_same_bits(weights(model), clean)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import (
     assert_same_bits,
+    at_points,
     batches,
     lora_gpt2,
     lora_mlp,
@@ -39,15 +40,18 @@ def test_accumulated_gradients_belong_to_one_point() -> None:
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=0.5)
     points, sums = [], []
     for start in (0, 3):
+        clean = weights(model)
         optimizer.zero_grad()
         for batch in batches(6)[start : start + 3]:
             loss_of(model, batch).backward()
-            points.append(weights(model))
+            with at_points(optimizer):
+                points.append(weights(model))
         sums.append([p.grad.clone() for p in trainable(model)])
         optimizer.step()
     for start in (0, 3):
         assert_same_bits(points[start], points[start + 1])
         assert_same_bits(points[start], points[start + 2])
+    assert not all(same_bits(points[3][name], clean[name]) for name in clean)
     # The same gradient from a plain copy of the perturbed model.
     other = lora_mlp()
     other.load_state_dict(points[3], strict=False)
@@ -73,15 +77,15 @@ def scaled_run(create: Callable, steps: int = 8) -> tuple[nn.Module, Any, list[i
             scaler.scale(loss_of(model, batch)).backward()
             optimizer.first_step()
         scaler.scale(loss_of(model, batch)).backward()
-        before = weights(model) if not overflowing(step) else None
+        averages = getattr(optimizer, "averages", {})
+        before = weights(model) | {name: average.clone() for name, average in averages.items()}
         if overflowing(step):
             trainable(model)[0].grad[0, 0] = torch.inf
-        averages = {k: v.clone() for k, v in getattr(optimizer, "averages", {}).items()}
         scaler.step(optimizer)
         scaler.update()
-        if before is None:
+        after = weights(model) | averages
+        if all(same_bits(after[name], before[name]) for name in after):
             skipped.append(step)
-            assert_same_bits(getattr(optimizer, "averages", {}), averages)
     return model, optimizer, skipped
 
 
@@ -95,7 +99,6 @@ def test_gradient_scaler_with_overflows(create: Callable) -> None:
     plain = create(other, torch.optim.AdamW, lr=1e-2, rho=0.1)
     kept = [b for step, b in enumerate(batches(8, torch.float32)) if not overflowing(step)]
     train_on(other, plain, kept)
-    optimizer.eval()
     # Scaling by powers of two is exact, up to the rounding of E for the scaled gradient.
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
@@ -119,7 +122,7 @@ def test_gradient_clipping_leaves_the_perturbation_alone() -> None:
 @pytest.mark.proves("Plain loops", "`torch.compile` of the model, in one graph")
 @pytest.mark.parametrize("onto", ["A", "B", "both"])
 def test_compiled_model_equals_eager(onto: str) -> None:
-    """Radius schedule, accumulation and evaluation; never a graph break, few graphs."""
+    """Radius schedule, accumulation and evaluation; never a graph break, no recompilation."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     results = []
@@ -144,8 +147,8 @@ def test_compiled_model_equals_eager(onto: str) -> None:
         results.append([t.detach() for t in outputs] + list(weights(model).values()))
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager, rtol=1e-9, atol=1e-12)
-    # A training pass that perturbs, one that need not, an evaluation; hooks may count apart.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    # Training passes and evaluations.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 class Blocks(nn.Module):
@@ -218,7 +221,9 @@ def test_compiled_step_equals_eager(create: Callable, options: dict[str, Any]) -
                 loss_of(model, batch).backward()
             step()
             schedule.step()
-        assert not optimizer._weights.applied
+        # Two gradients leave passes clean between steps.
+        x = batches(1)[0][0]
+        assert torch.equal(model(x), model.eval()(x)) == (create is create_flat_optimizer)
         assert int(optimizer.skipped_perturbations) == 0
         results.append(weights(model) | getattr(optimizer, "averages", {}))
     for name, value in results[0].items():
@@ -242,13 +247,16 @@ def test_gradient_checkpointing(onto: str, reentrant: bool) -> None:
         optimizer = create_eflat_optimizer(
             model, torch.optim.AdamW, lr=0.01, rho=0.5, onto=onto, norm_scope="global"
         )
-        points: list[dict[str, Tensor]] = []
-        optimizer.pairs[0].layer.register_forward_pre_hook(
-            lambda *_, points=points, model=model: points.append(weights(model))
-        )
+        pair, points = optimizer.pairs[0], []
+
+        def read(*_: Any, pair: Any = pair, points: Any = points) -> None:
+            factors = {"A": pair.module_A.weight, "B": pair.module_B.weight}
+            points.append({name: value.detach().clone() for name, value in factors.items()})
+
+        pair.module_B.register_forward_pre_hook(read)
         tokens = torch.arange(16).reshape(2, 8)
         for step in range(4):
-            clean = weights(model)
+            clean = {"A": pair.A.detach().clone(), "B": pair.B.detach().clone()}
             optimizer.zero_grad()
             points.clear()
             for _ in range(2):

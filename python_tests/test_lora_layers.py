@@ -22,7 +22,7 @@ from lora_layers import (
     step_as_the_reference,
     weight_matrix,
 )
-from models import CREATE, assert_same_bits, same_bits, trainable, weights
+from models import CREATE, assert_same_bits, at_points, same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -36,11 +36,9 @@ def target(pair: Any, onto: str) -> Tensor:
 
 
 def delta(pair: Any) -> Tensor:
-    """What PEFT says the adapter adds to the layer's weight now, perturbed or not, as a matrix."""
-    with torch.no_grad():  # of the class: the layer's own restores first
-        return weight_matrix(
-            pair.layer, type(pair.layer).get_delta_weight(pair.layer, pair.adapter)
-        )
+    """What PEFT says the adapter adds to the layer's weight, as a matrix."""
+    with torch.no_grad():
+        return weight_matrix(pair.layer, pair.layer.get_delta_weight(pair.adapter))
 
 
 @pytest.mark.parametrize(
@@ -83,15 +81,18 @@ def test_eflat_lora(kind: str, onto: str, base: type[torch.optim.Optimizer]) -> 
             (applied,) = reference.bounded(
                 [(*factors(pair), pair.scaling)], [average], RHO, "layer"
             )
-        unperturbed = copy.deepcopy(model)
+        unperturbed = copy.deepcopy(model)(x)
         loss = model(x)
-        torch.testing.assert_close(as_matrix(target(pair, onto)), clean + applied, **CLOSE)
         if step:
-            assert not torch.isclose(loss, unperturbed.eval()(x), rtol=1e-6, atol=0)
-        assert_same_bits({k: model.state_dict()[k] for k in before}, before)
+            assert not torch.isclose(loss, unperturbed, rtol=1e-6, atol=0)
+        assert_same_bits(weights(model), before)
         loss.backward()
+        with at_points(optimizer):
+            torch.testing.assert_close(as_matrix(target(pair, onto)), clean + applied, **CLOSE)
+            torch.testing.assert_close(copy.deepcopy(model)(x), loss, **CLOSE)
+            point = factors(pair)
         gradients = gradient_matrices(pair)
-        E, _ = reference.perturb(*factors(pair), *gradients, pair.scaling, RHO, onto)
+        E, _ = reference.perturb(*point, *gradients, pair.scaling, RHO, onto)
         average = (1 - BETA) * average + BETA * E
         for p, q in zip(trainable(model), shadow, strict=True):
             q.grad = p.grad.clone()
@@ -121,8 +122,12 @@ def test_flat_lora_moves_the_weight_by_rho(kind: str, onto: str) -> None:
     E_W = RHO * G / G.norm()
     moved = E_W @ torch.linalg.pinv(A) @ A if onto == "B" else B @ torch.linalg.pinv(B) @ E_W
     optimizer.first_step()
-    model(x).backward()
-    torch.testing.assert_close(delta(pair) - before, moved, **CLOSE)
+    loss = model(x)
+    loss.backward()
+    assert torch.equal(delta(pair), before)
+    with at_points(optimizer):
+        torch.testing.assert_close(delta(pair) - before, moved, **CLOSE)
+        torch.testing.assert_close(copy.deepcopy(model)(x), loss, **CLOSE)
     assert 0.3 * RHO < float(moved.norm()) <= RHO * (1 + 1e-9)
     gradients = [p.grad.clone() for p in trainable(model)]
     optimizer.second_step()
@@ -141,15 +146,19 @@ def test_lora_sam_moves_both_factors(kind: str) -> None:
     model = lora_around(kind)
     optimizer = CREATE["lora-sam"](model, torch.optim.SGD, lr=0.1, rho=RHO)
     (pair,) = optimizer.pairs
-    before = factors(pair)
-    model(batch_of(model)).backward()
+    before, x = factors(pair), batch_of(model)
+    clean_loss = model(x)
+    clean_loss.backward()
     gradients = gradient_matrices(pair)
     norm = torch.hypot(*(grad.norm() for grad in gradients))
     optimizer.first_step()
-    for now, value, grad in zip(factors(pair), before, gradients, strict=True):
-        torch.testing.assert_close(now, value + RHO * grad / norm, **CLOSE)
+    with at_points(optimizer):
+        for now, value, grad in zip(factors(pair), before, gradients, strict=True):
+            torch.testing.assert_close(now, value + RHO * grad / norm, **CLOSE)
+        loss = copy.deepcopy(model)(x)
+    torch.testing.assert_close(model(x), loss, **CLOSE)
     optimizer.abandon_step()
-    assert all(torch.equal(a, b) for a, b in zip(factors(pair), before, strict=True))
+    assert same_bits(model(x), clean_loss)
 
 
 @pytest.mark.parametrize("onto", ["A", "B", "both"])
@@ -184,7 +193,7 @@ def test_checkpoint_merge_and_resume(kind: str, onto: str) -> None:
     model.eval()
     y = model(data[0])
     adapter = copy.deepcopy(get_peft_model_state_dict(model))
-    model.train()(data[0])  # perturbed
+    model.train()(data[0]).backward()  # perturbed
     assert_same_bits(get_peft_model_state_dict(model), adapter)
     torch.testing.assert_close(model.merge_and_unload().eval()(data[0]), y, rtol=1e-9, atol=1e-12)
 
@@ -249,8 +258,7 @@ def test_two_adapters_and_one_deleted(kind: str, onto: str) -> None:
     for _ in range(2):
         optimizer.zero_grad()
         model(batch_of(model)).backward()
-        state = model.state_dict()
-        assert_same_bits({name: state[name] for name in clean}, clean)
+        assert_same_bits(weights(model), clean)
         optimizer.step()
         assert list(optimizer.perturbation_norms) == [default.name]
         clean = weights(model)
@@ -259,7 +267,7 @@ def test_two_adapters_and_one_deleted(kind: str, onto: str) -> None:
     assert not any(same_bits(optimizer.averages[name], before[name]) for name in of_default[-1:])
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.remove_hooks()
-    assert "merge" not in vars(default.layer)
+    assert "forward" not in vars(default.layer)
 
 
 @pytest.mark.parametrize("method", CREATE)

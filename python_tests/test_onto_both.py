@@ -322,24 +322,27 @@ def two_pairs() -> list[Pair]:
 def average_call() -> dict:
     columns = dict(zip(Pair._fields, lists(two_pairs()), strict=True))
     options = {"skipped": torch.tensor(7), "rho": RHO, "beta": 0.9, "onto": "both"}
-    return {**columns, "ema": averages(two_pairs(), "both"), **options}
+    ema = averages(two_pairs(), "both")
+    return {**columns, "E": [t.clone() for t in ema], "ema": ema, **options}
 
 
 COUNT = "must have two entries per pair, all A and all B, 4, got"
 
 
+@pytest.mark.parametrize("name", ["E", "ema"])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5])
-def test_numbers_of_averages_and_clean_values(count):
-    call = average_call()
-    call["ema"] = (2 * call["ema"])[:count]
-    with pytest.raises(RuntimeError, match=f"ema {COUNT} {count}"):
-        ops.foreach_perturb_ema_(**call)
-    for name in ("ema", "clean"):
-        call = random_call(two_pairs(), "both")
+def test_numbers_of_averages_and_of_what_was_added(count, name):
+    for operator, call in (
+        (ops.foreach_perturb_ema_, average_call()),
+        (ops.foreach_adamw_step_, random_call(two_pairs(), "both")),
+    ):
         before = copied(call)
         call[name] = [t.clone() for t in 2 * call[name]][:count]
+        if (name, count) == ("E", 0):  # nothing was added
+            operator(**call)
+            continue
         with pytest.raises(RuntimeError, match=f"{name} {COUNT} {count}"):
-            ops.foreach_adamw_step_(**call)
+            operator(**call)
         assert all(map(same_bits, call["A"] + call["B"], before["A"] + before["B"]))
         assert int(call["skipped"]) == int(before["skipped"])
 
@@ -353,40 +356,35 @@ def test_numbers_of_averages_and_clean_values(count):
         (3, lambda t: t[1:].clone(), r"ema\[3\] must have the shape of B\[1\].*5, 2.*4, 2"),
         (0, lambda t: t.double(), r"ema\[0\] must be float32"),
         (3, lambda t: t.half(), r"ema\[3\] must be float32"),
-        (1, lambda t: t.T.contiguous().T, r"ema\[1\] must be contiguous"),
-        (2, lambda t: t.T.contiguous().T, r"ema\[2\] must be contiguous"),
     ],
 )
-def test_averages_are_named_by_their_place(index, value, says):
+@pytest.mark.parametrize("name", ["E", "ema"])
+def test_entries_are_named_by_their_place(name, index, value, says):
+    says = says.replace("ema", name)
     for operator, call in (
         (ops.foreach_perturb_ema_, average_call()),
         (ops.foreach_adamw_step_, random_call(two_pairs(), "both")),
     ):
-        call["ema"][index] = value(call["ema"][index])
+        call[name][index] = value(call[name][index])
         before = copied(call)
         with pytest.raises(RuntimeError, match=says):
             operator(**call)
         assert all(map(same_bits, call["ema"], before["ema"]))
         assert int(call["skipped"]) == int(before["skipped"])
         if "shape" in says:
-            with pytest.raises(ValueError, match="ema must have the shapes"):
+            with pytest.raises(ValueError, match=f"{name} must have the shapes"):
                 operator(**on_meta(call))
 
 
-@pytest.mark.parametrize(
-    "index, value, says",
-    [
-        (0, lambda t: t.T, r"clean\[0\] must have the shape of A\[0\]"),
-        (3, lambda t: t[1:], r"clean\[3\] must have the shape of B\[1\]"),
-        (1, lambda t: t.double(), r"clean\[1\] must have the dtype of A\[1\]"),
-        (2, lambda t: t.double(), r"clean\[2\] must have the dtype of B\[0\]"),
-    ],
-)
-def test_clean_values_are_named_by_their_place(index, value, says):
-    call = random_call(two_pairs(), "both")
-    call["clean"][index] = value(call["clean"][index])
-    with pytest.raises(RuntimeError, match=says):
-        ops.foreach_adamw_step_(**call)
+@pytest.mark.parametrize("index", range(4))
+def test_averages_are_contiguous(index):
+    for operator, call in (
+        (ops.foreach_perturb_ema_, average_call()),
+        (ops.foreach_adamw_step_, random_call(two_pairs(), "both")),
+    ):
+        call["ema"][index] = call["ema"][index].T.contiguous().T
+        with pytest.raises(RuntimeError, match=rf"ema\[{index}\] must be contiguous"):
+            operator(**call)
 
 
 def test_perturb_has_one_E():

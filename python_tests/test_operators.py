@@ -14,10 +14,12 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from strategies import (
+    ADDED,
     DTYPES,
     ONTO,
     RHO,
     Pair,
+    added,
     ambiguous,
     averages,
     dtypes,
@@ -37,6 +39,7 @@ from strategies import (
     perturb,
     perturb_ema_,
     perturbations,
+    points,
     rounding_errors,
     same_bits,
     scopes,
@@ -281,17 +284,21 @@ def test_frozen_factor_leaves_the_other_term_alone(pair):
 # The averaging operator and the bound.
 
 
-@given(mixed_lists, ontos, scopes, st.sampled_from([0.0, 0.1, 0.9, 1.0]), seeds)
-def test_moving_average(listed, onto, scope, beta, seed):
+@given(
+    mixed_lists, ontos, scopes, st.sampled_from(ADDED), st.sampled_from([0.0, 0.1, 0.9, 1.0]), seeds
+)
+def test_moving_average(listed, onto, scope, kind, beta, seed):
     listed[0] = listed[0].clone()
     listed[0].grad_B[0, 0] = math.nan
-    assume(not any(ambiguous(p, None, onto) for p in listed[1:]))
     g = generator(seed)
     ema = [normal(g, *e.shape).to(e.dtype) for e in averages(listed, onto)]
+    given = added(ema, kind, seed)
+    there = points(listed, given, onto)
+    assume(not any(ambiguous(p, None, onto) for p in there[1:]))
     before, skipped = [e.clone() for e in ema], torch.tensor(5)
-    norms = perturb_ema_(listed, ema, skipped, beta, onto, scope)
-    E, expected_norms = reference.foreach_perturb(*lists(listed), RHO, onto, scope)
-    same_norms = foreach_perturb(listed, RHO, onto, scope)[1]
+    norms = perturb_ema_(listed, ema, skipped, beta, onto, scope, given)
+    E, expected_norms = reference.foreach_perturb(*lists(there), RHO, onto, scope)
+    same_norms = foreach_perturb(there, RHO, onto, scope)[1]
     assert same_bits(norms, same_norms)
     assert int(skipped) == 5 + sum(not (0 < x < math.inf) for x in expected_norms.tolist())
     for i in range(0, len(ema), len(listed)):

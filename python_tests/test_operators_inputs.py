@@ -19,6 +19,7 @@ from strategies import (
     DTYPES,
     ONTO,
     RHO,
+    added,
     averages,
     cpu_only,
     error,
@@ -82,7 +83,11 @@ def test_inputs_are_never_modified(listed, onto):
     versions = [t._version for p in listed for t in p[:4]]
     foreach_perturb(listed, RHO, onto)
     perturbations(listed[0], RHO, onto)
-    perturb_ema_(listed, averages(listed, onto), torch.tensor(0), 0.9, onto)
+    ema = averages(listed, onto)
+    E = added(ema, "own", 0)
+    copies = [e.clone() for e in E]
+    perturb_ema_(listed, ema, torch.tensor(0), 0.9, onto, E=E)
+    assert all(map(same_bits, E, copies)) and not any(e._version for e in E)
     _, B, _, _, scaling = lists(listed)
     on_device(ops.foreach_bound, averages(listed, "A"), B, scaling, RHO)
     for p, q in zip(listed, before, strict=True):
@@ -125,7 +130,7 @@ def test_empty_lists():
         assert E == [] and norms.shape == (0,)
     skipped = torch.tensor(3)
     for onto in ONTO:
-        norms = ops.foreach_perturb_ema_([], [], [], [], [], skipped, [], RHO, 0.9, onto)
+        norms = ops.foreach_perturb_ema_([], [], [], [], [], [], skipped, [], RHO, 0.9, onto)
         assert norms.shape == (0,) and int(skipped) == 3
     assert ops.foreach_bound([], [], [], RHO).shape == (0,)
 
@@ -155,7 +160,7 @@ def test_results_do_not_depend_on_the_number_of_threads(onto, scope):
         E, norms = foreach_perturb(listed, RHO, onto, scope)
         factors = ops.foreach_bound([e + 1 for e in ema], B, scaling, RHO, scope)
         means = [torch.ones_like(e) for e in averages(listed, onto)]
-        perturb_ema_(listed, means, torch.tensor(0), 0.9, onto, scope)
+        perturb_ema_(listed, means, torch.tensor(0), 0.9, onto, scope, means)
         return [*E, norms, factors, *means]
 
     threads = torch.get_num_threads()

@@ -12,6 +12,7 @@ from strategies import (
     DTYPES,
     ONTO,
     RHO,
+    added,
     ambiguous,
     averages,
     error,
@@ -60,6 +61,7 @@ def test_opcheck(dtype, onto, scope, rtol):
                     B,
                     grad_A,
                     grad_B,
+                    added(averages(listed, onto), "own", 0),
                     averages(listed, onto),
                     torch.tensor(0, device=DEVICE),
                     scaling,
@@ -233,7 +235,7 @@ def test_in_place_operators_stay_outside_the_graph():
     A, B = ([torch.nn.Parameter(t) for t in column] for column in (A, B))
     ema = averages(listed)
     norms = ops.foreach_perturb_ema_(
-        A, B, grad_A, grad_B, ema, torch.tensor(0, device=DEVICE), scaling, RHO, 0.9
+        A, B, grad_A, grad_B, ema, ema, torch.tensor(0, device=DEVICE), scaling, RHO, 0.9
     )
     factors = ops.foreach_bound(averages(listed, "A"), B, scaling, RHO)
     assert not any(t.requires_grad for t in [*ema, norms, factors])
@@ -249,7 +251,8 @@ def doubled(A, B, grad_A, grad_B, scaling, onto):
 
 
 def averaged(A, B, grad_A, grad_B, ema, skipped, scaling, onto):
-    norms = ops.foreach_perturb_ema_(A, B, grad_A, grad_B, ema, skipped, scaling, RHO, 0.9, onto)
+    pairs = (A, B, grad_A, grad_B)
+    norms = ops.foreach_perturb_ema_(*pairs, ema, ema, skipped, scaling, RHO, 0.9, onto)
     factors = ops.foreach_bound(grad_A, B, scaling, RHO)
     return norms * 2, factors * 2, [e + 1 for e in ema]
 
@@ -279,11 +282,11 @@ def test_compiled_is_eager(backend, dynamic, onto):
         assert same_bits(states[0][1], states[1][1])
 
 
-@pytest.mark.parametrize("onto", ["B", "both"])
+@pytest.mark.parametrize("onto, kind", [("B", "average"), ("both", "own"), ("both", "nothing")])
 @pytest.mark.parametrize(
     "backend, dynamic", [("inductor", None), ("aot_eager", None), ("aot_eager", True)]
 )
-def test_compiled_fused_step_is_eager(backend, dynamic, onto):
+def test_compiled_fused_step_is_eager(backend, dynamic, onto, kind):
     torch._dynamo.reset()
 
     def stepped(call):
@@ -291,7 +294,8 @@ def test_compiled_fused_step_is_eager(backend, dynamic, onto):
 
     compiled = torch.compile(stepped, fullgraph=True, backend=backend, dynamic=dynamic)
     for seed in range(2):
-        call = random_call([make_pair(seed, 9 + 4 * seed, 11, 3), make_pair(7, 12, 7, 4)], onto)
+        listed = [make_pair(seed, 9 + 4 * seed, 11, 3), make_pair(7, 12, 7, 4)]
+        call = random_call(listed, onto, kind=kind)
         other = copied(call)
         (norms, moved), (expected, moved_too) = compiled(call), stepped(other)
         assert same_bits(norms, expected)
@@ -351,7 +355,7 @@ def test_tensors_without_a_kernel_are_refused_in_words():
         lambda: ops.foreach_perturb(*([t] for t in sparse), [2.0], RHO),
         lambda: ops.foreach_bound([sparse[0]], [sparse[1]], [2.0], RHO),
         lambda: ops.foreach_perturb_ema_(
-            *([t] for t in sparse), [sparse[1]], skipped.to_sparse(), [2.0], RHO, 0.9
+            *([t] for t in sparse), [], [sparse[1]], skipped.to_sparse(), [2.0], RHO, 0.9
         ),
         lambda: ops.foreach_adamw_step_(
             **mapped(random_call([make_pair(5, 9, 8, 2)]), torch.Tensor.to_sparse)

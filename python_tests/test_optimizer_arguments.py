@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from models import (
-    CREATE,
-    lora_mlp,
-)
+from models import CREATE, batches, lora_mlp, train_on
 from torch import nn
 
 from eflat_ext.optimizers import (
@@ -21,12 +19,14 @@ from eflat_ext.optimizers import (
 UP, DOWN = "base_model.model.up.default", "base_model.model.down.default"
 
 
-class ScheduleFree(torch.optim.SGD):
-    """Has the two methods of schedule-free optimizers."""
+class SomeSAM(torch.optim.SGD):
+    """Named as those are that perturb the weights themselves."""
 
-    def train(self) -> None: ...
 
-    def eval(self) -> None: ...
+class TwoSteps(torch.optim.SGD):
+    """Has a method of theirs."""
+
+    def first_step(self) -> None: ...
 
 
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
@@ -46,15 +46,32 @@ def test_bad_arguments(create: Callable) -> None:
         create(model, lambda params: nn.Linear(1, 1))
     with pytest.raises(ValueError, match="base: expected an optimizer that minimises"):
         create(model, torch.optim.SGD, lr=0.1, maximize=True)
-    with pytest.raises(TypeError, match=r"base: ScheduleFree moves the weights in train\(\)"):
-        create(model, ScheduleFree, lr=0.1)
-    optimizer = create(model, torch.optim.SGD, lr=0.1)  # none of these left anything behind
+    for perturbing in (SomeSAM, TwoSteps):
+        with pytest.raises(TypeError, match=f"base: {perturbing.__name__} perturbs the weights"):
+            create(model, perturbing, lr=0.1)
+    gc.collect()  # none of these left anything behind
+    assert not any("forward" in vars(module) for module in model.modules())
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
     with pytest.raises(TypeError, match="base: expected a plain optimizer"):
         create(model, lambda params: optimizer)
     optimizer.rho = 0.5
     with pytest.raises(ValueError, match="rho"):
         optimizer.rho = -1
     assert optimizer.rho == 0.5
+
+
+@pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
+def test_one_that_could_not_be_made_perturbs_nothing(create: Callable) -> None:
+    """Its exception keeps it alive, as a notebook keeps the last one."""
+    model = lora_mlp()
+    head = [p for name, p in model.named_parameters() if "modules_to_save" in name]
+    with pytest.raises(ValueError, match="base: expected an optimizer over trainable LoRA") as held:
+        create(model, torch.optim.SGD, lr=0.1, params=head)
+    optimizer = create(model, torch.optim.SGD, lr=0.1)
+    train_on(model, optimizer, batches(2))
+    optimizer.remove_hooks()
+    assert not any("forward" in vars(module) for module in model.modules())
+    del held
 
 
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)

@@ -16,7 +16,9 @@ from perturbed_case import Case, X
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from eflat_ext import reference
 from eflat_ext.optimizers import create_eflat_optimizer
+from eflat_ext.pairs import find_pairs
 
 DATA = batches(4)
 
@@ -60,16 +62,16 @@ def by_context(model: nn.Module, optimizer: Any) -> None:
         loss_of(model, DATA[0])
 
 
-RESTORED = [None, by_evaluation, by_optimizer, by_merging, by_context]
+BETWEEN = [None, by_evaluation, by_optimizer, by_merging, by_context]
 
 
 @pytest.mark.proves("Plain loops", "losses and evaluations by other methods than `forward`")
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("restored", RESTORED)
+@pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
-def test_one_gradient(onto: str, restored: Callable | None, set_to_none: bool, told: bool) -> None:
-    """The steps are those of forward passes, whatever restored the weights before them."""
+def test_one_gradient(onto: str, between: Callable | None, set_to_none: bool, told: bool) -> None:
+    """The steps are those of forward passes, whatever else read the weights in between."""
     runs = []
     for by in ("forward", "features"):
         model = two_ways()
@@ -82,19 +84,18 @@ def test_one_gradient(onto: str, restored: Callable | None, set_to_none: bool, t
                     if by == "features" and told:
                         optimizer.train()
                     loss_of(model, batch, by).backward()
-                    if restored is not None:
-                        restored(model, optimizer)
+                    if between is not None:
+                        between(model, optimizer)
                 optimizer.step()
         runs.append((weights(model), optimizer.averages))
     for one, other in zip(*runs, strict=True):
         assert_same_bits(one, other)
 
 
-@pytest.mark.parametrize("restored", RESTORED)
+@pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("calls", ["closure", "two calls"])
 @pytest.mark.parametrize("method", ["flat", "lora-sam"])
-def test_two_gradients(method: str, calls: str, restored: Callable | None) -> None:
-    """The first step perturbs, so that ``train`` need not be called."""
+def test_two_gradients(method: str, calls: str, between: Callable | None) -> None:
     runs = []
     for by in ("forward", "features"):
         model = two_ways()
@@ -105,8 +106,8 @@ def test_two_gradients(method: str, calls: str, restored: Callable | None) -> No
         ) -> None:
             it.zero_grad()
             loss_of(model, batch, by).backward()
-            if it._weights.applied and restored is not None:
-                restored(model, it)
+            if between is not None:
+                between(model, it)
 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -146,53 +147,8 @@ def test_who_takes_a_clean_gradient_is_still_told(method: str, mistake: str, dro
         loss = loss_of(model, DATA[1], "forward" if mistake == "eval mode" else "features")
         optimizer.base.zero_grad()
         loss.backward()
-    assert optimizer._weights.applied == (mistake != "eval mode")
     with pytest.warns(UserWarning, match="without the perturbation"):
         optimizer.step()
-
-
-def test_gradients_of_passes_without_a_hook() -> None:
-    """They count if they come while the weights are perturbed and watched."""
-    case = Case()
-    parameter = case.inner.up.weight
-
-    def backward() -> None:  # which calls no module
-        nn.functional.linear(X, parameter).sum().backward()
-
-    def dropped() -> None:
-        parameter.grad = None
-
-    def zeroed() -> None:
-        parameter.grad.zero_()
-
-    def visited(*actions: Callable[[], object], stale: bool = False) -> bool:
-        dropped()
-        if stale:
-            backward()
-        case.weights.perturb()
-        case.weights.watch_gradients()
-        for action in actions:
-            action()
-        counted = case.weights.visited
-        case.weights.restore()
-        backward()
-        assert case.weights.visited == counted  # what comes later changes nothing
-        case.weights.visited = False
-        return counted
-
-    def aside() -> None:
-        with case.weights.clean():
-            backward()
-
-    assert visited(backward) and visited(backward, stale=True)
-    assert visited(dropped, backward, stale=True) and visited(zeroed, backward, stale=True)
-    assert visited(backward, aside) and visited(aside, backward)
-    assert visited(backward, case.weights.watch_gradients)
-    assert not visited() and not visited(stale=True) and not visited(dropped, stale=True)
-    assert not visited(aside) and not visited(aside, stale=True)
-    case.weights.watch_gradients()  # not perturbed: nothing to watch
-    backward()
-    assert not case.weights.visited
 
 
 @pytest.mark.parametrize("method", CREATE)
@@ -206,43 +162,58 @@ def test_evaluations_by_other_methods_are_clean(method: str) -> None:
         loss_of(model, DATA[1], "forward").backward()
 
     optimizer.step(backward)
-    expected = copy.deepcopy(model.state_dict())
-    clean = features(DATA[0][0]) if method != "eflat" else None
+    expected = copy.deepcopy(model)(DATA[0][0])  # a copy runs as it is
     backward()
     if method != "eflat":
         optimizer.first_step()
         backward()
-    assert optimizer._weights.applied
-    model.eval()
+    before = weights(model)
     with torch.no_grad():
-        outputs = features(DATA[0][0])
-        assert not optimizer._weights.applied and torch.equal(outputs, features(DATA[0][0]))
-        assert clean is None or torch.equal(outputs, clean)
-    assert_same_bits({n: p for n, p in model.state_dict().items()}, expected)
-
-
-def in_part_mode(model: nn.Module) -> None:
-    model.base_model.model.down.eval()
+        assert not torch.equal(features(DATA[0][0]), expected)
+        model.eval()
+        assert torch.equal(features(DATA[0][0]), expected)
+    assert_same_bits(weights(model), before)
 
 
 @pytest.mark.parametrize("method", CREATE)
-def test_a_layer_in_eval_mode_within_a_training_pass_stays_perturbed(method: str) -> None:
-    """Some freeze a layer's dropout while the model trains: that is no evaluation."""
-    runs = []
-    for part in (False, True):
-        model = two_ways()  # without dropout, so that the mode changes nothing else
-        if part:
-            in_part_mode(model)
-        optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
-        for batch in DATA:
+def test_a_layer_in_eval_mode_within_a_training_pass_runs_clean(method: str) -> None:
+    """By its own mode, as its dropout does; it followed the model's before. The user is told."""
+    model = two_ways()
+    optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
 
-            def closure(batch: Any = batch, model: Any = model, optimizer: Any = optimizer) -> None:
-                optimizer.zero_grad()
-                loss_of(model, batch).backward()
+    def closure() -> None:
+        optimizer.zero_grad()
+        loss_of(model, DATA[0]).backward()
 
-            optimizer.step(closure)
-        runs.append(weights(model))
-    assert_same_bits(*runs)
+    optimizer.step(closure)
+    model.base_model.model.down.eval()
+    if method != "eflat":
+        closure()
+        optimizer.first_step()
+    points, other = optimizer.points(), copy.deepcopy(model)
+    with torch.no_grad():
+        for (name, parameter), copied in zip(
+            model.named_parameters(), other.parameters(), strict=True
+        ):
+            if ".up." in name and parameter in points:
+                copied.copy_(points[parameter])
+    closure()
+    loss_of(other, DATA[0]).backward()
+    for parameter, copied in zip(model.parameters(), other.parameters(), strict=True):
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, copied.grad)
+    if method != "eflat":
+        optimizer.step()
+        return
+    averages = {name: average.clone() for name, average in optimizer.averages.items()}
+    with pytest.warns(UserWarning, match=r"down\.default was taken without the perturbation"):
+        optimizer.step()
+    for pair in find_pairs(other):  # of the factors where each gradient was taken
+        E, _ = reference.perturb(
+            pair.A.detach(), pair.B.detach(), pair.A.grad, pair.B.grad, pair.scaling, 1.0
+        )
+        expected = 0.1 * averages[pair.name] + 0.9 * E
+        torch.testing.assert_close(optimizer.averages[pair.name], expected, rtol=1e-8, atol=1e-12)
 
 
 class Checkpointed(TwoWays):
@@ -264,7 +235,7 @@ class Checkpointed(TwoWays):
     "Plain loops", "gradient checkpointing, with an evaluation before the backward pass"
 )
 @pytest.mark.parametrize(
-    "restored",
+    "between",
     [
         "by_evaluation",
         "by_optimizer",
@@ -276,15 +247,14 @@ class Checkpointed(TwoWays):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", CREATE)
 def test_what_is_computed_again_is_perturbed_as_it_was(
-    method: str, reentrant: bool, restored: str, monkeypatch: pytest.MonkeyPatch
+    method: str, reentrant: bool, between: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without checkpoints, autograd refuses weights that changed before the backward pass."""
     monkeypatch.setattr(Checkpointed, "reentrant", reentrant)
     found = []
-    for between in (None, globals()[restored]):
+    for cls, action in ((TwoWays, None), (Checkpointed, None), (Checkpointed, globals()[between])):
         torch.manual_seed(0)
         config = LoraConfig(r=4, target_modules=["up", "down"], modules_to_save=["head"])
-        model = get_peft_model(Checkpointed(), config).double().train()
+        model = get_peft_model(cls(), config).double().train()
         optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
 
         def backward(batch: Any, then: Any = None, model: Any = model, it: Any = optimizer) -> None:
@@ -300,12 +270,12 @@ def test_what_is_computed_again_is_perturbed_as_it_was(
         backward(DATA[3])
         if method != "eflat":
             optimizer.first_step()
-        backward(DATA[3], between)
-        assert optimizer._weights.applied
+        backward(DATA[3], action)
         optimizer.step()
         found.append(weights(model))
     for name, expected in found[0].items():
-        torch.testing.assert_close(found[1][name], expected, rtol=1e-12, atol=1e-14)
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], expected, rtol=1e-12, atol=1e-14)
 
 
 def by_leaving_it_in_eval_mode(model: nn.Module, optimizer: Any) -> None:
@@ -331,7 +301,6 @@ def test_a_clean_pass_that_is_computed_again_stays_clean() -> None:
     with optimizer.clean():
         loss = loss_of(model, DATA[0], "forward")
     loss.backward()  # computed again out of the context
-    assert not optimizer._weights.applied
     found = model.base_model.model.up.lora_B["default"].weight.grad.clone()
     optimizer.remove_hooks()
     optimizer.zero_grad()
@@ -339,19 +308,14 @@ def test_a_clean_pass_that_is_computed_again_stays_clean() -> None:
     assert torch.equal(found, model.base_model.model.up.lora_B["default"].weight.grad)
 
 
-@pytest.mark.parametrize("came", [False, True])
-def test_a_compiled_pass_tells_whether_a_gradient_came(came: bool) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_pass_tells_whether_it_was_perturbed(training: bool) -> None:
+    """Whenever its graph runs: by that a step knows the point of its gradients."""
     torch._dynamo.reset()
     case = Case()
-    evaluate = torch.compile(case.model.eval(), fullgraph=True, backend="aot_eager")
-    expected = case.model(X)
+    run = torch.compile(case.model.train(training), fullgraph=True, backend="aot_eager")
     for _ in range(3):
-        case.weights.visited = False
-        case.weights.perturb()
-        case.weights.watch_gradients()
-        if came:
-            nn.functional.linear(X, case.inner.up.weight).sum().backward()
-        assert torch.equal(evaluate(X), expected)
+        case.perturbation.forget_passes()
+        run(X).sum().backward()
+        assert {factor.ran_perturbed for factor in case.perturbation.factors} == {training}
         case.assert_clean()
-        assert case.weights.visited == came
-        case.inner.zero_grad()

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from adamw_case import WRITTEN, copied, of_targets, random_call
-from hypothesis import given
+from adamw_case import FOR_AVERAGES, WRITTEN, copied, random_call
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import Pair, make_pair, ontos, same_bits, scopes, seeds
+from strategies import Pair, make_pair, ontos, pairs, same_bits, scopes, seeds
 from torch import Tensor
 
 ops = torch.ops.eflat
-FOR_EMA = (*Pair._fields, "ema", "skipped", "rho", "beta", "onto", "norm_scope")
+FOR_EMA = (*FOR_AVERAGES, "onto", "norm_scope")
 OPERATORS = {
     ops.foreach_adamw_step_: WRITTEN,
     ops.foreach_perturb_ema_: ("ema",),
@@ -44,6 +44,17 @@ def put(call: dict[str, Any], name: str, index: int, buffer: Tensor, at: int) ->
     call[name][index] = buffer[at : at + t.numel()].view(t.shape).copy_(t.abs())
 
 
+def apart(call: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which every entry is a tensor of its own."""
+    alone = [copied({name: [t]})[name][0] for name, _, t in tensors_of(call)]
+    return {
+        name: [alone.pop(0) if isinstance(t, Tensor) else t for t in v]
+        if isinstance(v, list)
+        else v
+        for name, v in copied(call).items()
+    }
+
+
 def assert_unchanged(call: dict[str, Any], before: dict[str, Any]) -> None:
     old = tensors_of(before)
     assert all(same_bits(x, y) for (*_, x), (*_, y) in zip(tensors_of(call), old, strict=True))
@@ -64,6 +75,8 @@ def test_any_two_arguments(
     other = data.draw(st.sampled_from([slot for slot in slots if slot[:2] != one[:2]]), "other")
     first, second = data.draw(st.permutations([one, other]), "order in memory")
     overlap = data.draw(st.integers(0, min(one[2].numel(), other[2].numel())), "overlap")
+    sizes = {(slot[0], slot[1], slot[2].numel()) for slot in (one, other)}
+    assume(sizes != {(name, one[1], overlap) for name in ("E", "ema")})  # E[i] may be ema[i]
     buffer = torch.zeros(100)
     put(call, *first[:2], buffer, 7)
     put(call, *second[:2], buffer, 7 + first[2].numel() - overlap)
@@ -80,7 +93,7 @@ def test_any_two_arguments(
 
 
 @every_operator
-@pytest.mark.parametrize("name", ["ema", "grad_A", "grad_B"])
+@pytest.mark.parametrize("name", ["E", "ema", "grad_A", "grad_B"])
 @pytest.mark.parametrize("onto", ["B", "both"])
 def test_the_error_names_what_is_written(operator: Callable, onto: str, name: str) -> None:
     call = call_of(operator, [make_pair(i, 6, 6, 6, torch.float32) for i in range(3)], onto)
@@ -104,19 +117,25 @@ def test_the_counter(operator: Callable, at: int) -> None:
 @given(seeds, ontos)
 def test_what_is_only_read_may_be_shared(operator: Callable, seed: int, onto: str) -> None:
     call = call_of(operator, [make_pair(seed + i, 5, 7, 2) for i in range(2)], onto)
-    names = ["grad_A", "grad_B"]
-    if operator is ops.foreach_adamw_step_:
-        names += ["clean"]
-        for i in (1, -1):  # the target itself may stand for its clean values
-            call["clean"][i] = of_targets(call)[i]
-    else:
-        names += ["A", "B"]
-    for name in names:
-        if name != "clean":
+    for name in ("grad_A", "grad_B", "E", "A", "B"):
+        if name not in OPERATORS[operator]:
             call[name][1] = call[name][0]
-    separate = copied(call)
+    call["E"][0] = call["grad_A" if onto != "B" else "grad_B"][0].to(call["E"][0].dtype)
+    separate = apart(call)
     assert same_bits(operator(**call), operator(**separate))
-    assert_unchanged({**call, "clean": []}, {**separate, "clean": []})
+    assert_unchanged(call, separate)
+
+
+@every_operator
+@given(st.lists(pairs(), min_size=1, max_size=3), seeds, ontos, scopes)
+def test_what_was_added_may_be_the_average(
+    operator: Callable, given: list[Pair], seed: int, onto: str, norm_scope: str
+) -> None:
+    call = call_of(operator, given, onto, norm_scope, seed, "average")
+    assert all(x is y for x, y in zip(call["E"], call["ema"], strict=True))
+    separate = apart(call)
+    assert same_bits(operator(**call), operator(**separate))
+    assert_unchanged({**call, "E": []}, {**separate, "E": []})
 
 
 @pytest.mark.parametrize("onto", ["B", "both"])

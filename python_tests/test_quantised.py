@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lora_layers import Calls, factors
-from models import assert_same_bits, same_bits, trainable, weights
+from models import assert_same_bits, at_points, same_bits, trainable, weights
 from peft import (
     LoraConfig,
     get_peft_model,
@@ -159,10 +159,16 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
         optimizer.step()
 
 
+def points(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """The LoRA weights where the next gradients will be taken."""
+    with at_points(optimizer):
+        return lora_only(weights(model))
+
+
 def accumulated(
     folder: Path, base: str, method: str, **config: Any
 ) -> tuple[nn.Module, Any, dict[str, Tensor]]:
-    """In the middle of the third step: the model, its optimizer, its clean LoRA weights."""
+    """In the middle of the third step: the model, its optimizer, its LoRA weights."""
     model = quantised_lora(folder, base, **config)
     optimizer = METHODS[method](model, torch.optim.AdamW, lr=LR)
     train(model, optimizer, range(2))
@@ -171,7 +177,7 @@ def accumulated(
     loss_of(model, 2).backward()
     if not isinstance(optimizer, EFlatLoRA):
         optimizer.first_step()
-    point = lora_only(weights(model))
+    point = points(model, optimizer)
     assert sum(not same_bits(point[name], clean[name]) for name in clean) >= 3
     return model, optimizer, clean
 
@@ -193,8 +199,8 @@ def logits(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("base", ["nf4, double quantisation", "int8", "torchao int8"])
 @every_method
 def test_saved_adapters_are_clean(folder: Path, base: str, method: str, tmp_path: Path) -> None:
-    model, _, clean = accumulated(folder, base, method)
-    point = lora_only(weights(model))
+    model, optimizer, clean = accumulated(folder, base, method)
+    point = points(model, optimizer)
     by_name = {name.replace(".default", ""): value for name, value in clean.items()}
     assert_same_bits(lora_only(model.state_dict()), clean)
     assert_same_bits(get_peft_model_state_dict(model), by_name)
@@ -203,7 +209,7 @@ def test_saved_adapters_are_clean(folder: Path, base: str, method: str, tmp_path
     copied = copy.deepcopy(model)
     assert_same_bits(lora_only(copied.state_dict()), clean)
     assert_same_bits(logits(copied), logits(with_lora(folder, base, clean)))
-    assert_same_bits(lora_only(weights(model)), point)  # saving left the model alone
+    assert_same_bits(points(model, optimizer), point)  # saving left the model alone
 
 
 @pytest.mark.proves("Quantised bases", "evaluates and generates clean in the middle of a step")
@@ -214,7 +220,7 @@ def test_evaluation_between_micro_batches(folder: Path, base: str, method: str) 
     results = []
     for evaluated in (False, True):
         model, optimizer, clean = accumulated(folder, base, method)
-        point = lora_only(weights(model))
+        point = points(model, optimizer)
         if evaluated:
             plain = with_lora(folder, base, clean).eval()
             assert_same_bits(logits(model), logits(plain))
@@ -225,7 +231,7 @@ def test_evaluation_between_micro_batches(folder: Path, base: str, method: str) 
             assert torch.equal(*tokens)
             assert_same_bits(lora_only(weights(model)), clean)
         loss_of(model.train(), 1).backward()
-        assert_same_bits(lora_only(weights(model)), point)
+        assert_same_bits(points(model, optimizer), point)
         optimizer.step()
         results.append(lora_only(weights(model)))
     assert_same_bits(*results)
@@ -235,21 +241,21 @@ def test_evaluation_between_micro_batches(folder: Path, base: str, method: str) 
 @pytest.mark.parametrize("base", [*FOUR_BITS, *EIGHT_BITS, *TORCHAO])
 @pytest.mark.parametrize("method", ["eflat fused", "flat"])
 def test_merged_weights_are_clean(folder: Path, base: str, method: str) -> None:
-    model, _optimizer, clean = accumulated(folder, base, method)
-    point = lora_only(weights(model))
+    model, optimizer, clean = accumulated(folder, base, method)
+    point = points(model, optimizer)
     plain = with_lora(folder, base, clean)
 
     for one in (model, plain):
         one.merge_adapter()
     assert_same_bits(base_state(model), base_state(plain))
-    loss_of(model, 0)  # perturbs again: unmerging must subtract what was added
+    loss_of(model, 0)  # of a merged layer in training mode
     for one in (model, plain):
         one.unmerge_adapter()
     assert_same_bits(lora_only(weights(model)), clean)
     assert_same_bits(base_state(model), base_state(plain))
     assert_same_bits(logits(model), logits(plain))
 
-    model, _, clean = accumulated(folder, base, method)
+    model, optimizer, clean = accumulated(folder, base, method)
     merged = logits(model.merge_and_unload())
     assert_same_bits(merged, logits(with_lora(folder, base, clean).merge_and_unload()))
     wrong = logits(with_lora(folder, base, point).merge_and_unload())
@@ -283,8 +289,8 @@ def test_trainer(folder: Path, options: dict[str, Any], tmp_path: Path) -> None:
 def test_gradient_checkpointing(folder: Path, reentrant: bool, method: str) -> None:
     results = []
     for checkpointing in (None, {"use_reentrant": reentrant}):
-        model, _, clean = accumulated(folder, "nf4", method, checkpointing=checkpointing)
-        results.append((clean, lora_only(weights(model))))
+        model, optimizer, clean = accumulated(folder, "nf4", method, checkpointing=checkpointing)
+        results.append((clean, points(model, optimizer)))
         inner = model.get_base_model().model
         assert inner.gradient_checkpointing == (checkpointing is not None)
     assert_same_bits(results[0][0], results[1][0])
@@ -379,9 +385,14 @@ def test_four_bits_alone_stay_in_training_mode(name: str) -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_loading_an_adapter_while_perturbed(folder: Path) -> None:
-    model, optimizer, _ = accumulated(folder, "nf4", "eflat fused")
+def test_loading_an_adapter_in_the_middle_of_a_step(folder: Path) -> None:
+    """Those are the weights that passes are perturbed from then on."""
+    model, optimizer, clean = accumulated(folder, "nf4", "eflat fused")
     new = {name: value + 1 for name, value in get_peft_model_state_dict(model).items()}
     set_peft_model_state_dict(model, new)
-    optimizer.eval()
+    loss_of(model, 0).backward()
     assert_same_bits(get_peft_model_state_dict(model), new)
+    for name, point in points(model, optimizer).items():
+        pair = name.replace(".lora_B", "").removesuffix(".weight")
+        added = optimizer.averages[pair] if "lora_B" in name else 0
+        assert torch.equal(point, clean[name] + 1 + added)

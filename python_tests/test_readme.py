@@ -42,6 +42,22 @@ def test_plain_loop(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_that_exists_already(tmp_path, monkeypatch):
+    """It trains as the plain loop's does, and keeps the perturbation alive and saves it."""
+    monkeypatch.chdir(tmp_path)
+    batches, trained = [batch() for _ in range(3)], []
+    for title in ("In a plain loop", "With an optimizer that exists already"):
+        names = {"model": lora_gpt2(), "batches": batches}
+        exec(example(title), names)
+        trained.append(lora_weights(names["model"]))
+    for b, expected in zip(*trained, strict=True):
+        torch.testing.assert_close(b, expected)
+    state = names["optimizer"].state_dict()["state"].values()
+    averages = [entry["perturbation_ema"] for entry in state if "perturbation_ema" in entry]
+    assert len(averages) == len(trained[0]) and all(average.any() for average in averages)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("title", "method"),
     [("In Hugging Face Trainer", "EFlatLoRA"), ("Two gradients in Trainer", "FlatLoRA")],

@@ -83,24 +83,21 @@ def test_a_step_is_perturbed_along_what_its_examples_left(model):
     optimizer = RememberedLoRASAM(model, rho=RHO, lr=0.01, weight_decay=0.0)
     left = {}
     for numbers in ([1, 2, 3], [4, 5, 6], [3, 4, 7], [8, 9, 10], [7, 1, 2]):
-        clean, seen = flat(factors(model)), []
-
-        def closure(numbers=numbers, seen=seen):
-            seen.append(flat(factors(model)))
-            # The whole model where its forward pass is perturbed, for the twin to follow.
-            loss = backward(model, numbers)
-            seen.append(flat(factors(model)))
-            twin.load_state_dict(model.state_dict())
-            return loss
-
-        expected = [part.clone() for part in clean.split(sizes)]
+        clean = flat(factors(model))
+        twin.load_state_dict(model.state_dict())
+        expected = [factor.data for factor in factors(twin)]
         known = [left[n] for n in numbers if n in left]
         for k in range(0, len(sizes), 2) if known else ():
             gradients = sum(known).split(sizes)[k : k + 2]
-            expected[k] += RHO * gradients[0] / torch.cat(gradients).norm()
-            expected[k + 1] += RHO * gradients[1] / torch.cat(gradients).norm()
-        optimizer.step(closure)
-        torch.testing.assert_close(seen, [clean, torch.cat(expected)])
+            for factor, gradient in zip(expected[k : k + 2], gradients, strict=True):
+                factor += RHO * (gradient / torch.cat(gradients).norm()).view_as(factor)
+        # The gradient is that of the twin, whose factors were moved.
+        loss = backward(twin, numbers)
+        gradient = flat(f.grad for f in factors(twin))
+        optimizer.zero_grad()
+        found = optimizer.step(lambda numbers=numbers: backward(model, numbers))
+        torch.testing.assert_close(found, loss, rtol=1e-10, atol=0)
+        torch.testing.assert_close(flat(f.grad for f in factors(model)), gradient)
         # AdamW stepped from the clean factors, by about its learning rate at most.
         assert 0 < (flat(factors(model)) - clean).abs().max() < 0.05
         for n in numbers:
@@ -126,10 +123,11 @@ def test_what_is_not_finite_is_not_remembered(model):
 def test_a_second_pass_within_a_step_starts_from_clean_weights(model):
     optimizer = RememberedLoRASAM(model, rho=RHO, lr=0.0, weight_decay=0.0)
     optimizer.step(lambda: backward(model, [1, 2]))
-    clean = flat(factors(model))
-    model(**batch(1, 2)[0])
-    optimizer.step(lambda: backward(model, [1, 2]))
-    assert torch.equal(flat(factors(model)), clean)
+    first, again, other = (model(**batch(*n)[0]).logits for n in ([1, 2], [1, 2], [3, 4]))
+    assert torch.equal(first, again)
+    # Nothing is known of the others: they run at the clean weights.
+    assert torch.equal(other, model.eval()(**batch(3, 4)[0]).logits)
+    assert not torch.equal(first, model(**batch(1, 2)[0]).logits)
 
 
 def test_layers_that_are_not_linear_are_refused():
@@ -138,18 +136,17 @@ def test_layers_that_are_not_linear_are_refused():
         remembered.lora_sam_memory(FinetuneConfig(), model, 4)
 
 
-def test_weights_are_clean_in_evaluation_and_after_an_error(model):
+def test_weights_are_clean_always_and_an_evaluation_too(model):
     optimizer = RememberedLoRASAM(model, rho=RHO, lr=0.01)
     optimizer.step(lambda: backward(model, [1, 2]))
     clean = flat(factors(model))
-    model.eval()
-    model(**batch(1, 2)[0])
-    assert torch.equal(flat(factors(model)), clean)
-    model.train()
+    plain = copy.deepcopy(model).eval()(**batch(1, 2)[0]).logits
 
     def fails():
-        backward(model, [1, 2])
-        assert not torch.equal(flat(factors(model)), clean)
+        perturbed = model(**batch(1, 2)[0]).logits
+        assert (perturbed - plain).abs().max() > 1e-4
+        assert torch.equal(flat(factors(model)), clean)
+        assert torch.equal(model.eval()(**batch(1, 2)[0]).logits, plain)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -98,7 +98,25 @@ def test_random_flat_takes_its_gradient_at_noisy_weights(rho):
     for pair, weight, (A, B) in zip(pairs, clean, factors, strict=True):
         torch.testing.assert_close(pair.A, A)
         torch.testing.assert_close(pair.B, B)
-        torch.testing.assert_close(base_weight(pair), weight, rtol=0, atol=1e-14)
+        assert torch.equal(base_weight(pair), weight)
+
+
+def test_noise_writes_no_weight_and_an_error_takes_it_away():
+    model = lora_mlp(seed=1)
+    optimizer = RandomFlatLoRA(model, rho=1.0, steps=2, **LR)
+    optimizer.step(closure_of(optimizer, model, *batch(0)))
+    layers = [pair.layer.get_base_layer() for pair in find_pairs(model)]
+    clean = [layer.weight.clone() for layer in layers]
+
+    def fails():
+        for layer, weight in zip(layers, clean, strict=True):
+            assert (layer.weight - weight).norm() > 0.1
+            assert torch.equal(layer._parameters["weight"], weight)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(fails)
+    assert all(torch.equal(*both) for both in zip((x.weight for x in layers), clean, strict=True))
 
 
 def test_the_noise_of_each_row_follows_its_norm():

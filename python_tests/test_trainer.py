@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from models import assert_same_bits, lora_bert, lora_gpt2, same_bits, trainable, weights
 from torch import nn
-from trainer_case import RUNS, Sentences, adapter, arguments, assert_saved, make, own
+from trainer_case import RUNS, Read, Sentences, adapter, arguments, assert_saved, make, own
 from transformers import Trainer, TrainerCallback
 
+from eflat_ext import EFlatPerturbation
 from eflat_ext import trainer as ours
 from eflat_ext.optimizers import EFlatLoRA, FlatLoRA, LoRASAM, create_eflat_optimizer
 
@@ -32,13 +34,14 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         self.clean = weights(model)
+        self.read = Read(model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         self.clean = weights(model)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        now = weights(model)
-        self.perturbed += any(not same_bits(now[name], self.clean[name]) for name in now)
+        read = self.read.weights(model)
+        self.perturbed += any(not same_bits(read[name], self.clean[name]) for name in read)
         self.run.save_model(str(self.folder / "between"))
         assert_saved(self.folder / "between", self.clean)
 
@@ -208,5 +211,52 @@ def test_best_model_at_the_end(hook: Callable, highest: bool, tmp_path: Path) ->
     for step, loss in enumerate(losses, 1):
         set_peft_model_state_dict(other, adapter(tmp_path / f"checkpoint-{step}"))
         assert plain.evaluate()["eval_loss"] == loss
-    model.train()(**{n: v[None] for n, v in Sentences()[0].items()})  # and may train on
-    assert own(run)._weights.applied == (hook is ours.eflat_optimizer)
+    model.train()  # and may train on
+    losses = []
+    for context in (nullcontext(), own(run).clean()):
+        torch.manual_seed(0)
+        with context:
+            losses.append(model(**{n: v[None] for n, v in Sentences()[0].items()}).loss)
+    assert (losses[0] != losses[1]) == (hook is ours.eflat_optimizer)
+
+
+@pytest.mark.proves("Hugging Face Trainer", "an optimizer that is attached to, saved and resumed")
+def test_an_attached_optimizer_resumes_as_eflat_lora(tmp_path: Path) -> None:
+    """``EFlatPerturbation.attach``: Trainer knows of a plain AdamW alone."""
+
+    def run_of(model: nn.Module, folder: Path, attached: bool) -> Trainer:
+        base = torch.optim.AdamW(trainable(model), lr=1e-2)
+        if attached:
+            EFlatPerturbation(model, rho=0.2).attach(base)
+            optimizer: torch.optim.Optimizer = base
+        else:
+            optimizer = EFlatLoRA(model, base, rho=0.2, fused_step=False)
+        args = arguments(folder, save_strategy="steps", save_steps=2)
+        data = Sentences()
+        return Trainer(model=model, args=args, train_dataset=data, optimizers=(optimizer, None))
+
+    model, other, resumed = lora_gpt2(), lora_gpt2(), lora_gpt2()
+    run_of(model, tmp_path / "attached", True).train()
+    run_of(other, tmp_path / "whole", False).train()
+    assert_same_bits(weights(model), weights(other))
+    again = run_of(resumed, tmp_path / "again", True)
+    again.train(resume_from_checkpoint=str(tmp_path / "attached" / "checkpoint-4"))
+    assert_same_bits(weights(resumed), weights(model))
+
+
+def test_two_trainers_of_one_model_and_a_plain_one_after_them(tmp_path: Path) -> None:
+    """The second takes over; a trainer without eflat trains plainly and says that it ended it."""
+    model = lora_gpt2()
+    first = make(model, arguments(tmp_path))
+    first.train()
+    second = make(model, arguments(tmp_path))
+    second.train()
+    with pytest.raises(RuntimeError, match="a newer perturbation"):
+        own(first).step()
+    before = weights(model)
+    plain = Trainer(model=model, args=arguments(tmp_path), train_dataset=Sentences())
+    with pytest.warns(UserWarning, match="AdamW stepped weights that it perturbs"):
+        plain.train()
+    assert own(second).perturbation.ended
+    names = [name for name in before if "lora_B" in name]
+    assert names and all(not same_bits(weights(model)[name], before[name]) for name in names)

@@ -1,5 +1,6 @@
 """What bench/variants.py promises: perturbations of the full weight, computed here in the open."""
 
+import copy
 import sys
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,10 @@ def step(model, optimizer, seed):
 
     optimizer.step(closure)
     return seen
+
+
+def gradients_of(model):
+    return [p.grad for p in model.parameters() if p.requires_grad]
 
 
 def perturbations(optimizer):
@@ -158,19 +163,21 @@ def test_lora_sam_ema_takes_its_gradient_at_the_average_of_lora_sams_perturbatio
     averages = [[torch.zeros_like(f) for f in (p.A, p.B)] for p in pairs]
     for seed in range(3):
         before = [[f.detach().clone() for f in (p.A, p.B)] for p in pairs]
-        seen = []
+        moved = copy.deepcopy(model)
+        for pair, average in zip(find_pairs(moved), averages, strict=True):
+            pair.A.data += average[0]
+            pair.B.data += average[1]
 
-        def closure(seed=seed, seen=seen):
-            optimizer.zero_grad()
+        def closure(model=model, seed=seed):
+            model.zero_grad()
             loss = cross_entropy(model(batch(seed)[0]), batch(seed)[1])
             loss.backward()
-            seen += [[f.detach().clone() for f in (p.A, p.B)] for p in pairs]
             return loss
 
-        optimizer.step(closure)
-        for pair, old, at, average in zip(pairs, before, seen, averages, strict=True):
-            for factor, moved, mean in zip(old, at, average, strict=True):
-                torch.testing.assert_close(moved, factor + mean)
+        expected = closure(moved)
+        torch.testing.assert_close(optimizer.step(closure), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradients_of(model), gradients_of(moved))
+        for pair, old, average in zip(pairs, before, averages, strict=True):
             size = (pair.A.grad.norm() ** 2 + pair.B.grad.norm() ** 2).sqrt()
             E_A, E_B = (0.3 * f.grad / size for f in (pair.A, pair.B))
             for mean, newest in zip(average, (E_A, E_B), strict=True):

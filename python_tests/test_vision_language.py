@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import assert_same_bits, same_bits, weights
 from torch import Tensor
-from trainer_case import adapter, arguments, assert_saved, own
+from trainer_case import Read, adapter, arguments, assert_saved, own
 from transformers import TrainerCallback, set_seed
 
 from eflat_ext import reference
@@ -59,30 +59,25 @@ def trainer(
 
 
 class Averages(TrainerCallback):
-    """Keeps the moving averages that the reference gives for the model's own gradients."""
+    """The moving averages that the reference gives for the model's own gradients.
+
+    And how far what forward passes read is from the weights plus the averages.
+    """
 
     def __init__(self, model: Any) -> None:
-        self.pairs = find_pairs(model)
-        self.means = [torch.zeros(pair.B.shape, dtype=torch.float64) for pair in self.pairs]
-        self.run: Any = None
+        self.pairs, self.read = find_pairs(model), Read(model)
+        self.means = {p.name: torch.zeros(p.B.shape, dtype=torch.float64) for p in self.pairs}
         self.errors: list[dict[str, float]] = []
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        for pair, mean in zip(self.pairs, self.means, strict=True):
+        errors = {}
+        for pair in self.pairs:
+            mean, B = self.means[pair.name], self.read[pair.parameter_B]
+            errors[pair.name] = float((B.double() - pair.B - mean).norm() / mean.norm())
             gradients = (pair.parameter_A.grad, pair.parameter_B.grad)
-            E, _norm = reference.perturb(pair.A, pair.B, *gradients, pair.scaling, RHO)
+            E, _norm = reference.perturb(pair.A, B, *gradients, pair.scaling, RHO)
             mean.mul_(1 - BETA).add_(E, alpha=BETA)
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        clean = [pair.B.detach().clone() for pair in self.pairs]
-        own(self.run).train()
-        self.errors.append(
-            {
-                pair.name: float((pair.B.double() - B - mean).norm() / mean.norm())
-                for pair, B, mean in zip(self.pairs, clean, self.means, strict=True)
-            }
-        )
-        own(self.run).eval()
+        self.errors.append(errors)
 
 
 @pytest.mark.proves(
@@ -97,31 +92,30 @@ def test_perturbations(
     if bf16:
         checkpoint = tmp_path / "model"
         example.small_model(processor.tokenizer).save_pretrained(checkpoint)
-    settings = {"max_steps": 4, "learning_rate": 3e-3, "bf16": bf16}
+    settings = {"max_steps": 5, "learning_rate": 3e-3, "bf16": bf16}
     run = trainer(example, data, processor, tmp_path, checkpoint, **settings)
     callback = Averages(run.model)
     run.add_callback(callback)
-    callback.run = run
     run.train()
     names = [pair.name for pair in callback.pairs]
     # Two blocks of qkv, proj, fc1, fc2; two layers of q, k, v, o, gate, up, down.
     assert [sum(tower in name for name in names) for tower in TOWERS] == [2 * 4, 2 * 7]
     assert len(names) == 2 * 4 + 2 * 7
     assert [pair.name for pair in own(run).pairs] == names
-    assert len(callback.errors) == 4
+    assert len(callback.errors) == 5
     assert int(own(run).skipped_perturbations) == 0
     assert {pair.B.dtype for pair in callback.pairs} == {torch.float32}
     frozen = run.model.get_base_model().model.visual.patch_embed.proj.weight
     assert frozen.dtype == (torch.bfloat16 if bf16 else torch.float32)
-    for errors in callback.errors:
+    for errors in callback.errors[1:]:  # at first the averages are zero
         assert max(errors.values()) <= 1e-5, errors
 
 
 class Saves(TrainerCallback):
-    """Saves between two micro-batches, where the weights are perturbed."""
+    """Saves between two micro-batches, whose passes are perturbed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, model: Any) -> None:
+        self.folder, self.read = folder, Read(model)
         self.clean: dict[str, Tensor] = {}
         self.saved: list[Path] = []
 
@@ -133,7 +127,8 @@ class Saves(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         if state.global_step == 20:
-            differing = {n for n, w in weights(model).items() if not same_bits(w, self.clean[n])}
+            read = self.read.weights(model)
+            differing = {n for n, w in read.items() if not same_bits(w, self.clean[n])}
             assert differing and all("lora_B" in name for name in differing)
             assert all(any(tower in name for name in differing) for tower in TOWERS)
             self.check(model, self.folder / "between")
@@ -162,7 +157,7 @@ def test_training(
         save_steps=40,
         logging_steps=10,
     )
-    saves = Saves(tmp_path)
+    saves = Saves(tmp_path, run.model)
     run.add_callback(saves)
     before = run.evaluate()["eval_loss"]
     run.train()

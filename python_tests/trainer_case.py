@@ -15,12 +15,30 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from eflat_ext import trainer as ours
+from eflat_ext.pairs import find_pairs
 
 HANDS_OVER_THE_MODEL = int(transformers.__version__.split(".")[0]) >= 5
 
 
 class PerturbingTrainer(ours.PerturbationMixin, Trainer):
     pass
+
+
+class Read(dict[nn.Parameter, Tensor]):
+    """What each LoRA factor of a model was to the last forward pass that read it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for pair in find_pairs(model):
+            for module in (pair.module_A, pair.module_B):
+                module.register_forward_pre_hook(self._note)
+
+    def _note(self, module: Any, args: Any) -> None:
+        self[module._parameters["weight"]] = module.weight.detach().clone()
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Those of the model, read so where they were."""
+        return {n: self.get(p, p).detach().clone() for n, p in model.named_parameters()}
 
 
 class Sentences(torch.utils.data.Dataset):

@@ -1,7 +1,7 @@
 // AdamW of a factor's elements. Included before kernels.inl, under the same rules.
 //
-// Bytes per element of the factor: clean value, gradient and both moments are read, factor and
-// moments are written, 28 in float32. Square root and divisions are vectors of the machine's own
+// Bytes per element of the factor: value, gradient and both moments are read, value and moments are
+// written, 28 in float32. Square root and divisions are vectors of the machine's own
 // width, chosen by the compiler.
 #include "kernels.h"
 
@@ -20,56 +20,52 @@ void from_floats(const float* x, int n, T* out) {
   for (int i = 0; i < n; ++i) out[i] = from_double<T>(x[i]);
 }
 
-// C is T, or float for the 16-bit types. `clean` may be the factor.
-template <class T, class C>
-void adamw_loop(const T* clean, const T* grad, T* factor, T* exp_avg, T* exp_avg_sq, int64_t n,
-                AdamWNumbers<C> numbers) {
-  if constexpr (sizeof(T) == sizeof(C)) {
+constexpr int kStepChunk = 256;  // elements, in the L1 cache
+
+// Two loops, so that the compiler cannot fuse a decay's product with what is added to it.
+template <class C>
+void adamw_chunk(C* x, const C* grad, C* exp_avg, C* exp_avg_sq, int n, AdamWNumbers<C> numbers) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      T x = clean[i], m = exp_avg[i], v = exp_avg_sq[i];
-      adamw(x, grad[i], m, v, numbers);
-      factor[i] = x;
-      exp_avg[i] = m;
-      exp_avg_sq[i] = v;
-    }
-  } else {
-    constexpr int kChunk = 256;  // in the L1 cache
-    C x[kChunk], g[kChunk], m[kChunk], v[kChunk];
-    for (int64_t i = 0; i < n; i += kChunk) {
-      const int count = int(n - i < kChunk ? n - i : kChunk);
-      to_floats(clean + i, count, x);
-      to_floats(grad + i, count, g);
-      to_floats(exp_avg + i, count, m);
-      to_floats(exp_avg_sq + i, count, v);
-      adamw_loop<C, C>(x, g, x, m, v, count, numbers);
-      from_floats(x, count, factor + i);
-      from_floats(m, count, exp_avg + i);
-      from_floats(v, count, exp_avg_sq + i);
+  for (int i = 0; i < n; ++i) decay(x[i], exp_avg_sq[i], numbers);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) adamw(x[i], grad[i], exp_avg[i], exp_avg_sq[i], numbers);
+}
+
+// C is T, or float for the 16-bit types.
+template <class T, class C>
+void adamw_elements(const AdamW& a, const void* gradient, int64_t begin, int64_t end) {
+  const AdamWNumbers<C> numbers = adamw_numbers<C>(a, a.step_number);
+  for (int64_t i = begin; i < end; i += kStepChunk) {
+    const int n = int(end - i < kStepChunk ? end - i : kStepChunk);
+    T *factor = static_cast<T*>(a.factor) + i, *exp_avg = static_cast<T*>(a.exp_avg) + i,
+      *exp_avg_sq = static_cast<T*>(a.exp_avg_sq) + i;
+    const T* grad = static_cast<const T*>(gradient) + i;
+    if constexpr (sizeof(T) == sizeof(C)) {
+      adamw_chunk(factor, grad, exp_avg, exp_avg_sq, n, numbers);
+    } else {
+      C x[kStepChunk], g[kStepChunk], m[kStepChunk], v[kStepChunk];
+      to_floats(factor, n, x);
+      to_floats(grad, n, g);
+      to_floats(exp_avg, n, m);
+      to_floats(exp_avg_sq, n, v);
+      adamw_chunk(x, g, m, v, n, numbers);
+      from_floats(x, n, factor);
+      from_floats(m, n, exp_avg);
+      from_floats(v, n, exp_avg_sq);
     }
   }
 }
 
-template <class T, class C>
-void adamw_elements(const AdamW& a, const void* clean, const void* grad, int64_t begin,
-                    int64_t end) {
-  adamw_loop(static_cast<const T*>(clean) + begin, static_cast<const T*>(grad) + begin,
-             static_cast<T*>(a.factor) + begin, static_cast<T*>(a.exp_avg) + begin,
-             static_cast<T*>(a.exp_avg_sq) + begin, end - begin,
-             adamw_numbers<C>(a, a.step_number));
-}
-
-void adamw_elements(const AdamW& a, const void* clean, const void* grad, DType dtype, int64_t begin,
-                    int64_t end) {
+void adamw_elements(const AdamW& a, const void* grad, DType dtype, int64_t begin, int64_t end) {
   switch (dtype) {
     case DType::f64:
-      return adamw_elements<double, double>(a, clean, grad, begin, end);
+      return adamw_elements<double, double>(a, grad, begin, end);
     case DType::f32:
-      return adamw_elements<float, float>(a, clean, grad, begin, end);
+      return adamw_elements<float, float>(a, grad, begin, end);
     case DType::bf16:
-      return adamw_elements<bf16, float>(a, clean, grad, begin, end);
+      return adamw_elements<bf16, float>(a, grad, begin, end);
     case DType::f16:
-      return adamw_elements<f16, float>(a, clean, grad, begin, end);
+      return adamw_elements<f16, float>(a, grad, begin, end);
   }
 }
 

@@ -19,6 +19,8 @@ constexpr int64_t scratch_size(int64_t r) {
 struct Kernels {
   const char* name;
 
+  // In these three `factor` is the side's point, see pairs.h.
+
   // gram (2r, 2r), symmetric, of rows [begin, end) of [factor | grad]; (r, r) without grad.
   // scratch: also for the padded Gram matrix.
   void (*gram)(const Side& side, DType dtype, int r, int64_t begin, int64_t end, double* gram,
@@ -29,13 +31,13 @@ struct Kernels {
                       int64_t begin, int64_t end, double* gram, double* scratch);
 
   // out[begin, end) = scale * [factor | grad] * weights, weights (2r, r), or its moving average.
+  // What is written may be what was added to the factor: of each row it is read before.
   void (*apply)(const Side& side, DType dtype, int r, int64_t begin, int64_t end,
                 const double* weights, double scale, Update update, void* out, DType out_dtype,
                 double* scratch);
 
-  // AdamW of elements [begin, end) of a factor; `clean`: what it starts from, perhaps itself.
-  void (*adamw)(const AdamW& a, const void* clean, const void* grad, DType dtype, int64_t begin,
-                int64_t end);
+  // AdamW of elements [begin, end) of a factor.
+  void (*adamw)(const AdamW& a, const void* grad, DType dtype, int64_t begin, int64_t end);
 
   // Of pseudo_inverse.h and coefficients.h.
   bool (*invert_gram)(int r, const double* M, double rtol, DType dtype, double* inverse, double* R,

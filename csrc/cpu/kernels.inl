@@ -86,8 +86,7 @@ void add_gram(const double* z, int ld, int columns, int count, double* out, Ahea
 Ahead next_rows(const Side& side, DType dtype, int r, int columns, int64_t begin, int count) {
   const int rows = columns / kTile;
   Ahead ahead(rows + rows * (rows - 1) / 2 * (kTile / kVectors));
-  ahead.add(side.factor, side, size_of(dtype), r, begin, count);
-  ahead.add(side.grad, side, size_of(dtype), r, begin, count);
+  ahead.add_side(side, dtype, r, begin, count);
   return ahead;
 }
 
@@ -184,9 +183,8 @@ void apply(const Side& side, DType dtype, int r, int64_t begin, int64_t end, con
     const int count = int(end - k < chunk ? end - k : chunk);
     pack(side, dtype, r, k, count, z, ld);
     Ahead ahead(chunk / (kVectors * kLanes));
-    ahead.add(out, side, size_of(out_dtype), r, k, count);
-    ahead.add(side.factor, side, size_of(dtype), r, k + chunk, chunk);
-    ahead.add(side.grad, side, size_of(dtype), r, k + chunk, chunk);
+    if (out != side.added) ahead.add(out, side, size_of(out_dtype), r, k, count);
+    ahead.add_side(side, dtype, r, k + chunk, chunk);
     product(z, ld, count, 2 * r, w, r, e, ahead);
     switch (out_dtype) {
       case DType::f64:

@@ -22,10 +22,28 @@ int leading_dimension(int chunk) { return chunk + 8; }
 // Columns of a row-major factor that are transposed together.
 int block_columns(int r) { return r < kLanes && (r & (r - 1)) == 0 ? r : kLanes; }
 
+// Elements of a matrix, one by one or a vector of them.
+template <class T>
+struct Plain {
+  const T* x;
+  Plain operator+(int64_t i) const { return {x + i}; }
+  double operator[](int64_t i) const { return to_double(x[i]); }
+  EFLAT_HD auto vector(int64_t i) const { return load(x + i); }
+};
+// The same of a factor that something was added to.
+template <class T>
+struct Point {
+  const T* x;
+  const typename AddedTo<T>::type* added;
+  Point operator+(int64_t i) const { return {x + i, added + i}; }
+  double operator[](int64_t i) const { return to_double(point(x[i], added[i])); }
+  EFLAT_HD auto vector(int64_t i) const { return rounded(load(x + i) + load(added + i), T()); }
+};
+
 // z[j * ld + k] = x[k * r + j], x row-major, for whole vectors of rows and for N columns at a time,
 // perhaps in another order of the rows within a vector. `readable` elements of x may be read.
-template <int N, class T>
-void pack_rows(const T* x, int64_t readable, int r, int count, double* z, int ld) {
+template <int N, class Elements>
+void pack_rows(Elements x, int64_t readable, int r, int count, double* z, int ld) {
   const int step = N < kLanes ? kLanes : r;  // N < kLanes: r = N
   int k = 0;
   for (; k + kLanes <= count; k += kLanes) {
@@ -35,11 +53,11 @@ void pack_rows(const T* x, int64_t readable, int r, int count, double* z, int ld
       if (first + int64_t(N - 1) * step + kLanes > readable) {
         for (int i = 0; i < columns; ++i)
           for (int l = 0; l < kLanes; ++l)
-            z[(j + i) * int64_t(ld) + k + l] = to_double(x[first + int64_t(l) * r + i]);
+            z[(j + i) * int64_t(ld) + k + l] = x[first + int64_t(l) * r + i];
         continue;
       }
-      typename Loaded<T>::type rows[N];
-      unrolled<N>([&](int i) EFLAT_INLINE { rows[i] = load(x + first + int64_t(i) * step); });
+      decltype(x.vector(0)) rows[N];
+      unrolled<N>([&](int i) EFLAT_INLINE { rows[i] = x.vector(first + int64_t(i) * step); });
       transpose(rows);
       unrolled<N>([&](int i) EFLAT_INLINE {
         if (i < columns) at(z + (j + i) * int64_t(ld) + k) = widen(rows[i]);
@@ -47,26 +65,26 @@ void pack_rows(const T* x, int64_t readable, int r, int count, double* z, int ld
     }
   }
   for (int j = 0; j < r; ++j)
-    for (int l = k; l < count; ++l) z[j * int64_t(ld) + l] = to_double(x[int64_t(l) * r + j]);
+    for (int l = k; l < count; ++l) z[j * int64_t(ld) + l] = x[int64_t(l) * r + j];
 }
 
 // z[j * ld + k] = x[j * length + k]: a transposed factor.
-template <class T>
-void pack_columns(const T* x, int64_t length, int r, int count, double* z, int ld) {
-  for (int j = 0; j < r; ++j, x += length, z += ld) {
+template <class Elements>
+void pack_columns(Elements x, int64_t length, int r, int count, double* z, int ld) {
+  for (int j = 0; j < r; ++j, x = x + length, z += ld) {
     int k = 0;
-    for (; k + kLanes <= count; k += kLanes) at(z + k) = widen(load(x + k));
-    for (; k < count; ++k) z[k] = to_double(x[k]);
+    for (; k + kLanes <= count; k += kLanes) at(z + k) = widen(x.vector(k));
+    for (; k < count; ++k) z[k] = x[k];
   }
 }
 
-template <class T>
-void pack(const void* factor, const Side& side, int r, int64_t begin, int count, double* z,
-          int ld) {
-  const T* x = static_cast<const T*>(factor);
+// Rows [begin, begin + count); `readable` rows from `begin` on may be read.
+template <class Elements>
+void pack(Elements x, const Side& side, int64_t readable, int r, int64_t begin, int count,
+          double* z, int ld) {
   if (side.transposed) return pack_columns(x + begin, side.length, r, count, z, ld);
-  const int64_t readable = (side.length - begin) * r;
-  x += begin * r;
+  readable *= r;
+  x = x + begin * r;
   if (block_columns(r) == kLanes) return pack_rows<kLanes>(x, readable, r, count, z, ld);
   if constexpr (kLanes > 4)
     if (r == 4) return pack_rows<4>(x, readable, r, count, z, ld);
@@ -75,28 +93,41 @@ void pack(const void* factor, const Side& side, int r, int64_t begin, int count,
   pack_rows<1>(x, readable, r, count, z, ld);
 }
 
+template <class T>
+void pack(const Side& side, int r, int64_t begin, int count, double* z, int ld) {
+  const T* factor = static_cast<const T*>(side.factor);
+  const int64_t left = side.length - begin;
+  if (side.added) {
+    // Other threads may be writing the rows beyond: what was added may be a moving average.
+    const auto* added = static_cast<const typename AddedTo<T>::type*>(side.added);
+    pack(Point<T>{factor, added}, side, count, r, begin, count, z, ld);
+  } else {
+    pack(Plain<T>{factor}, side, left, r, begin, count, z, ld);
+  }
+  if (!side.grad) return;
+  const Plain<T> grad{static_cast<const T*>(side.grad)};
+  pack(grad, side, left, r, begin, count, z + r * int64_t(ld), ld);
+}
+
 // By type, with zeros for the rows that fill the last vector; those for columns are the caller's.
 void pack(const Side& side, DType dtype, int r, int64_t begin, int count, double* z, int ld) {
-  const int rows = pad(count, kLanes);
-  for (const void* x : {side.factor, side.grad}) {
-    if (!x) continue;
-    switch (dtype) {
-      case DType::f64:
-        pack<double>(x, side, r, begin, count, z, ld);
-        break;
-      case DType::f32:
-        pack<float>(x, side, r, begin, count, z, ld);
-        break;
-      case DType::bf16:
-        pack<bf16>(x, side, r, begin, count, z, ld);
-        break;
-      case DType::f16:
-        pack<f16>(x, side, r, begin, count, z, ld);
-        break;
-    }
-    for (int j = 0; j < r; ++j, z += ld)
-      for (int k = count; k < rows; ++k) z[k] = 0;
+  switch (dtype) {
+    case DType::f64:
+      pack<double>(side, r, begin, count, z, ld);
+      break;
+    case DType::f32:
+      pack<float>(side, r, begin, count, z, ld);
+      break;
+    case DType::bf16:
+      pack<bf16>(side, r, begin, count, z, ld);
+      break;
+    case DType::f16:
+      pack<f16>(side, r, begin, count, z, ld);
+      break;
   }
+  const int rows = pad(count, kLanes);
+  for (int j = 0; j < (side.grad ? 2 * r : r); ++j, z += ld)
+    for (int k = count; k < rows; ++k) z[k] = 0;
 }
 
 // Memory that is wanted next, on its way into the cache while the last rows are computed with.
@@ -112,6 +143,11 @@ class Ahead {
     areas_[count_++] = {static_cast<const char*>(x) + begin * row, side.length * size,
                         (bytes + kLine - 1) / kLine, side.transposed ? r : 1};
     lines_ += areas_[count_ - 1].lines * areas_[count_ - 1].runs;
+  }
+  void add_side(const Side& side, DType dtype, int r, int64_t begin, int64_t count) {
+    add(side.factor, side, size_of(dtype), r, begin, count);
+    add(side.added, side, size_of(added_to(dtype)), r, begin, count);
+    add(side.grad, side, size_of(dtype), r, begin, count);
   }
   // One of `parts` parts of it.
   void fetch() {
@@ -137,7 +173,7 @@ class Ahead {
     int64_t stride, lines;
     int runs;
   };
-  Area areas_[3];
+  Area areas_[4];
   int count_ = 0, area_ = 0, run_ = 0, parts_;
   int64_t lines_ = 0, line_ = 0, fetched_ = 0, part_ = 0;
 };

@@ -22,7 +22,7 @@
 namespace eflat::cpu {
 namespace {
 
-constexpr int64_t kGroupBytes = 1 << 20;  // of factors, gradients and partial sums
+constexpr int64_t kGroupBytes = 1 << 20;  // of what a group reads, and of partial sums
 constexpr int64_t kStepBlock = 1 << 14;   // elements of a factor that AdamW takes at once
 
 // Memory that grows and is kept, so that a training loop allocates nothing after its first step.
@@ -114,8 +114,11 @@ class Perturbation {
     int l = first;
     do {
       const Pair& p = problem_.pairs[l];
-      bytes += 2 * p.rank * (p.target.length + p.other.length) * size_of(p.dtype) +
-               8 * (SideWork::doubles(p, p.target) + SideWork::doubles(p, p.other));
+      for (const Side* side : {&p.target, &p.other}) {
+        const int added = side->added ? size_of(added_to(p.dtype)) : 0;
+        bytes += p.rank * side->length * (2 * size_of(p.dtype) + added) +
+                 8 * SideWork::doubles(p, *side);
+      }
     } while (++l < problem_.count && bytes < kGroupBytes);
     return l;
   }
@@ -287,8 +290,7 @@ class Perturbation {
       const Pair& p = problem_.pairs[b.owner / 2];
       const bool other = b.owner % 2;
       const AdamW& a = other ? p.step->other : p.step->target;
-      k_.adamw(a, other ? p.step->clean_other : p.step->clean, (other ? p.other : p.target).grad,
-               p.dtype, b.begin, b.end);
+      k_.adamw(a, (other ? p.other : p.target).grad, p.dtype, b.begin, b.end);
     });
   }
 

@@ -69,6 +69,24 @@ EFLAT_HD void save(const VecF& v, T* p) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_double<T>(v[i]);
 }
 
+// What numbers are once they have been stored as a type.
+EFLAT_HD Vec rounded(const Vec& v, double) { return v; }
+EFLAT_HD VecF rounded(const VecF& v, float) { return v; }
+EFLAT_HD VecF rounded(const VecF& v, bf16) {  // as from_double<bf16>
+  const VecU bits = (VecU)v, even = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return (VecF)((bits & 0x7fffffffu) > 0x7f800000u ? bits : even);
+}
+EFLAT_HD VecF rounded(const VecF& v, f16) {  // as from_double<f16>
+  const VecU bits = (VecU)v, magnitude = bits & 0x7fffffffu;
+  const VecU even = (magnitude + 0xfffu + ((magnitude >> 13) & 1u)) & 0xffffe000u;
+  const VecU subnormal = (VecU)(((VecF)magnitude + 0.5f) - 0.5f);
+  const VecU infinite = magnitude * 0u + 0x7f800000u;
+  VecU result = magnitude < 0x38800000u ? subnormal : even;
+  result = magnitude < 0x477ff000u ? result : infinite;
+  result = magnitude > 0x7f800000u ? magnitude : result;
+  return (VecF)(result | (bits & 0x80000000u));
+}
+
 using Lanes = std::make_integer_sequence<int, kLanes>;
 
 template <int Step, class V, int... Lane>

@@ -37,22 +37,23 @@ struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
   T x[4];
 };
 
-// The elements i to i + kCount of a factor: the step from their values in `from`.
+// The elements i to i + kCount of a factor.
 template <class T, int kCount>
-__device__ void step_elements(const SideArgs& side, const void* from, const AdamWArgs& args,
+__device__ void step_elements(const SideArgs& side, const AdamWArgs& args,
                               const FactorNumbers& numbers, int64_t i) {
   using C = StepType<T>;
   using Some = std::conditional_t<kCount == 4, Four<T>, T>;
   auto at = [i](const void* x) {
     return reinterpret_cast<Some*>(static_cast<T*>(const_cast<void*>(x)) + i);
   };
-  Some value = *at(from), m = *at(args.exp_avg), v = *at(args.exp_avg_sq);
+  Some value = *at(side.factor), m = *at(args.exp_avg), v = *at(args.exp_avg_sq);
   const Some grad = *at(side.grad);
   EFLAT_UNROLL
   for (int n = 0; n < kCount; ++n) {
     C x = C(to_double(reinterpret_cast<T*>(&value)[n]));
     C exp_avg = C(to_double(reinterpret_cast<T*>(&m)[n]));
     C exp_avg_sq = C(to_double(reinterpret_cast<T*>(&v)[n]));
+    decay(x, exp_avg_sq, numbers(C()));
     adamw(x, C(to_double(reinterpret_cast<const T*>(&grad)[n])), exp_avg, exp_avg_sq, numbers(C()));
     reinterpret_cast<T*>(&value)[n] = from_double<T>(x);
     reinterpret_cast<T*>(&m)[n] = from_double<T>(exp_avg);
@@ -64,8 +65,8 @@ __device__ void step_elements(const SideArgs& side, const void* from, const Adam
 }
 
 template <class T>
-__device__ void step_rows(const SideArgs& side, const void* from, const AdamWArgs& args,
-                          const FactorNumbers& numbers, int r, int64_t begin, int64_t end) {
+__device__ void step_rows(const SideArgs& side, const AdamWArgs& args, const FactorNumbers& numbers,
+                          int r, int64_t begin, int64_t end) {
   // Runs of neighbours in memory: one, or one for each row of a transposed side.
   const int rows = int(end - begin), run = side.transposed ? rows : rows * r;
   const int runs = side.transposed ? r : 1, each = args.fours ? 4 : 1;
@@ -74,25 +75,25 @@ __device__ void step_rows(const SideArgs& side, const void* from, const AdamWArg
     const int64_t i =
         side.transposed ? e / run * int64_t(side.length) + begin + e % run : begin * r + e;
     if (args.fours) {
-      step_elements<T, 4>(side, from, args, numbers, i);
+      step_elements<T, 4>(side, args, numbers, i);
     } else {
-      step_elements<T, 1>(side, from, args, numbers, i);
+      step_elements<T, 1>(side, args, numbers, i);
     }
   }
 }
 
-// Rows [begin, end) of a factor: the step from its values in `from`, the clean ones.
-EFLAT_NOINLINE void step_rows(const SideArgs& side, const void* from, const AdamWArgs& args,
+// Rows [begin, end) of a factor.
+EFLAT_NOINLINE void step_rows(const SideArgs& side, const AdamWArgs& args,
                               const FactorNumbers& numbers, int r, int64_t begin, int64_t end) {
   switch (side.dtype) {
     case DType::f64:
-      return step_rows<double>(side, from, args, numbers, r, begin, end);
+      return step_rows<double>(side, args, numbers, r, begin, end);
     case DType::f32:
-      return step_rows<float>(side, from, args, numbers, r, begin, end);
+      return step_rows<float>(side, args, numbers, r, begin, end);
     case DType::bf16:
-      return step_rows<bf16>(side, from, args, numbers, r, begin, end);
+      return step_rows<bf16>(side, args, numbers, r, begin, end);
     default:
-      return step_rows<f16>(side, from, args, numbers, r, begin, end);
+      return step_rows<f16>(side, args, numbers, r, begin, end);
   }
 }
 

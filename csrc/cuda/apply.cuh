@@ -1,10 +1,14 @@
 // Stage 3: E = scale * [factor | grad] * weights, or its moving average, and the optimizer's step.
 //
-// Bytes: the target's factor and gradient, from L2 where reduce has read them lately; E once, its
-// average twice; with a step, per element of both factors: gradient, value and two moments read,
-// value and moments written. Flops: 2 r^2 multiply-adds a row, in tiles of 64, 512 at r = 16.
-// Onto both, the other side has blocks of its own, with its own weights. The optimizer's step, if
-// there is one, comes last: of the block's rows from their clean values, in blocks of both sides.
+// Bytes: the target's factor and gradient and what was added to it, from L2 where reduce has read
+// them lately; E once, its average twice, or once where it is what was added; with a step, per
+// element of both factors: gradient, value and two moments read, value and moments written. Flops:
+// 2 r^2 multiply-adds a row, in tiles of 64, 512 at r = 16. Onto both, the other side has blocks of
+// its own, with its own weights. The optimizer's step, if there is one, comes last: of the block's
+// rows, in blocks of both sides.
+//
+// The average may be what was added. Of a chunk it is read into shared memory before it is written,
+// and no other block reads these rows any more.
 //
 // Block: a chunk of at most 128 rows and the weights in shared memory (ranks to kSharedRank;
 // beyond, the weights come from the cache). A warp computes 16 rows by 2 or 4 tiles of columns; the
@@ -221,8 +225,7 @@ __device__ void apply_block(Block& block, void* space) {
     const AdamWArgs& args = on_target ? block.step->target : block.step->other;
     if (threadIdx.x == 0) block.adamw.set(block.hypers[args.hyper], args.step);
     __syncthreads();  // and no thread reads the old values any more
-    step_rows(block.side, on_target ? block.step->clean : block.step->clean_other, args,
-              block.adamw, block.pair.rank, block.begin, block.end);
+    step_rows(block.side, args, block.adamw, block.pair.rank, block.begin, block.end);
   }
 }
 

@@ -12,7 +12,8 @@ struct BlockRows {
 
 struct SideArgs {
   const void* factor;
-  const void* grad;  // null: the factor alone
+  const void* grad;   // null: the factor alone
+  const void* added;  // see pairs.h; null: nothing
   int length;
   DType dtype : 8;
   bool transposed;
@@ -29,7 +30,6 @@ struct AdamWArgs {
 };
 
 struct StepArgs {
-  const void *clean, *clean_other;
   AdamWArgs target, other;
 };
 
@@ -189,7 +189,7 @@ struct CallOf : CallHeader {
   StepArgs steps[kSteps ? kSteps : 1];
   PairArgs pairs[kPairs];
 };
-using Call = CallOf<280, 0>;
+using Call = CallOf<270, 0>;
 using StepCall = CallOf<160, 160>;
 static_assert(sizeof(Call) <= 32764 && sizeof(StepCall) <= 32764);
 

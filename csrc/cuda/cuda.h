@@ -55,6 +55,13 @@ __device__ inline void one_by_one() {
 #endif
 }
 
+// On its way to the L2 cache.
+__device__ inline void prefetch([[maybe_unused]] const void* p) {
+#if !defined(EFLAT_HOST_CUDA)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // Not to be kept in the L1 cache: read once.
 template <class T>
 __device__ T read_once(const T* p) {
@@ -128,6 +135,27 @@ __device__ inline double element(const void* x, DType dtype, int64_t i) {
       return element<bf16>(x, i);
     default:
       return element<f16>(x, i);
+  }
+}
+
+// Of the point, see pairs.h.
+template <class T>
+__device__ double element(const void* factor, const void* added, int64_t i) {
+  const auto e = static_cast<const typename AddedTo<T>::type*>(added)[i];
+  return to_double(point(static_cast<const T*>(factor)[i], e));
+}
+
+__device__ inline double element(const void* factor, const void* added, DType dtype, int64_t i) {
+  if (!added) return element(factor, dtype, i);
+  switch (dtype) {
+    case DType::f64:
+      return element<double>(factor, added, i);
+    case DType::f32:
+      return element<float>(factor, added, i);
+    case DType::bf16:
+      return element<bf16>(factor, added, i);
+    default:
+      return element<f16>(factor, added, i);
   }
 }
 

@@ -24,11 +24,12 @@ SideArgs side_args(const Side& side, int rank, DType dtype) {
   SideArgs args{};
   args.factor = side.factor;
   args.grad = side.grad;
+  args.added = side.added;
   args.length = int(side.length);
   args.dtype = dtype;
   args.transposed = side.transposed;
   args.vectors = whole && side.length * rank < INT_MAX && aligned(side.factor, four) &&
-                 aligned(side.grad, four);
+                 aligned(side.grad, four) && aligned(side.added, 4 * size_of(added_to(dtype)));
   return args;
 }
 
@@ -89,8 +90,8 @@ constexpr int64_t shared_bytes(int rank, int width) {
   return kBlockBytes + doubles * int64_t(sizeof(double));
 }
 // What bench/kernel_table.py reckons with: at the largest ranks that the kernels are made for.
-constexpr int kSharedBytesSmall = 42096;
-constexpr int kSharedBytesWide = 101104;
+constexpr int kSharedBytesSmall = 42112;
+constexpr int kSharedBytesWide = 101120;
 static_assert(shared_bytes(16, 32) == kSharedBytesSmall &&
               shared_bytes(64, 128) == kSharedBytesWide);
 
@@ -136,11 +137,11 @@ cudaError_t launch(const CallType& call, bool wide, Arithmetic arithmetic, int b
 #endif
 }
 
-AdamWArgs adamw_args(const AdamW& a, int hyper, const SideArgs& side, int rank, const void* from) {
+AdamWArgs adamw_args(const AdamW& a, int hyper, const SideArgs& side, int rank) {
   const int four = std::min(4 * size_of(side.dtype), 16);
   // The ends of runs of neighbours, see step_rows.
   bool fours = (side.transposed ? side.length : int64_t(side.length) * rank) % 4 == 0;
-  const void* all[] = {a.exp_avg, a.exp_avg_sq, from, side.factor, side.grad};
+  const void* all[] = {a.exp_avg, a.exp_avg_sq, side.factor, side.grad};
   for (const void* x : all) fours = fours && aligned(x, four);
   return {a.exp_avg, a.exp_avg_sq, a.step, hyper, fours};
 }
@@ -183,9 +184,8 @@ class Launch {
       }
       const PairArgs p = pair_args(pair);
       const Step& step = *pair.step;
-      c.steps[c.count] = {step.clean, step.clean_other,
-                          adamw_args(step.target, target, p.target, p.rank, step.clean),
-                          adamw_args(step.other, other, p.other, p.rank, step.clean_other)};
+      c.steps[c.count] = {adamw_args(step.target, target, p.target, p.rank),
+                          adamw_args(step.other, other, p.other, p.rank)};
     }
     PairArgs& p = c.pairs[c.count++] = pair_args(pair);
     p.workspace = unsigned(workspace / kSpaceUnit);

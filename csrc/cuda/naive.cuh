@@ -8,9 +8,8 @@ namespace eflat::cuda::naive {
 
 // Row k, column j of [factor | grad].
 __device__ inline double at(const Side& side, DType dtype, int r, int64_t k, int j) {
-  const void* x = j < r ? side.factor : side.grad;
-  const int column = j % r;
-  return element(x, dtype, side.transposed ? column * side.length + k : k * r + column);
+  const int64_t column = j % r, i = side.transposed ? column * side.length + k : k * r + column;
+  return j < r ? element(side.factor, side.added, dtype, i) : element(side.grad, dtype, i);
 }
 
 // gram (2r, 2r) = [factor | grad]^T [factor | grad]: a thread per entry.
@@ -102,7 +101,8 @@ __device__ void store(void* out, int64_t i, double e, Update update) {
   *p = from_double<T>(update.average ? (1 - update.beta) * to_double(*p) + update.beta * e : e);
 }
 
-// E or its average, of the target or of the other side: a thread per entry.
+// E or its average, of the target or of the other side: a thread per row, since what is written may
+// be what was added.
 __global__ void apply_kernel(Pair p, Space s, Update update, bool of_other) {
   const Side& side = of_other ? p.other : p.target;
   const double* weights = s.weights[of_other];
@@ -110,17 +110,19 @@ __global__ void apply_kernel(Pair p, Space s, Update update, bool of_other) {
   const bool use = usable(*s.norm);
   if (!use && update.average) return;
   const int r = p.rank;
-  for (int64_t e = threadIdx.x; e < side.length * r; e += blockDim.x) {
-    const int64_t k = e / r;
-    const int j = int(e % r);
-    double sum = 0;
-    for (int i = 0; use && i < 2 * r; ++i) sum += at(side, p.dtype, r, k, i) * weights[i * r + j];
-    const int64_t to = side.transposed ? j * side.length + k : e;
-    const double x = use ? *s.scale * sum : 0.0;
-    if (p.out_dtype == DType::f64) store<double>(out, to, x, update);
-    if (p.out_dtype == DType::f32) store<float>(out, to, x, update);
-    if (p.out_dtype == DType::bf16) store<bf16>(out, to, x, update);
-    if (p.out_dtype == DType::f16) store<f16>(out, to, x, update);
+  for (int64_t k = threadIdx.x; k < side.length; k += blockDim.x) {
+    double row[2 * kMaxRank];
+    for (int i = 0; i < 2 * r; ++i) row[i] = at(side, p.dtype, r, k, i);
+    for (int j = 0; j < r; ++j) {
+      double sum = 0;
+      for (int i = 0; use && i < 2 * r; ++i) sum += row[i] * weights[i * r + j];
+      const int64_t to = side.transposed ? j * side.length + k : k * r + j;
+      const double x = use ? *s.scale * sum : 0.0;
+      if (p.out_dtype == DType::f64) store<double>(out, to, x, update);
+      if (p.out_dtype == DType::f32) store<float>(out, to, x, update);
+      if (p.out_dtype == DType::bf16) store<bf16>(out, to, x, update);
+      if (p.out_dtype == DType::f16) store<f16>(out, to, x, update);
+    }
   }
 }
 

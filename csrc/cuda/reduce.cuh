@@ -189,16 +189,18 @@ __device__ void for_chunks(Stage<Math>& stage, int64_t begin, int64_t end, int r
   }
 }
 
-// The power of two that brings the largest magnitude of some rows to [1, 2). shared: kWarps.
-__device__ inline float normalising_scale(const SideArgs& side, const void* matrix, int r,
-                                          int64_t begin, int64_t end, double* shared) {
+// The power of two that brings the largest magnitude of some rows of the factor's point or of the
+// gradient to [1, 2). shared: kWarps.
+__device__ inline float normalising_scale(const SideArgs& side, bool grad, int r, int64_t begin,
+                                          int64_t end, double* shared) {
   double largest = 0;
   const int rows = int(end - begin);
+  const void *matrix = grad ? side.grad : side.factor, *added = grad ? nullptr : side.added;
   EFLAT_ROLL
   for (int e = threadIdx.x; matrix && e < rows * r; e += kThreads) {
     const int64_t at =
         side.transposed ? e / rows * int64_t(side.length) + begin + e % rows : begin * r + e;
-    largest = fmax(largest, fabs(element(matrix, side.dtype, at)));
+    largest = fmax(largest, fabs(element(matrix, added, side.dtype, at)));
   }
   for (int offset = 16; offset > 0; offset /= 2)
     largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
@@ -218,8 +220,8 @@ EFLAT_NOINLINE void reduce(const SideArgs& side, const Chunk& chunk, int64_t beg
   StageScales scales;
   if constexpr (sizeof(*z) == 4) {
     auto* sums = static_cast<double*>(space);
-    scales.factor = normalising_scale(side, side.factor, chunk.rank, begin, end, sums);
-    scales.grad = normalising_scale(side, side.grad, chunk.rank, begin, end, sums);
+    scales.factor = normalising_scale(side, false, chunk.rank, begin, end, sums);
+    scales.grad = normalising_scale(side, true, chunk.rank, begin, end, sums);
     __syncthreads();
   }
   Stage<Math> stage(side, chunk, scales, z);

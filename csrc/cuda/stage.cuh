@@ -1,4 +1,5 @@
-// A chunk of rows of [factor | grad], read from memory and laid out in shared memory for mma.
+// A chunk of rows of [factor | grad], read from memory and laid out in shared memory for mma. Where
+// something was added to the factor, it is read beside it, and the factor's point is laid out.
 //
 // Column j and row k of the chunk lie in fragment (k / 4, j / 8), 4 rows by 8 columns: what one mma
 // takes as an operand. Within it, entry (k, i) is at 8 k + (i ^ 4 (k / 2)), so that a warp reads a
@@ -10,7 +11,7 @@
 //
 // Both layouts of a side end up the same: B (n, r) is read along its rows, A (r, m) along m. Each
 // thread reads four times four neighbours (16 bytes of float32), neighbouring threads neighbouring
-// fours, all in flight before the first is stored.
+// fours, all in flight before the first is stored; what was added is on its way to L2 meanwhile.
 #pragma once
 #include "arithmetic.cuh"
 #include "call.h"
@@ -101,20 +102,20 @@ class Stage {
   }
 
  private:
-  // Which fours of a chunk are this thread's, and where they go.
+  // Which fours of a chunk are this thread's, and where they go: the first half are the factor's,
+  // and the others the gradient's, if there is one.
   __device__ void place_fours() {
-    const int r = chunk_.rank, rows = chunk_.rows;
-    const int of_matrix = rows * r / 4, total = rows * chunk_.width / 4;
+    const int r = chunk_.rank, rows = chunk_.rows, total = rows * r / 4;
     const int along = side_.transposed ? rows / 4 : r / 4;
     EFLAT_UNROLL
     for (int u = 0; u < kFours; ++u) {
-      const int e = threadIdx.x + u * kThreads;
-      const int matrix = e >= of_matrix, four = e - matrix * of_matrix;
+      const int matrix = u >= kFours / 2 && side_.grad;
+      const int four = threadIdx.x + (matrix ? u - kFours / 2 : u) * kThreads;
       const int row = side_.transposed ? four % along * 4 : four / along;
       const int column = side_.transposed ? four / along : four % along * 4;
       const int j = matrix * r + column;
       const int grad = matrix ? kGrad : 0, high = j & 4 ? kHigh : 0;
-      place_[u] = e < total ? chunk_.at(row, j) | row << kRowShift | grad | high : kNone;
+      place_[u] = four < total ? chunk_.at(row, j) | row << kRowShift | grad | high : kNone;
       offset_[u] = side_.transposed ? column * side_.length + row : row * r + column;
     }
   }
@@ -134,6 +135,19 @@ class Stage {
       }
       memcpy(&raw_[u], &raw, sizeof(Raw));
     }
+    if (!side_.added) return;
+    EFLAT_UNROLL
+    for (int u = 0; u < kFours / 2; ++u) {
+      recompute_from(place_[u]);
+      if (row_of(place_[u]) < count_) prefetch(added_four(u));
+    }
+  }
+
+  // What was added to four elements of the factor: kept until they are written, it would take
+  // registers.
+  __device__ const float4* added_four(int u) const {
+    const int64_t begin = side_.transposed ? begin_ : begin_ * chunk_.rank;
+    return static_cast<const float4*>(side_.added) + (begin + offset_[u]) / 4;
   }
 
   template <class T>
@@ -144,6 +158,12 @@ class Stage {
       if (place_[u] == kNone) continue;
       T raw[4];
       memcpy(raw, &raw_[u], sizeof(raw));
+      if (u < kFours / 2 && side_.added && row_of(place_[u]) < count_) {
+        const float4 four = read_once(added_four(u));
+        const float added[4] = {four.x, four.y, four.z, four.w};
+        EFLAT_UNROLL
+        for (int f = 0; f < 4; ++f) raw[f] = point(raw[f], added[f]);
+      }
       Element x[4];
       EFLAT_UNROLL
       for (int f = 0; f < 4; ++f) x[f] = scaled(Element(to_float(raw[f])), place_[u] & kGrad);
@@ -171,10 +191,12 @@ class Stage {
       const int j = grad ? column - r : column;
       const int64_t k = begin_ + row;
       Element x = 0;
-      if (row < count_)
-        x = scaled(Element(element(grad ? side_.grad : side_.factor, side_.dtype,
-                                   side_.transposed ? j * int64_t(side_.length) + k : k * r + j)),
+      if (row < count_) {
+        const int64_t i = side_.transposed ? j * int64_t(side_.length) + k : k * r + j;
+        x = scaled(Element(element(grad ? side_.grad : side_.factor, grad ? nullptr : side_.added,
+                                   side_.dtype, i)),
                    grad);
+      }
       z_[chunk_.at(row, column)] = x;
     }
   }

@@ -190,6 +190,18 @@ struct Example {
             nullptr};
   }
 
+  // The example as it is where `added_A` and `added_B` (null: nothing) were added to its factors.
+  Example at_the_point(const Values* added_A, const Values* added_B) const {
+    Example x = *this;
+    for (auto [factor, added] : {std::pair(&x.A, added_A), std::pair(&x.B, added_B)}) {
+      for (size_t i = 0; added && i < factor->size(); ++i) {
+        const double f = (*factor)[i], e = (*added)[i];
+        factor->set(i, shape.dtype == DType::f64 ? f + e : double(float(f) + float(e)));
+      }
+    }
+    return x;
+  }
+
   // The norm of E that carries a perturbation of size rho alone is at least this.
   double least_size(bool of_B, double rho) const {
     const double size = norm_of((of_B ? A : B).matrix());

@@ -46,8 +46,8 @@ struct Factor {
              0.5};
   }
 
-  // Compares with the step from `before`, whose values are `clean`.
-  void check(const Factor& before, const Values<T>& clean) const {
+  // Compares with the step from `before`.
+  void check(const Factor& before) const {
     const double eps = sizeof(T) == 8 ? 1e-13 : sizeof(T) == 4 ? 1e-5 : 0.02;
     const AdamW& a = adamw;
     for (size_t i = 0; i < value.size(); ++i) {
@@ -55,7 +55,7 @@ struct Factor {
       const double m = a.beta1 * to_double(before.exp_avg[i]) + (1 - a.beta1) * g;
       const double v = a.beta2 * to_double(before.exp_avg_sq[i]) + (1 - a.beta2) * g * g;
       const double denominator = std::sqrt(v / (1 - std::pow(a.beta2, 4))) + a.eps;
-      const double x = to_double(clean[i]) * (1 - a.lr * a.weight_decay) -
+      const double x = to_double(before.value[i]) * (1 - a.lr * a.weight_decay) -
                        a.lr * m / (1 - std::pow(a.beta1, 4)) / denominator;
       CHECK(std::fabs(to_double(exp_avg[i]) - m) <= eps * (1 + std::fabs(m)), "exp_avg");
       CHECK(std::fabs(to_double(exp_avg_sq[i]) - v) <= eps * (1 + v), "exp_avg_sq");
@@ -73,13 +73,10 @@ void pair_of(DType dtype, DType average_dtype, int n, int m, int r, Onto onto, b
   const Factor<T> A_before = A, B_before = B;
   const bool onto_B = onto != Onto::A, both = onto == Onto::both;
   Factor<T>&target = onto_B ? B : A, &other = onto_B ? A : B;
-  const Values<T> clean = normal<T>(target.value.size(), random);
-  const Values<T> clean_other = both ? normal<T>(other.value.size(), random) : other.value;
-  Values<Average> average = normal<Average>(clean.size(), random), alone = average;
-  Values<Average> average_other = normal<Average>(clean_other.size(), random),
+  Values<Average> average = normal<Average>(target.value.size(), random), alone = average;
+  Values<Average> average_other = normal<Average>(other.value.size(), random),
                   alone_other = average_other;
-  const Step step{clean.data(), both ? clean_other.data() : other.value.data(), target.adamw,
-                  other.adamw};
+  const Step step{target.adamw, other.adamw};
   const Side side_A{A.value.data(), A.grad.data(), m, true},
       side_B{B.value.data(), B.grad.data(), n, false};
   Pair pair{onto_B ? side_B : side_A,
@@ -92,6 +89,11 @@ void pair_of(DType dtype, DType average_dtype, int n, int m, int r, Onto onto, b
             both ? alone_other.data() : nullptr,
             average_dtype,
             nullptr};
+  auto add_averages = [&] {  // what was added is the averages
+    pair.target.added = pair.out;
+    if (both) pair.other.added = pair.out_other;
+  };
+  add_averages();
   double norms[2];
   auto run = [&](double* norm) {
     return cpu::perturb({&pair, 1, 0.1, false, {true, 0.3}, DType::f64}, norm, serially, threads);
@@ -99,6 +101,7 @@ void pair_of(DType dtype, DType average_dtype, int n, int m, int r, Onto onto, b
   CHECK(run(norms) == !usable, "without a step");
   pair.out = average.data();
   if (both) pair.out_other = average_other.data();
+  add_averages();
   pair.step = &step;
   CHECK(run(norms + 1) == !usable, "with a step");
   CHECK(memcmp(average.data(), alone.data(), sizeof(Average) * alone.size()) == 0, "average");
@@ -109,8 +112,8 @@ void pair_of(DType dtype, DType average_dtype, int n, int m, int r, Onto onto, b
     CHECK(std::isnan(to_double(A.value[0])), "a step that was told to be NaN");
     return;
   }
-  target.check(onto_B ? B_before : A_before, clean);
-  other.check(onto_B ? A_before : B_before, clean_other);
+  A.check(A_before);
+  B.check(B_before);
 }
 
 }  // namespace

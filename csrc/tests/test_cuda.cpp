@@ -21,6 +21,8 @@ using cuda::Arithmetic;
 constexpr double kRho = 0.1;
 constexpr Onto kAll[] = {Onto::B, Onto::A, Onto::both};
 
+enum class Added { nothing, own, average };  // to the perturbed factors
+
 struct Call {
   Onto onto = Onto::B;
   bool global_norm = false;
@@ -28,6 +30,7 @@ struct Call {
   DType norms_dtype = DType::f64;
   bool step = false;
   Arithmetic arithmetic = Arithmetic::native;
+  Added added = Added::nothing;
 };
 
 struct Results {
@@ -50,9 +53,9 @@ Values some_values(DType dtype, size_t count, double first) {
 Results start(const std::vector<Example>& examples, const Call& call) {
   Results results{{}, {}, Values(call.norms_dtype, examples.size()), {}};
   for (const Example& x : examples) {
+    const DType dtype = call.added == Added::average ? added_to(x.shape.dtype) : x.shape.dtype;
     auto out = [&](size_t count) {
-      return call.update.average ? some_values(x.shape.dtype, count, 0)
-                                 : Values(x.shape.dtype, count);
+      return call.update.average ? some_values(dtype, count, 0) : Values(dtype, count);
     };
     results.out.push_back(out(x.target_size(call.onto)));
     if (call.onto == Onto::both) results.out_other.push_back(out(x.A.size()));
@@ -64,21 +67,19 @@ Results start(const std::vector<Example>& examples, const Call& call) {
 class Steps {
  public:
   Steps(std::vector<Example>& examples, std::vector<Pair>& pairs) {
-    memory_.reserve(6 * pairs.size());  // pointers into these stay
+    memory_.reserve(4 * pairs.size());  // pointers into these stay
     steps_.reserve(pairs.size());
     for (size_t l = 0; l < pairs.size(); ++l) {
       Pair& p = pairs[l];
       Example& x = examples[l];
       const bool onto_B = p.target.factor == x.B.data();
       Values &target = onto_B ? x.B : x.A, &other = onto_B ? x.A : x.B;
-      const void* clean = take(target, 0.5);
-      const void* clean_other = p.out_other ? take(other, -0.5) : other.data();
-      steps_.push_back({clean, clean_other, adamw(target, 0.1), adamw(other, 0.2)});
+      steps_.push_back({adamw(target, 0.1), adamw(other, 0.2)});
       p.step = &steps_.back();
     }
   }
 
-  const std::vector<Values>& memory() const { return memory_; }  // moments and clean values
+  const std::vector<Values>& memory() const { return memory_; }  // moments
 
  private:
   void* take(const Values& like, double first) {
@@ -101,6 +102,17 @@ Results run(std::vector<Example> examples, const Call& call, bool cuda) {
   for (size_t l = 0; l < examples.size(); ++l)
     pairs.push_back(examples[l].pair(call.onto, results.out[l],
                                      call.onto == Onto::both ? &results.out_other[l] : nullptr));
+  std::vector<Values> added;
+  added.reserve(2 * pairs.size());
+  for (Pair& p : pairs) {
+    for (bool of_other : {false, true}) {
+      const void* out = of_other ? p.out_other : p.out;
+      if (!out || call.added == Added::nothing) continue;
+      Side& side = of_other ? p.other : p.target;
+      added.push_back(some_values(added_to(p.dtype), side.length * p.rank, -0.3));
+      side.added = call.added == Added::average ? out : added.back().data();
+    }
+  }
   std::optional<Steps> steps;
   if (call.step) steps.emplace(examples, pairs);
   const Problem problem{pairs.data(),     int(pairs.size()), kRho,
@@ -202,6 +214,25 @@ void mixed_lists() {
   }
 }
 
+// The point that the gradients were taken at, of vectors and of elements, in either arithmetic;
+// what was added is also what blocks of other rows write.
+void points() {
+  const auto examples = examples_of({{40, 30, 7, DType::f16},
+                                     {140, 12, 8, DType::f32},
+                                     {12, 140, 3, DType::f64},
+                                     {36, 60, 16, DType::bf16},
+                                     {140, 150, 20, DType::f32, 1e3, 1e3}});
+  for (Onto onto : kAll) {
+    for (Added added : {Added::own, Added::average}) {
+      const Arithmetic arithmetic =
+          added == Added::own ? Arithmetic::two_float : Arithmetic::float64;
+      const bool global = onto == Onto::A, step = added == Added::average;
+      agrees_with_the_cpu(examples,
+                          {onto, global, {true, 0.3}, DType::f64, step, arithmetic, added}, 3);
+    }
+  }
+}
+
 // Onto both in either arithmetic; while B and with it the gradient of A are small, B alone.
 void onto_both() {
   for (double size_of_B : {1.0, 1e-5}) {
@@ -290,6 +321,7 @@ int main(int count, char** arguments) {
     ill_conditioned();
     bad_values();
     onto_both();
+    points();
     large_E_of_A();
     steps();
   }

@@ -69,6 +69,46 @@ void agrees_with_the_formula_onto_both(std::mt19937& random) {
   }
 }
 
+// What was added to the factors, perhaps the averages themselves, is as good as in them.
+void points(std::mt19937& random) {
+  const Shape shapes[] = {{1, 1, 1}, {40, 30, 7}, {33, 700, 16}, {1100, 50, 20}, {60, 50, 3}};
+  for (Shape shape : shapes) {
+    for (int flags = 0; flags < 4 * 3 * 4; ++flags) {
+      shape.dtype = DType(flags % 4);
+      const Onto onto = Onto(flags / 4 % 3);
+      const bool both = onto == Onto::both, is_average = flags / 12 % 2;
+      const bool ill_conditioned = flags / 24 % 2;
+      if (ill_conditioned) shape.condition_A = shape.condition_B = 1e4;
+      const DType wide = added_to(shape.dtype);
+      const Example x(shape, random);
+      const double size = ill_conditioned ? 1e-6 : 0.1;
+      auto values = [&](size_t n) {
+        Matrix e = random_matrix(int(n), 1, random);
+        for (double& element : e) element *= size;
+        return Values(wide, e);
+      };
+      Values average = values(x.target_size(onto)), average_A = values(x.A.size());
+      Values added = is_average ? average : values(average.size());
+      Values added_A = is_average ? average_A : values(x.A.size());
+      Values expected = average, expected_A = average_A;
+      const Example there = x.at_the_point(onto == Onto::B ? nullptr
+                                           : both          ? &added_A
+                                                           : &added,
+                                           onto == Onto::A ? nullptr : &added);
+      Pair pairs[] = {there.pair(onto, expected, &expected_A), x.pair(onto, average, &average_A)};
+      pairs[1].target.added = is_average ? average.data() : added.data();
+      if (both) pairs[1].other.added = is_average ? average_A.data() : added_A.data();
+      double norms[2];
+      for (int i : {0, 1})
+        cpu::perturb({pairs + i, 1, 0.1, false, {true, 0.3}, DType::f64}, norms + i, serially,
+                     flags % 2 ? 1 : 64);
+      CHECK(norms[0] == norms[1], "%s: norm %g, expected %g", name_of(onto), norms[1], norms[0]);
+      CHECK(average == expected && average_A == expected_A, "%s, type %d", name_of(onto),
+            int(shape.dtype));
+    }
+  }
+}
+
 void bad_values_leave_others_alone(std::mt19937& random, int threads) {
   for (double bad : {double(NAN), double(INFINITY), 0.0}) {
     Example good({30, 20, 4}, random), other({30, 20, 4}, random);
@@ -119,6 +159,7 @@ int main() {
   std::mt19937 random(std::random_device{}());
   agrees_with_the_formula(random);
   agrees_with_the_formula_onto_both(random);
+  points(random);
   for (int threads : {1, 64}) {
     bad_values_leave_others_alone(random, threads);
     bad_values_leave_others_alone_onto_both(random, threads);

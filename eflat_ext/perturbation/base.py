@@ -1,0 +1,247 @@
+"""Perturb factors of LoRA pairs in training forward passes: the base of all methods."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..dtensors import is_dtensor, laid_out_as
+from ..stacklevel import stacklevel_of_user
+from .checks import RHO, check_scope, number
+from .claims import ClaimedFactors
+from .operands import Operands, collect
+
+Rho: TypeAlias = float | Callable[[int], float]
+Gradients: TypeAlias = Mapping[Any, Tensor]
+
+
+class Perturbation(ClaimedFactors):
+    """Add a tensor to some factors of a model's LoRA pairs in training forward passes.
+
+    Args:
+        model, carriers, together: see :class:`ClaimedFactors`.
+        rho: radius: a finite number >= 0, or a callable of the number of completed steps.
+        norm_scope: "layer" gives every pair the radius rho, "global" all pairs together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        carriers: Sequence[str],
+        *,
+        rho: Rho,
+        norm_scope: str,
+        together: bool = False,
+    ) -> None:
+        check_scope(norm_scope)
+        self.steps, self._scope, self._rho = 0, norm_scope, rho
+        self.radius()
+        super().__init__(model, carriers, together)
+        self._warned = False
+        device = self.pairs[0].parameter_A.device
+        with torch.inference_mode(False):
+            self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._norms: tuple[list[int], Tensor] = ([], torch.zeros(0, device=device))
+
+    @property
+    def rho(self) -> Rho:
+        """Radius of the perturbation: a number, or a callable of the completed steps."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, rho: Rho) -> None:
+        self.radius(rho)
+        self._rho = rho
+        self._radius_changed()
+        self.finish_step()
+
+    def radius(self, rho: Rho | None = None) -> float:
+        """Return rho for the coming step.
+
+        Raises:
+            ValueError: it is no finite number >= 0.
+        """
+        rho = self._rho if rho is None else rho
+        value = rho(self.steps) if callable(rho) else rho
+        radius = number(value)
+        if not math.isfinite(radius) or radius < 0:
+            raise ValueError(
+                f"rho: expected a finite number >= 0 or a callable of the step, got {value!r}"
+            )
+        return radius
+
+    @property
+    def norm_scope(self) -> str:
+        """Scope of rho: "layer" (each pair) or "global" (all pairs together)."""
+        return self._scope
+
+    @property
+    def skipped(self) -> Tensor:
+        """Number of times a pair got no new perturbation: its norm was zero or not finite.
+
+        An int64 tensor without dimensions; reading its value synchronises with the device.
+        """
+        return self._skipped
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """Norm of each pair's gradient at the last update, before rho; tensors without dimensions.
+
+        By pair name; pairs without a gradient at that update are missing.
+        """
+        indices, norms = self._norms
+        return {self.pairs[i].name: norm for i, norm in zip(indices, norms.unbind(), strict=True)}
+
+    def points(self) -> dict[Tensor, Tensor]:
+        """Return the pairs' factors where the next gradients will be taken: copies, whole."""
+        self._claim_once()
+        self.look_up_parameters()
+        points: dict[Tensor, Tensor] = {}
+        with torch.no_grad():
+            for parameter in self._parameters.values():
+                whole = parameter.full_tensor() if is_dtensor(parameter) else parameter
+                points[parameter] = whole.detach().clone()
+            on = self._switch.on and not self._switch.cleaned and not self.ended
+            for factor in self.factors if on else ():
+                if not factor.parameter.requires_grad:  # passes leave it alone
+                    continue
+                if factor.refresh is not None:
+                    factor.refresh(factor)
+                points[factor.parameter] = factor.point(points[factor.parameter])
+        return points
+
+    def claim(self, optimizer: Optimizer | None = None) -> None:
+        super().claim(optimizer)
+        self._radius_changed()
+
+    def end(self, reason: str) -> None:
+        claimant = None if self.ended else self.claimant()
+        super().end(reason)
+        for group in claimant.param_groups if claimant is not None else ():
+            group.pop(RHO, None)
+
+    @torch.no_grad()
+    def put(self, E: Mapping[Any, Tensor]) -> None:
+        """Set the tensors that training passes add; zeros for factors that are not named.
+
+        Args:
+            E: by parameter, shaped like it.
+        """
+        self.check()
+        self._claim_once()
+        self.fit_factors()
+        for factor in self.factors:
+            value = E.get(factor.parameter)
+            factor.E.zero_() if value is None else factor.E.copy_(value)
+        self.forget_passes()
+
+    def operands(self, gradients: Gradients | None = None) -> Operands:
+        """Return the operators' arguments for this step.
+
+        Args:
+            gradients: by parameter; None for ``parameter.grad``.
+
+        Raises:
+            RuntimeError: it has ended; or the model's parameters are no longer those that its
+                optimizer trains.
+        """
+        self.radius()  # what a schedule raises is raised before anything moves
+        self._claim_once()
+        self.check()
+        self.look_up_parameters()
+        self._check_parameters()
+        self.join_steps()
+        self.fit_factors()
+        for layer in self._layers:  # another library may have put its own forward pass there
+            if not layer.in_place():
+                layer.wrap()
+        found = collect(self.pairs, self._parameters, gradients)
+        self._warn_where_clean(found)
+        return found
+
+    def finish_update(self) -> None:
+        """Note that a step was made."""
+        self.steps += 1
+        self.forget_passes()
+        self._radius_changed()
+
+    def finish_step(self) -> None:
+        """Recompute, once the optimizer has stepped, what forward passes cannot."""
+
+    def forget_passes(self) -> None:
+        """Mark all factors as not yet used by a pass."""
+        for factor in self.factors:
+            factor.ran_perturbed = factor.ran_clean = False
+
+    def note(self, rows: Operands, norms: Tensor) -> None:
+        """Store the norms of these pairs, for :attr:`norms`."""
+        at = [row for row, index in enumerate(rows.indices) if index in rows.having]
+        whole = len(at) == len(rows.indices)
+        self._norms = ([rows.indices[row] for row in at], norms if whole else norms[at])
+        if rows.missing is not None:  # they were counted as skipped: their gradients are zeros
+            self._skipped -= rows.missing.to(self._skipped.device)
+
+    def has_gradients(self) -> bool:
+        """Return whether any pair with a scaling has a gradient."""
+        return any(
+            pair.scaling != 0 and any(self._parameters[pair.slot(f)].grad is not None for f in "AB")
+            for pair in self.pairs
+        )
+
+    def saved_averages(self) -> list[Tensor]:
+        """Return the averages to be saved, one for each factor; none where there is no memory."""
+        return []
+
+    @torch.no_grad()
+    def load_averages(self, values: Sequence[Tensor | None]) -> None:
+        """Load the averages of all factors; None for zeros."""
+        for average, value in zip(self.saved_averages(), values, strict=True):
+            # In place: passes may be compiled with these tensors.
+            average.zero_() if value is None else average.copy_(laid_out_as(value, average))
+
+    def load_counters(self, steps: int, skipped: int) -> None:
+        """Load ``steps`` and ``skipped``."""
+        self.steps = int(steps)
+        self._skipped.fill_(int(skipped))
+        self.forget_passes()
+        self._radius_changed()
+
+    def _radius_changed(self) -> None:
+        """Show rho in the optimizer's groups, beside its other numbers."""
+        claimant = None if self.ended else self.claimant()
+        # A schedule may end with the last step. What it raises is the next step's to raise.
+        with suppress(Exception):
+            radius = self.radius()
+            for group in claimant.param_groups if claimant is not None else ():
+                group[RHO] = radius
+
+    def _skipped_on(self, device: torch.device) -> Tensor:
+        if self._skipped.device != device:
+            self._skipped = self._skipped.to(device)
+        return self._skipped
+
+    def _warn_where_clean(self, rows: Operands) -> None:
+        silent = self._warned or self._switch.cleaned or not self._switch.on
+        if silent or not self.steps or self.radius() == 0:
+            return
+        clean = [
+            self.pairs[i].name
+            for carrier, i in self._targets(rows.indices)
+            if i in rows.having and self._factor_of[i][carrier].only_clean
+        ]
+        if clean:
+            self._warned = True
+            more = f" and {len(clean) - 1} more" if len(clean) > 1 else ""
+            warnings.warn(
+                f"the gradient of {clean[0]}{more} was taken without the perturbation: its layer "
+                "did not run in training mode (model.train()) since the last step",
+                UserWarning,
+                stacklevel=stacklevel_of_user(),
+            )

@@ -1,0 +1,99 @@
+"""Scale averages onto A down until ``||s B average|| <= rho``.
+
+They were made with an earlier B: while B is small and grows, the product would explode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dtensors import is_dtensor, local
+from ..pairs import LoraPair, Slot
+from .gather import Layout
+from .layer_forward import PerturbedFactor
+
+
+class Bound:
+    """Keep the E of factors A at their averages, scaled down to rho by B as it is.
+
+    E is recomputed when it is needed and B, the scaling or rho has changed since, which writes
+    through ``B.data`` do not show. A compiled pass cannot tell: there :meth:`update` after each
+    step does it.
+
+    Args:
+        pairs: with the perturbed factor A of each.
+        parameters: by where they are held, as the perturbation last saw them.
+        norm_scope, radius: of the perturbation.
+
+    Attributes:
+        radius: rho, for the passes to come.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[LoraPair, PerturbedFactor]],
+        parameters: Mapping[Slot, Any],
+        norm_scope: str,
+        radius: float,
+    ) -> None:
+        self._pairs, self._parameters = list(pairs), parameters
+        self._scope, self.radius = norm_scope, radius
+        self._seen: dict[PerturbedFactor, object] = {}
+        for _, factor in pairs:
+            if factor.average is factor.E:
+                with torch.inference_mode(False):
+                    factor.average = factor.E.clone()
+        self._pairs_of: dict[PerturbedFactor, list[LoraPair]] = {}
+        for pair, factor in pairs:
+            self._pairs_of.setdefault(factor, []).append(pair)
+            factor.refresh = self.refresh
+
+    def refresh(self, factor: PerturbedFactor) -> None:
+        """Recompute E if what it depends on has changed."""
+        # Where factors are sharded this gathers B; all ranks edit, scale and load alike.
+        if self._seen.get(factor) != self._state(factor):
+            self.update()
+
+    def average_changed(self) -> None:
+        """Invalidate E; the next use recomputes it."""
+        self._seen.clear()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Recompute every E; where factors are sharded, in one collective operation."""
+        # A layer scaled by zero has no full-space norm, and a deleted adapter no factors.
+        rows = [(pair, factor) for pair, factor in self._pairs if pair.scaling != 0]
+        if not rows:
+            return
+        B: list[Tensor] = [self._parameters[pair.slot("B")] for pair, _ in rows]
+        if any(map(is_dtensor, B)):
+            names = [f"factor B of {pair.name}" for pair, _ in rows]
+            B, _, _ = Layout(dict(zip(names, B, strict=True))).gather(B, [None] * len(B))
+        averages = [pair.part("A", factor.average) for pair, factor in rows]
+        scales = torch.ops.eflat.foreach_bound(
+            [average.flatten(1) for average in averages],
+            [pair.part("B", b).flatten(1) for (pair, _), b in zip(rows, B, strict=True)],
+            [pair.scaling for pair, _ in rows],
+            self.radius,
+            self._scope,
+        )
+        E = [pair.part("A", factor.E) for pair, factor in rows]
+        torch._foreach_copy_(E, torch._foreach_mul(averages, list(scales.unbind())))
+        self._seen = {factor: self._state(factor) for _, factor in rows}
+
+    def _state(self, factor: PerturbedFactor) -> object:
+        B = [self._parameters[pair.slot("B")] for pair in self._pairs_of[factor]]
+        scalings = [pair.scaling for pair in self._pairs_of[factor]]
+        return self.radius, scalings, [_state(t) for b in B for t in (b, local(b))]
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    # A DTensor has no memory of its own; of tensors of inference mode nobody counts versions.
+    return (
+        id(tensor) if is_dtensor(tensor) else tensor.data_ptr(),
+        0 if tensor.is_inference() else tensor._version,
+    )

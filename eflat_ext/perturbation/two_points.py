@@ -1,0 +1,106 @@
+"""The perturbations of Flat-LoRA and LoRA-SAM, made from one gradient for the next one.
+
+Flat-LoRA: Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3). LoRA-SAM, its peer,
+perturbs the factors as SAM (Foret et al., arXiv 2010.01412) perturbs weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Perturbation, Rho
+from .eflat import TransferredPerturbation
+from .operands import Operands
+
+
+class TwoPointPerturbation(Perturbation):
+    """Perturb training passes from :meth:`perturb` to :meth:`withdraw`, and no others."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._switch.on = False
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Compute the perturbation from the current gradients and apply it in training passes.
+
+        Raises:
+            RuntimeError: it has ended; or the model's parameters are no longer those that its
+                optimizer trains.
+        """
+        rows = self.operands()
+        E, norms = self._made(rows)
+        self._skipped_on(norms.device).add_((~_usable(norms)).sum())
+        self.note(rows, norms)
+        for factor in self.factors:
+            factor.E.zero_()
+        parts = self.perturbed_parts(rows.indices, lambda factor: factor.E)
+        for part, e in zip(parts, E, strict=True):
+            part.copy_(e.view(part.shape))
+        self.forget_passes()
+        self._switch.on = True
+
+    def withdraw(self) -> None:
+        """Stop perturbing training passes. No effect if none is applied."""
+        self._switch.on = False
+        self.forget_passes()
+
+    @property
+    def pending(self) -> bool:
+        """True between :meth:`perturb` and :meth:`withdraw`."""
+        return self._switch.on
+
+    def ran(self) -> bool:
+        """Return whether a pass has been perturbed since :meth:`perturb`."""
+        return any(factor.ran_perturbed for factor in self.factors)
+
+    def _made(self, rows: Operands) -> tuple[list[Tensor], Tensor]:
+        """Return E for each perturbed factor of the pairs, as matrices, and the pairs' norms."""
+        raise NotImplementedError  # abstract: what the methods differ in
+
+    def _dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+
+class FlatPerturbation(TwoPointPerturbation, TransferredPerturbation):
+    """Flat-LoRA's: equations (1)-(3), without averaging."""
+
+    def _made(self, rows: Operands) -> tuple[list[Tensor], Tensor]:
+        options = (self.radius(), self.onto, self.norm_scope, self.rtol)
+        return torch.ops.eflat.foreach_perturb(*rows.lists, rows.scaling, *options)
+
+
+class SAMPerturbation(TwoPointPerturbation):
+    """LoRA-SAM's: ``rho G_A / v`` and ``rho G_B / v``, v the norm of (G_A, G_B) together."""
+
+    def __init__(self, model: nn.Module, *, rho: Rho, norm_scope: str) -> None:
+        super().__init__(model, ["A", "B"], rho=rho, norm_scope=norm_scope)
+
+    def _made(self, rows: Operands) -> tuple[list[Tensor], Tensor]:
+        if not rows.indices:
+            return [], torch.zeros(0, device=self._skipped.device)
+        norm_A, norm_B = (  # in float32 the squares of tiny gradients are zero
+            torch.stack(torch._foreach_norm(list(grads), 2, torch.float64))
+            for grads in (rows.grad_A, rows.grad_B)
+        )
+        norms = torch.hypot(norm_A, norm_B)
+        good = _usable(norms)
+        shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
+        scale = torch.where(good, self.radius() / shared, 0)
+        row_of = {index: row for row, index in enumerate(rows.indices)}
+        E = []
+        for carrier, i in self._targets(rows.indices):
+            row = row_of[i]
+            gradient = (rows.grad_A if carrier == "A" else rows.grad_B)[row]
+            # In float64: for a tiny gradient the scale is beyond float32's range.
+            e = (gradient.double() * scale[row]).to(gradient.dtype)
+            E.append(torch.where(good[row], e, 0))
+        return E, norms
+
+
+def _usable(norms: Tensor) -> Tensor:
+    """Return which norms are neither zero nor infinite nor NaN."""
+    return norms.isfinite() & (norms > 0)
