@@ -77,7 +77,7 @@ if WITH_CUDA and CUDA_TORCH:
             "matching toolkit, set CUDA_HOME to it, or build for the CPU alone with EFLAT_CUDA=0"
         )
 
-from setuptools import setup  # noqa: E402
+from setuptools import find_packages, setup  # noqa: E402
 from setuptools.command.build_py import build_py  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
@@ -210,7 +210,7 @@ if WITH_CUDA:
     extensions.append(cuda)
 
 setup(
-    packages=["eflat_ext"],
+    packages=find_packages(include=["eflat_ext", "eflat_ext.*"]),
     ext_modules=extensions,
     cmdclass={"build_ext": Build, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
