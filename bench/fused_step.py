@@ -89,7 +89,7 @@ def at_the_perturbed_point(optimizer: EFlatLoRA) -> Callable[[], object]:
 def operators(optimizer: EFlatLoRA) -> tuple[Callable[[], object], Callable[[], object]]:
     ran_perturbed(optimizer)
     rows = optimizer.perturbation.operands()
-    adamw = adamw_lists(optimizer.base, optimizer.perturbation.parameters_of(rows))
+    adamw = adamw_lists(optimizer.base, optimizer.perturbation.parameters_in(rows))
     if adamw is None:
         raise SystemExit("the fused operator does not apply")
     averages = [torch.zeros_like(b, dtype=torch.float32) for b in rows.B]

@@ -1,4 +1,4 @@
-"""bench/gpu.py goes through all of its motions on the CPU, with tiny shapes."""
+"""The benches that no experiment runs go through all of their motions, with tiny shapes."""
 
 from __future__ import annotations
 
@@ -148,3 +148,25 @@ def test_contenders_compute_what_they_are_compared_with():
             assert float((contender(*pair) - e).norm() / e.norm()) < 1e-3
     perturbations = cases.sam(pairs)()
     assert float(torch.cat([e.flatten() for e in perturbations]).norm()) == pytest.approx(cases.RHO)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ["fused_step.py", "--layers", "1", "--rank", "2", "--rounds", "1"],
+        ["many_layers.py", "--one", "--layers", "3"],
+    ],
+    ids=lambda script: script[0],
+)
+def test_the_benches_of_an_optimizer_step_run(script):
+    path = ROOT / "bench" / script[0]
+    done = subprocess.run(
+        [sys.executable, str(path), *script[1:]],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip()
