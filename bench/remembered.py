@@ -100,7 +100,7 @@ class Memory:
 
 @torch.no_grad()
 def moves(factors: list[Tensor], direction: Tensor, rho: float) -> dict[Tensor, Tensor]:
-    """What moves each pair's factors, A before B, by rho along its part of the direction."""
+    """Return what moves each pair's factors, A before B, by rho along its part of the direction."""
     parts = direction.split([factor.numel() for factor in factors])
     norms = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts)).view(-1, 2), dim=1)
     scales = torch.where(norms > 0, rho / norms, 0).repeat_interleave(2)

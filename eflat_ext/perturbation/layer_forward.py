@@ -74,7 +74,7 @@ class PerturbedFactor:
 
     @property
     def only_clean(self) -> bool:
-        """Whether gradients are of the parameter itself.
+        """True if gradients are of the parameter itself.
 
         A layer that has not run here got its gradients from other ranks, where it ran perturbed.
         """
