@@ -307,3 +307,25 @@ def test_removed_hooks_are_gone_for_good(method: str) -> None:
     assert_same_bits(weights(model), before)
     assert_nothing_in_place(model)
     train_on(model, CREATE[method](model, SGD, lr=0.1, rho=0.5), DATA[:2])
+
+
+def test_a_wrapper_that_steps_ours_every_second_time_is_no_foreign_one() -> None:
+    class EverySecond(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.calls = inner, 0
+            super().__init__(inner.param_groups, {})
+
+        def step(self) -> None:
+            self.calls += 1
+            if self.calls % 2 == 0:
+                self.inner.step()
+
+    model = lora_mlp()
+    optimizer = CREATE["eflat"](model, torch.optim.SGD, lr=0.1, rho=0.3)
+    around = EverySecond(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in batches(4):
+            loss_of(model, batch).backward()
+            around.step()
+    assert optimizer.perturbation.steps == 2 and not optimizer.perturbation.ended

@@ -47,6 +47,8 @@ def _after_any_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         stepped = {id(p) for p in parameters_of(optimizer.param_groups) if p.grad is not None}
         if not stepped & one.parameter_ids() or not one.optimizers.isdisjoint(stepping()):
             continue  # nothing of its, or a step within its own optimizer's
+        if any(isinstance(x, Optimizer) and x in one.optimizers for x in vars(optimizer).values()):
+            continue  # around its own optimizer, which it did not step this time
         if not one.attached and one.steps and one.steps_of.get(optimizer) != one.steps:
             one.steps_of[optimizer] = one.steps  # updated by hand before each step
             continue
