@@ -14,11 +14,6 @@ import torch
 from torch import Tensor, nn
 
 
-def distributed() -> bool:
-    """Whether there is a process group, without which nothing is sharded."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -31,20 +26,6 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # type: ignore[attr-defined]
-
-
-def from_local(shard: Tensor, like: Any) -> Tensor:
-    """A DTensor of one more shard, laid out as the DTensor ``like``."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        shard,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
 
 
 def laid_out_as(tensor: Tensor, like: Any) -> Tensor:

@@ -142,10 +142,12 @@ class TwoGradients(PerturbingOptimizer):
 
     def _first_evaluation(self, closure: Callable[[], Any]) -> Any:
         before = [(p, p.grad) for p in parameters_of(self.param_groups) if p.grad is not None]
-        before = [(p, grad) for p, grad in before if bool((grad != 0).any())]
+        norms = torch._foreach_norm([grad for _, grad in before]) if before else []
         self._step.zeroed = False
         loss = closure()
-        if not self._step.zeroed and any(p.grad is grad for p, grad in before):
+        added = [norm for (p, grad), norm in zip(before, norms, strict=True) if p.grad is grad]
+        # Norms are read here alone, since that waits for the device; zeros may be added to.
+        if not self._step.zeroed and any(float(norm) != 0 for norm in added):
             raise RuntimeError(
                 "step(closure): expected a closure that calls optimizer.zero_grad() and computes "
                 "all gradients of the step, since it is evaluated at two points; got one that adds "
