@@ -63,7 +63,7 @@ def random_call(
 
 
 def adds_averages(call: dict[str, Any]) -> bool:
-    """Whether what was added is the averages themselves."""
+    """Return whether E holds the averages themselves."""
     return any(e is t for e, t in zip(call["E"], call["ema"], strict=False))
 
 

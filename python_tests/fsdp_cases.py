@@ -71,7 +71,7 @@ def against_one_process(
 
 
 def assert_whole(optimizer: Any) -> None:
-    """What is added to factors is no shard, and the same on all ranks."""
+    """Check that E is whole, and the same on all ranks."""
     made = {str(i): factor.E for i, factor in enumerate(optimizer.perturbation.factors)}
     for E, factor in zip(made.values(), optimizer.perturbation.factors, strict=True):
         assert E.shape == factor.parameter.shape and hasattr(factor.parameter, "full_tensor")

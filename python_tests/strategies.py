@@ -194,7 +194,7 @@ ADDED = ("average", "own", "strided", "zeros", "nothing")
 
 
 def added(ema: list[Tensor], kind: str, seed: int, size: float = 0.1) -> list[Tensor]:
-    """What the forward pass may have added to the perturbed factors: the averages themselves,
+    """Return what a forward pass may have added to the perturbed factors: the averages themselves,
     tensors of its own, strided ones or expanded zeros, or nothing."""
     g = generator(seed)
     if kind == "nothing":

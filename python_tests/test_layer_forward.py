@@ -179,7 +179,7 @@ def test_the_value_found_is_the_one_perturbed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_model_that_changes_its_type(dtype: torch.dtype) -> None:
-    """What is added is of float32: a pass in bfloat16 stays one."""
+    """E is float32; a pass in bfloat16 stays one."""
     case = Case()
     case.model(X)
     case.model.to(dtype)

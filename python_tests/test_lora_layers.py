@@ -36,7 +36,7 @@ def target(pair: Any, onto: str) -> Tensor:
 
 
 def delta(pair: Any) -> Tensor:
-    """What PEFT says the adapter adds to the layer's weight, as a matrix."""
+    """Return what PEFT adds to the layer's weight for the adapter, as a matrix."""
     with torch.no_grad():
         return weight_matrix(pair.layer, pair.layer.get_delta_weight(pair.adapter))
 

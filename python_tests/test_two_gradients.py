@@ -24,7 +24,7 @@ pytestmark = pytest.mark.parametrize("create", [create_flat_optimizer, create_lo
 
 
 def runs_clean(model: nn.Module) -> bool:
-    """Whether a training pass gives what an evaluation does: there is no dropout."""
+    """Return whether a training pass gives what an evaluation does: there is no dropout."""
     batch = batches(1)[0]
     loss = loss_of(model.eval(), batch)
     return same_bits(loss_of(model.train(), batch), loss)

@@ -25,7 +25,7 @@ class PerturbingTrainer(ours.PerturbationMixin, Trainer):
 
 
 class Read(dict[nn.Parameter, Tensor]):
-    """What each LoRA factor of a model was to the last forward pass that read it."""
+    """Record each LoRA factor's value in the last forward pass that read it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
