@@ -23,7 +23,7 @@ from timing import arguments, machine, new_plot, print_table, write_json
 
 import eflat_ext
 from eflat_ext import reference
-from eflat_ext.derivatives import gram_form
+from eflat_ext.ops.autograd import gram_form
 
 RHO, SCALING = 0.05, 2.0
 N, M, R = 512, 1024, 16

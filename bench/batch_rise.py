@@ -36,10 +36,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from eflat_ext import finetune
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.experiment import draw
-from eflat_ext.optimizer_arguments import trainable_parameters
+from eflat_ext.lab.experiment.runner import draw
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.optim.factories import trainable_parameters
 
 RESULTS = Path(__file__).parent / "results" / "batch_rise.csv"
 STEPS, EVERY, QUARTERS = 128, 4, 4
@@ -50,9 +50,9 @@ CONFIG = FinetuneConfig(steps=STEPS, batch_size=8, lr=LR, test_size=64, device="
 
 def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterator[dict[str, Any]]:
     """One training run, on two batches or more: rows of all directions at each measured step."""
-    task = draw(finetune.prepare(config), examples, 0.0, seed)
-    model, optimizer = finetune.build(config, task, "lora", seed)
-    rate = finetune.warmup_then_linear(config, task.steps)
+    task = draw(comparison.prepare(config), examples, 0.0, seed)
+    model, optimizer = comparison.build(config, task, "lora", seed)
+    rate = comparison.warmup_then_linear(config, task.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     memory = Memory(model)
     factors = memory.factors
@@ -62,7 +62,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
     def backward(batch: Any) -> Tensor:
         """The gradient of the factors, flattened; the loss is not kept."""
         optimizer.zero_grad()
-        cross_entropy(finetune.logits_of(config, model, batch[0]), batch[1]).backward()
+        cross_entropy(comparison.logits_of(config, model, batch[0]), batch[1]).backward()
         return torch.cat([p.grad.flatten() for p in factors if p.grad is not None])
 
     @torch.no_grad()
@@ -72,18 +72,18 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
         def there(**inputs: Tensor) -> Any:
             return functional_call(model, moved, kwargs=inputs)
 
-        return float(cross_entropy(finetune.logits_of(config, there, batch[0]), batch[1]))
+        return float(cross_entropy(comparison.logits_of(config, there, batch[0]), batch[1]))
 
     def fresh(batch: Any) -> Any:
         """Another batch that shares no example with this one."""
         taken = set(examples_of(batch[0]))
         order = torch.randperm(len(task.train), generator=generator).tolist()
         free = [i for i in order if tuple(task.train.inputs[i]["input_ids"]) not in taken]
-        return finetune.collate(task, task.train, free[: config.batch_size])
+        return comparison.collate(task, task.train, free[: config.batch_size])
 
     last = torch.zeros(sum(factor.numel() for factor in factors))
     average = last
-    batches = finetune.shuffled_batches(task, config.batch_size, seed)
+    batches = comparison.shuffled_batches(task, config.batch_size, seed)
     for step, batch in zip(range(task.steps), batches, strict=False):
         known = examples_of(batch[0])
         if step % EVERY == EVERY - 1:

@@ -91,7 +91,7 @@ def pinv_form(*pair: Tensor) -> Tensor:
 
 def gram_in(dtype: torch.dtype, rtol: float | None = None) -> Callable[..., Tensor]:
     """The Gram form in plain torch, computed in a dtype; rtol by default that of the pair's own."""
-    from eflat_ext.derivatives import gram_form
+    from eflat_ext.ops.autograd import gram_form
     from eflat_ext.reference import default_rtol
 
     def gram(*pair: Tensor) -> Tensor:

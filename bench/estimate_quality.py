@@ -6,9 +6,9 @@ LoRA of rank 8 by plain LoRA and by EFlat-LoRA: MiniLM on 256 sentences of the m
 256 openings of news articles, with the settings of the main job; the language model SmolLM2-135M on
 answers to 64 word problems. At steps 0, 1, 20, 60 and 120 the true gradient of every adapted
 layer's whole weight, on the same texts, is compared with what the factors' gradients tell of it.
-The tables give means over layers of cosines and ratios of norms (eflat_ext.estimate says of what),
-the file every layer's own. Runs that the file holds are not repeated, without --again. Half an hour
-on one core for each seed.
+The tables give means over layers of cosines and ratios of norms (analysis/estimate.py says of
+what), the file every layer's own. Runs that the file holds are not repeated, without --again. Half
+an hour on one core for each seed.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ COLUMNS = [
 
 def rows_of(data: str, layers: str, method: str, seed: int) -> list[dict[str, Any]]:
     """A run with adapters on ``layers``: rows for every cutoff and layer at each of the steps."""
-    from eflat_ext import finetune
-    from eflat_ext.config import FinetuneConfig
-    from eflat_ext.estimate import ESTIMATES, estimate_quality
-    from eflat_ext.trained import loss, make_batches
+    from eflat_ext.analysis.estimate import ESTIMATES, estimate_quality
+    from eflat_ext.lab.finetune import comparison
+    from eflat_ext.lab.finetune.config import FinetuneConfig
+    from eflat_ext.lab.measure.trained_models import loss, make_batches
 
     config = FinetuneConfig(
         data=data,
@@ -78,8 +78,8 @@ def rows_of(data: str, layers: str, method: str, seed: int) -> list[dict[str, An
         device="cpu",
         **SETTINGS[data],
     )
-    task = finetune.prepare(config)
-    model, optimizer = finetune.build(config, task, method, seed)
+    task = comparison.prepare(config)
+    model, optimizer = comparison.build(config, task, method, seed)
     tokens = task.train
     batches = make_batches(task.tokenizer, tokens.inputs, tokens.labels, 32, task.device)
     rtols = [None if cutoff == "default" else float(cutoff) for cutoff in CUTOFFS]
@@ -105,7 +105,7 @@ def rows_of(data: str, layers: str, method: str, seed: int) -> list[dict[str, An
             measure(step)
 
     measure(0)
-    finetune.train(config, task, method, seed, model, optimizer, on_step)
+    comparison.train(config, task, method, seed, model, optimizer, on_step)
     return rows
 
 

@@ -17,8 +17,8 @@ from remembered import lora_sam_memory
 from rivals import RIVALS
 from variants import VARIANTS
 
-from eflat_ext import cli
-from eflat_ext.data import InputError
+from eflat_ext.lab import cli
+from eflat_ext.lab.data.tables import InputError
 
 METHODS = {**RIVALS, **VARIANTS, "lora-sam-memory": lora_sam_memory}
 

@@ -37,7 +37,7 @@ from timing import arguments, copy_of, interleaved, machine, new_plot, print_tab
 from torch import nn
 
 from eflat_ext import EFlatLoRA
-from eflat_ext.fused_step import adamw_lists
+from eflat_ext.optim.fused_adamw import adamw_lists
 
 SHAPES = {  # name: inputs, outputs
     **{name: (4096, 4096) for name in ("q", "k", "v", "o")},

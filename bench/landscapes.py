@@ -19,16 +19,18 @@ import cyclopts
 from experiment import METHODS as OF_BENCH
 from tables import title
 
-from eflat_ext import finetune, landscape, plan
-from eflat_ext.experiment import Runner
-from eflat_ext.full_space import adapted_layers
-from eflat_ext.landscape_figure import LandscapeConfig
-from eflat_ext.landscape_figure import draw as draw_slices
-from eflat_ext.plan import Run
-from eflat_ext.results import Results, columns_of
-from eflat_ext.trained import Trained, loss, make_batches
+from eflat_ext.analysis import landscape
+from eflat_ext.analysis.full_space import adapted_layers
+from eflat_ext.lab.experiment import plan
+from eflat_ext.lab.experiment.plan import Run
+from eflat_ext.lab.experiment.results import Results, columns_of
+from eflat_ext.lab.experiment.runner import Runner
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.measure.landscape_figure import LandscapeConfig
+from eflat_ext.lab.measure.landscape_figure import draw as draw_slices
+from eflat_ext.lab.measure.trained_models import Trained, loss, make_batches
 
-METHODS = {**finetune.METHODS, **OF_BENCH}
+METHODS = {**comparison.METHODS, **OF_BENCH}
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "landscapes.csv"
 EXPERIMENT = HERE / "experiments" / "movies_256.yaml"

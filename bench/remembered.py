@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError
-from eflat_ext.finetune import adamw_settings
-from eflat_ext.optimizer_arguments import trainable_parameters
-from eflat_ext.pairs import LoraPair, find_pairs
+from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.finetune.comparison import adamw_settings
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lora import LoraPair, find_pairs
+from eflat_ext.optim.factories import trainable_parameters
 from eflat_ext.perturbation.base import Perturbation
 
 Example = tuple[int, ...]  # its tokens

@@ -35,7 +35,7 @@ from summary import (
 )
 from tables import COMPARED, STEP, compared_cells, percent, plain, step_rows, table, title
 
-from eflat_ext.results import Row
+from eflat_ext.lab.experiment.results import Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

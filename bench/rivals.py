@@ -1,6 +1,6 @@
 """Rivals of EFlat-LoRA that also take one gradient per step, written from their papers.
 
-Both are AdamW with something around its step, and take the factors of a model from eflat_ext.pairs.
+Both are AdamW with something around its step, and take the factors of a model from eflat_ext.lora.
 
 Flat-LoRA by random perturbation (Li et al., arXiv 2409.14396), here "random-flat": the gradient is
 taken at ``W + noise``, W = W0 + s B A, the noise of row i drawn from a normal distribution of
@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.finetune import adamw_settings
-from eflat_ext.optimizer_arguments import trainable_parameters
-from eflat_ext.pairs import LoraPair, find_pairs
+from eflat_ext.lab.finetune.comparison import adamw_settings
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lora import LoraPair, find_pairs
+from eflat_ext.optim.factories import trainable_parameters
 
 
 class RandomFlatLoRA(torch.optim.AdamW):

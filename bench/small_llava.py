@@ -31,9 +31,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from eflat_ext import finetune
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import Splits, Table
+from eflat_ext.lab.data.tables import Splits, Table
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.finetune.config import FinetuneConfig
 
 PIXELS, PATCH, WIDTH, LAYERS = 64, 8, 64, 2
 SPECIAL = ["<pad>", "<unk>", "<image>", "<ask>", "<answer>", "<end>"]
@@ -157,15 +157,15 @@ def main(output: Path, *, steps: int = 4000, batch_size: int = 32, lr: float = 2
     )
     test = test.rows(range(1000))
     parts = [
-        finetune.encode(config, processor, part)
+        comparison.encode(config, processor, part)
         for part in (train.rows(range(steps * batch_size)[: len(train)]), test)
     ]
     splits = Splits(train, test, test, [])
-    task = finetune.Task(config.model, processor, splits, *parts, torch.device("cpu"), steps)
+    task = comparison.Task(config.model, processor, splits, *parts, torch.device("cpu"), steps)
     model = make_model(processor.tokenizer)
-    optimizer = finetune.METHODS["full"](config, model, steps)
+    optimizer = comparison.METHODS["full"](config, model, steps)
     bar = iter(track(itertools.count(), "pretraining", total=steps))
-    result = finetune.train(config, task, "full", 0, model, optimizer, lambda loss: next(bar))
+    result = comparison.train(config, task, "full", 0, model, optimizer, lambda loss: next(bar))
     print({name: result.metrics[name] for name in ("accuracy", "loss", "train_loss")})
     model.save_pretrained(config.model)
     processor.save_pretrained(config.model)

@@ -29,10 +29,11 @@ import torch
 from experiment import METHODS as OF_BENCH
 from timing import arguments, machine, new_plot, print_table, write_json
 
-from eflat_ext import finetune, plan
-from eflat_ext.config import FinetuneConfig
+from eflat_ext.lab.experiment import plan
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.finetune.config import FinetuneConfig
 
-BUILDERS = {**finetune.METHODS, **OF_BENCH}
+BUILDERS = {**comparison.METHODS, **OF_BENCH}
 PLAN = plan.load(Path(__file__).parent / "experiments" / "movies_256.yaml", BUILDERS)
 METHODS = {method.name: method for method in PLAN.methods}
 CONFIG = FinetuneConfig(train_size=1000, test_size=100)
@@ -42,7 +43,7 @@ def stepper(task, name, batches):
     """A function that takes one training step of a method on batch number i."""
     method = METHODS[name]
     config = replace(CONFIG, **method.settings)
-    model, optimizer = finetune.build(config, task, method.builder, 0, BUILDERS)
+    model, optimizer = comparison.build(config, task, method.builder, 0, BUILDERS)
     model.train()
 
     def step(i):
@@ -59,13 +60,13 @@ def stepper(task, name, batches):
 
 
 def first_batches(task, count):
-    batches = finetune.shuffled_batches(task, CONFIG.batch_size, seed=0)
+    batches = comparison.shuffled_batches(task, CONFIG.batch_size, seed=0)
     return [next(batches) for _ in range(count)]
 
 
 def measure(methods, steps):
     """Median ratio of each method's step to LoRA's, and LoRA's median seconds."""
-    task = finetune.prepare(CONFIG)
+    task = comparison.prepare(CONFIG)
     batches = first_batches(task, 8)
     step_of = {method: stepper(task, method, batches) for method in methods}
     seconds = {method: [] for method in methods}
@@ -96,7 +97,7 @@ def in_a_process(*arguments):
 
 def peak_memory(method):
     """MiB of the largest resident set of a process that takes some steps of `method`."""
-    task = finetune.prepare(CONFIG)
+    task = comparison.prepare(CONFIG)
     batches = first_batches(task, 8)
     step = stepper(task, method, batches)
     for i in range(8):

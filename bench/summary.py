@@ -19,7 +19,7 @@ import csv_rows
 import numpy as np
 from scipy import stats
 
-from eflat_ext.results import KEY, Row
+from eflat_ext.lab.experiment.results import KEY, Row
 
 BASELINE = "lora"
 PUBLISHED = "eflat"

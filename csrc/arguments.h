@@ -1,6 +1,6 @@
 // Tensors → Problem, with every argument checked before anything is computed.
 //
-// The stable ABI can only throw RuntimeError; eflat_ext/ops.py turns these into ValueError and
+// The stable ABI can only throw RuntimeError; eflat_ext/ops turns these into ValueError and
 // TypeError. Messages name the argument, what was given and what was expected.
 #pragma once
 #include <torch/csrc/stable/library.h>

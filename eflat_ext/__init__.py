@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from .ops import foreach_perturb, perturb
-from .optimizers import (
+from .optim.eflat import (
     EFlatLoRA,
     FlatLoRA,
     LoRASAM,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .arguments import perturbed
+from .ops.checks import perturbed
 
 
 def default_rtol(A: Tensor, B: Tensor) -> float:

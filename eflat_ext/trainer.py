@@ -27,9 +27,9 @@ try:
 except ImportError as error:
     raise ImportError("eflat_ext.trainer needs transformers: pip install transformers") from error
 
-from .optimizer_base import PerturbingOptimizer
-from .optimizers import create_eflat_optimizer, create_flat_optimizer, create_lora_sam_optimizer
-from .two_gradients import TwoGradients
+from .optim.base import PerturbingOptimizer
+from .optim.eflat import create_eflat_optimizer, create_flat_optimizer, create_lora_sam_optimizer
+from .optim.two_gradients import TwoGradients
 
 __all__ = [
     "OptimizerFactory",

@@ -18,9 +18,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from eflat_ext import create_eflat_optimizer
-from eflat_ext.corpora import movie_reviews
-from eflat_ext.data import split
-from eflat_ext.loading import find_model
+from eflat_ext.lab.data.corpora import movie_reviews
+from eflat_ext.lab.data.tables import split
+from eflat_ext.lab.finetune.loading import find_model
 
 
 def adapted() -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 import cyclopts
 import torch
 
-from eflat_ext import experiment
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.optimizer_arguments import trainable_parameters
+from eflat_ext.lab.experiment import runner
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.optim.factories import trainable_parameters
 
 FILE = """
 settings:
@@ -50,8 +50,8 @@ def main(steps: int = 8) -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name, "movies.yaml")
         file.write_text(FILE.format(steps=steps), encoding="utf-8")
-        results = experiment.run(file, methods={"sgd": sgd})
-        experiment.run(file, method=["eflat"], methods={"sgd": sgd})
+        results = runner.run(file, methods={"sgd": sgd})
+        runner.run(file, method=["eflat"], methods={"sgd": sgd})
         with results.open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
                 if row["stage"] == "final":

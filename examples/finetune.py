@@ -15,9 +15,9 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
-from eflat_ext import finetune
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.corpora import movie_reviews
+from eflat_ext.lab.data.corpora import movie_reviews
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.finetune.config import FinetuneConfig
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -52,7 +52,7 @@ def main(steps: int = 60, rows: int = 1000) -> None:
         config = FinetuneConfig(
             data=str(data), method=["eflat"], steps=steps, output_dir=Path(name, "run")
         )
-        folder = finetune.run(config) / "eflat" / "seed-0"
+        folder = comparison.run(config) / "eflat" / "seed-0"
         texts = ["A wonderful film, moving and funny.", "Dull, far too long, and badly acted."]
         for text, label in zip(texts, predict(folder, texts), strict=True):
             print(f"{label}: {text}")

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from eflat_ext import create_eflat_optimizer
-from eflat_ext.corpora import movie_reviews
-from eflat_ext.data import split
-from eflat_ext.packaged_models import smollm2
+from eflat_ext.lab.data.corpora import movie_reviews
+from eflat_ext.lab.data.tables import split
+from eflat_ext.lab.finetune.packaged_models import smollm2
 
 
 def load(folder: Path) -> Any:

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from eflat_ext import create_eflat_optimizer
-from eflat_ext.corpora import movie_reviews
+from eflat_ext.lab.data.corpora import movie_reviews
 
 TEST = 2000  # sentences
 

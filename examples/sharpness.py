@@ -5,9 +5,11 @@ python examples/sharpness.py [--steps 20]
 
 import cyclopts
 
-from eflat_ext import finetune, sharpness, trained
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.full_space import mean_loss
+from eflat_ext.analysis import sharpness
+from eflat_ext.analysis.full_space import mean_loss
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lab.measure import trained_models
 
 
 def main(steps: int = 20, rho: float = 0.2) -> None:
@@ -25,13 +27,15 @@ def main(steps: int = 20, rho: float = 0.2) -> None:
         lr=5e-3,
         rho=rho,
     )
-    task = finetune.prepare(config)
+    task = comparison.prepare(config)
     tokens = task.train
-    batches = trained.make_batches(task.tokenizer, tokens.inputs, tokens.labels, 32, task.device)
+    batches = trained_models.make_batches(
+        task.tokenizer, tokens.inputs, tokens.labels, 32, task.device
+    )
     for method in ("lora", "eflat"):
-        model, optimizer = finetune.build(config, task, method, seed=0)
-        finetune.train(config, task, method, 0, model, optimizer)
-        given = (model, trained.loss, batches)
+        model, optimizer = comparison.build(config, task, method, seed=0)
+        comparison.train(config, task, method, 0, model, optimizer)
+        given = (model, trained_models.loss, batches)
         clean = mean_loss(*given)
         worst = sharpness.worst_case(*given, rho)
         transferred = sharpness.worst_case(*given, rho, transfer="B")

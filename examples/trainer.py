@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from eflat_ext.corpora import movie_reviews
-from eflat_ext.data import Texts, split
-from eflat_ext.loading import find_model
+from eflat_ext.lab.data.corpora import movie_reviews
+from eflat_ext.lab.data.tables import Texts, split
+from eflat_ext.lab.finetune.loading import find_model
 from eflat_ext.trainer import PerturbationMixin, eflat_optimizer, flat_optimizer
 
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from eflat_ext.corpora import movie_reviews
+from eflat_ext.lab.data.corpora import movie_reviews
 from eflat_ext.trainer import PerturbationMixin, eflat_optimizer, flat_optimizer
 
 

@@ -14,12 +14,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from eflat_ext import (
-    EFlatLoRA,
-    EFlatPerturbation,
-    create_eflat_optimizer,
-    create_flat_optimizer,
-)
+from eflat_ext import EFlatLoRA, EFlatPerturbation, create_eflat_optimizer, create_flat_optimizer
 
 ADAMW = torch.optim.AdamW
 

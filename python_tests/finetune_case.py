@@ -2,7 +2,7 @@
 
 from tiny_model import make_rows, save_tiny_model, write_csv
 
-from eflat_ext import finetune
+from eflat_ext.lab.finetune import comparison
 
 METHODS = ["lora", "eflat", "flat", "lora-sam", "full"]
 
@@ -21,9 +21,9 @@ def make_settings(folder):
 
 
 def one_run(config, method="lora", seed=0):
-    task = finetune.prepare(config)
-    model, optimizer = finetune.build(config, task, method, seed)
-    return finetune.train(config, task, method, seed, model, optimizer), model, task
+    task = comparison.prepare(config)
+    model, optimizer = comparison.build(config, task, method, seed)
+    return comparison.train(config, task, method, seed, model, optimizer), model, task
 
 
 def figures(metrics):

@@ -29,8 +29,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from eflat_ext import EFlatPerturbation, reference
-from eflat_ext.dtensors import laid_out_as
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
+from eflat_ext.perturbation.dtensors import laid_out_as
 
 
 def against_one_process(

@@ -12,10 +12,10 @@ from typing import Any
 
 from tiny_model import make_rows, save_tiny_model, write_csv, write_jsonl
 
-from eflat_ext import finetune
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.landscape_figure import LandscapeConfig
-from eflat_ext.measure import SharpnessConfig
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lab.measure.landscape_figure import LandscapeConfig
+from eflat_ext.lab.measure.sharpness_table import SharpnessConfig
 
 OPTIONS = [field.name for field in fields(FinetuneConfig)]
 MEASURING = {
@@ -185,7 +185,7 @@ def _make_runs(folder: Path) -> None:
         method=["lora"],
         output_dir=folder / "run",
     )
-    finetune.run(config)
+    comparison.run(config)
     settings = (folder / "run" / "config.yaml").read_text(encoding="utf-8")
     for name, file, content in (
         ("run-no-config", "config.yaml", None),

@@ -24,9 +24,9 @@ from trainer_case import PerturbingTrainer, arguments, make, own
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from eflat_ext import finetune
 from eflat_ext import trainer as ours
-from eflat_ext.config import FinetuneConfig
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.finetune.config import FinetuneConfig
 
 STEPS, EVERY = 10, 2  # saved at every second step
 HOOKS = {"eflat": ours.eflat_optimizer, "flat": ours.flat_optimizer}
@@ -116,7 +116,7 @@ def train(
 def compare(settings: dict[str, Any]) -> None:
     """``eflat finetune``."""
     torch.set_num_threads(1)
-    finetune.run(FinetuneConfig(**settings))
+    comparison.run(FinetuneConfig(**settings))
 
 
 def _count_writes(tear: tuple[int, float] | None) -> list[int]:

@@ -4,8 +4,8 @@ import csv
 
 from tiny_model import make_rows, save_tiny_model, write_csv
 
-from eflat_ext import finetune
-from eflat_ext.config import FinetuneConfig
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.finetune.config import FinetuneConfig
 
 SMALL = ["--examples", "40", "--batch-size", "16", "--device", "cpu"]
 
@@ -23,7 +23,7 @@ def make_run(folder):
         device="cpu",
         output_dir=folder / "run",
     )
-    finetune.run(config)
+    comparison.run(config)
     return folder
 
 

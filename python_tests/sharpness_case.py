@@ -7,7 +7,7 @@ from models import batches, lora_mlp, loss_of
 from torch import nn
 from torch.func import functional_call
 
-from eflat_ext.full_space import adapted_layers, gradients
+from eflat_ext.analysis.full_space import adapted_layers, gradients
 
 DATA = batches(2)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eflat_ext import reference
-from eflat_ext.optimizers import (
+from eflat_ext.optim.eflat import (
     EFlatLoRA,
     create_eflat_optimizer,
     create_flat_optimizer,

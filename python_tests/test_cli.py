@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from tiny_model import make_rows, save_tiny_model, write_csv, write_jsonl
 
-from eflat_ext import cli, finetune
+from eflat_ext.lab import cli
+from eflat_ext.lab.finetune import comparison
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
 
 
 def eflat(*arguments, **options):
     """Run ``eflat`` as a process and wait for it."""
-    command = [sys.executable, "-m", "eflat_ext.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "eflat_ext.lab.cli", *map(str, arguments)]
     options = {"env": ENVIRONMENT, "timeout": 300} | options
     return subprocess.run(command, capture_output=True, text=True, **options)
 
@@ -108,7 +109,7 @@ def test_help_names_every_option_and_default():
     assert run.returncode == 0 and run.stderr == ""
     from dataclasses import fields
 
-    from eflat_ext.config import FinetuneConfig
+    from eflat_ext.lab.finetune.config import FinetuneConfig
 
     for field in fields(FinetuneConfig):
         assert f"--{field.name.replace('_', '-')} " in run.stdout
@@ -139,7 +140,7 @@ def test_a_missing_package_is_named_with_those_that_are_on_the_index(capsys, mon
     def no_peft(*_):
         raise ModuleNotFoundError("No module named 'peft'")
 
-    monkeypatch.setattr(finetune, "run", no_peft)
+    monkeypatch.setattr(comparison, "run", no_peft)
     words = ["No module named 'peft'", "pip install peft transformers"]
     fails_with_one_sentence(capsys, ["finetune"], words)
 
@@ -294,7 +295,7 @@ def test_a_process_ends_with_exit_code_2_without_traceback(tmp_path):
 def test_ctrl_c_ends_cleanly_and_keeps_what_is_done(tiny, tmp_path):
     _, options = tiny
     given = options("--steps", 1_000_000, "--output-dir", tmp_path / "run")
-    command = [sys.executable, "-m", "eflat_ext.cli", "finetune", *given]
+    command = [sys.executable, "-m", "eflat_ext.lab.cli", "finetune", *given]
     process = subprocess.Popen(
         command,
         env=ENVIRONMENT,

@@ -1,4 +1,4 @@
-"""What eflat_ext.corpora promises: known texts out of packages, honest about what goes wrong."""
+"""What lab.data.corpora promises: known texts out of packages, honest about what goes wrong."""
 
 import io
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from eflat_ext import corpora
-from eflat_ext.corpora import movie_reviews
-from eflat_ext.data import InputError, read, split
+from eflat_ext.lab.data import corpora
+from eflat_ext.lab.data.corpora import movie_reviews
+from eflat_ext.lab.data.tables import InputError, read, split
 
 
 def test_movie_reviews_are_the_known_ones():

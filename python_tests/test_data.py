@@ -1,4 +1,4 @@
-"""What eflat_ext.data promises: reading of tables, disjoint splits."""
+"""What eflat_ext.lab.data.tables promises: reading of tables, disjoint splits."""
 
 import json
 import sys
@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from eflat_ext.corpora import movie_reviews
-from eflat_ext.data import InputError, LeftOut, Table, read, split
+from eflat_ext.lab.data.corpora import movie_reviews
+from eflat_ext.lab.data.tables import InputError, LeftOut, Table, read, split
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from eflat_ext import reference
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
 
 Edit = Callable[[nn.Module], None]
 

@@ -6,7 +6,7 @@ from models import lora_mlp, loss_of
 from sharpness_case import DATA, gradient_of, trained_mlp
 
 from eflat_ext import reference
-from eflat_ext.estimate import ESTIMATES, estimate_quality, mean_over_layers
+from eflat_ext.analysis.estimate import ESTIMATES, estimate_quality, mean_over_layers
 
 
 def test_estimates_are_the_papers():

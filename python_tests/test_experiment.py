@@ -1,4 +1,4 @@
-"""What eflat_ext.experiment promises: a grid on equal terms, tuned on validation, resumable."""
+"""What lab.experiment promises: a grid on equal terms, tuned on validation, resumable."""
 
 import os
 import signal
@@ -15,9 +15,10 @@ import yaml
 from experiment_case import SHARPNESS, make_content, rows_of, write
 from tiny_model import make_rows, write_csv
 
-from eflat_ext import experiment, finetune, plan
-from eflat_ext.data import InputError, flip_labels, with_typos
-from eflat_ext.results import Results, columns_of
+from eflat_ext.lab.data.tables import InputError, flip_labels, with_typos
+from eflat_ext.lab.experiment import plan, runner
+from eflat_ext.lab.experiment.results import Results, columns_of
+from eflat_ext.lab.finetune import comparison
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +37,23 @@ def figures(path):
 def finished(content, tmp_path_factory):
     """The CSV file of the whole experiment."""
     folder = tmp_path_factory.mktemp("finished")
-    return experiment.run(write(folder, content, sharpness=SHARPNESS))
+    return runner.run(write(folder, content, sharpness=SHARPNESS))
 
 
 def test_a_part_is_run_alone_and_is_no_different(content, finished, tmp_path, capsys):
     tasks = {"words": {"train_size": 48}, "more": {"train_size": 64}}
     methods = {**content["methods"], "flat": {"rho": 0.1}}
     path = write(tmp_path, content, tasks=tasks, methods=methods, sharpness=SHARPNESS)
-    part = experiment.run(path, task=["words"], method=["eflat-global"])
+    part = runner.run(path, task=["words"], method=["eflat-global"])
     assert figures(part) == figures(finished)  # with lora, which it is like
     assert "14 of 14 runs" in capsys.readouterr().out
-    experiment.run(path, task=["words"], method=["flat"])
+    runner.run(path, task=["words"], method=["flat"])
     assert {(r["task"], r["method"]) for r in rows_of(part)} == {
         ("words", name) for name in methods
     }
     for wrong in ({"task": ["word"]}, {"method": ["eflat"]}):
         with pytest.raises(InputError, match=r"has no '(word|eflat)', but (words|lora), "):
-            experiment.run(path, **wrong)
+            runner.run(path, **wrong)
 
 
 def test_typos_swap_inner_letters_of_a_share_of_words():
@@ -76,7 +77,7 @@ def test_typos_swap_inner_letters_of_a_share_of_words():
 
 def test_a_misspelt_test_part_is_a_further_test(content, tmp_path):
     tasks = {"words": {"train_size": 48, "also_test": ["typos"]}}
-    rows = rows_of(experiment.run(write(tmp_path, content, tasks=tasks, methods={"lora": {}})))
+    rows = rows_of(runner.run(write(tmp_path, content, tasks=tasks, methods={"lora": {}})))
     assert all(row["loss@typos"] != row["loss"] and row["accuracy@typos"] for row in rows)
 
 
@@ -122,7 +123,7 @@ def test_a_choice_from_the_test_part_is_refused(finished, content, tmp_path):
     path = write(tmp_path, content, sharpness=SHARPNESS)
     tampered = tmp_path / "grid.csv"
     tampered.write_text(finished.read_text().replace(",validation,", ",test,"))
-    grid = plan.load(path, finetune.METHODS)
+    grid = plan.load(path, comparison.METHODS)
     results = Results(tampered, columns_of(grid))
     with pytest.raises(AssertionError, match="validation part alone"):
         results.chosen(grid, grid.tasks[0], grid.methods[0])
@@ -130,8 +131,8 @@ def test_a_choice_from_the_test_part_is_refused(finished, content, tmp_path):
 
 def test_a_finished_experiment_runs_nothing_and_shows_its_means(finished, monkeypatch, capsys):
     before = finished.read_bytes()
-    monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("trained again"))
-    experiment.run(finished.with_name("grid.yaml"))
+    monkeypatch.setattr(comparison, "train", lambda *a, **k: pytest.fail("trained again"))
+    runner.run(finished.with_name("grid.yaml"))
     assert finished.read_bytes() == before
     shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "words" in shown
@@ -154,7 +155,7 @@ def test_rows_of_runs_that_the_file_has_no_more_do_not_count(finished, content, 
         tmp_path, content, sharpness=SHARPNESS, methods={**content["methods"], "lora": lora}
     )
     (tmp_path / "grid.csv").write_bytes(finished.read_bytes())
-    experiment.run(path)
+    runner.run(path)
     out, err = capsys.readouterr()
     assert "12 of 12 runs" in out and "12/12" in err
     assert rows_of(tmp_path / "grid.csv") == rows_of(finished)
@@ -164,7 +165,7 @@ def test_a_row_cut_off_is_run_again(finished, content, tmp_path):
     path = write(tmp_path, content, sharpness=SHARPNESS)
     whole = finished.read_bytes()
     (tmp_path / "grid.csv").write_bytes(whole[: int(0.7 * len(whole))])
-    assert figures(experiment.run(path)) == figures(finished)
+    assert figures(runner.run(path)) == figures(finished)
 
 
 def test_killed_processes_go_on_where_they_were(finished, content, tmp_path):
@@ -180,7 +181,7 @@ def test_killed_processes_go_on_where_they_were(finished, content, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     kept = csv_file.read_bytes()
-    assert experiment.run(path) == csv_file
+    assert runner.run(path) == csv_file
     assert csv_file.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
     assert figures(csv_file) == figures(finished)
 
@@ -191,13 +192,13 @@ def test_other_settings_than_the_rows_have_are_refused(finished, content, tmp_pa
     settings = {**content["settings"], "steps": 5}
     path = write(tmp_path, content, sharpness=SHARPNESS, settings=settings)
     with pytest.raises(InputError, match="with other settings"):
-        experiment.run(path)
+        runner.run(path)
     path = write(tmp_path, content, sharpness=SHARPNESS)
     for columns in (b"run_seconds", b"device,run_seconds", b"run_seconds,device,loss@other"):
         other = before.replace(b"run_seconds,device", columns, 1)
         (tmp_path / "grid.csv").write_bytes(other)
         with pytest.raises(InputError, match="other columns"):
-            experiment.run(path)
+            runner.run(path)
         assert (tmp_path / "grid.csv").read_bytes() == other
 
 
@@ -210,7 +211,7 @@ def test_a_task_with_further_tests_is_added_to_the_rows_that_are_there(
     path = write(tmp_path, content, tasks=tasks, sharpness=SHARPNESS)
     file = tmp_path / "grid.csv"
     file.write_bytes(finished.read_bytes() + b"a row cut off")
-    experiment.run(path, method=["lora"])
+    runner.run(path, method=["lora"])
     old, new = rows_of(finished), rows_of(file)
     names = [f"{figure}@{data}" for data in ("typos", other) for figure in ("accuracy", "loss")]
     assert new[: len(old)] == [row | dict.fromkeys(names, "") for row in old]
@@ -220,11 +221,11 @@ def test_a_task_with_further_tests_is_added_to_the_rows_that_are_there(
     # Those of a task that is put first come first.
     tasks = {"first": {"also_test": [other]}, **tasks}
     path = write(tmp_path, content, tasks=tasks, sharpness=SHARPNESS)
-    monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(comparison, "train", lambda *a, **k: pytest.fail("trained again"))
     before = file.read_bytes()
-    experiment.run(path, task=["words", "more"], method=["lora"])
+    runner.run(path, task=["words", "more"], method=["lora"])
     assert file.read_bytes() == before  # nothing was to run
-    grid = plan.load(path, finetune.METHODS)
+    grid = plan.load(path, comparison.METHODS)
     Results(file, columns_of(grid)).make_file()
     assert rows_of(file) == new
     assert list(rows_of(file)[0]) == columns_of(grid)
@@ -243,10 +244,10 @@ def test_methods_of_one_seed_train_on_the_same(content, tmp_path, monkeypatch):
         )
         raise RuntimeError("seen")
 
-    monkeypatch.setattr(finetune, "train", train)
-    methods = {name: {} for name in finetune.METHODS}
+    monkeypatch.setattr(comparison, "train", train)
+    methods = {name: {} for name in comparison.METHODS}
     with pytest.raises(SystemExit, match="15 of 15 runs failed, the first with RuntimeError: seen"):
-        experiment.run(write(tmp_path, content, methods=methods))
+        runner.run(write(tmp_path, content, methods=methods))
     assert len(seen) == 3
     for tasks in seen.values():
         assert len(tasks) == len(methods)
@@ -257,27 +258,29 @@ def test_methods_of_one_seed_train_on_the_same(content, tmp_path, monkeypatch):
 
 def test_a_method_with_tokens_of_its_own_trains_on_them(content, tmp_path, monkeypatch):
     prepared = []
-    prepare = finetune.prepare
-    monkeypatch.setattr(finetune, "prepare", lambda c: prepared.append(c.max_length) or prepare(c))
+    prepare = comparison.prepare
+    monkeypatch.setattr(
+        comparison, "prepare", lambda c: prepared.append(c.max_length) or prepare(c)
+    )
     methods = {"lora": {}, "short": {"method": "lora", "max_length": 3}, "flat": {"rho": 0.1}}
     path = write(tmp_path, content, methods=methods, seeds=[0])
-    together = {row["method"]: row for row in rows_of(experiment.run(path))}
+    together = {row["method"]: row for row in rows_of(runner.run(path))}
     assert prepared == [32, 3, 32]
     (tmp_path / "grid.csv").unlink()
-    (alone,) = rows_of(experiment.run(path, method=["short"]))
+    (alone,) = rows_of(runner.run(path, method=["short"]))
     assert together["short"]["loss"] == alone["loss"] != together["lora"]["loss"]
     prepared.clear()
     path = write(tmp_path, content, methods={"lora": {}, "flat": {"rho": 0.1}}, results="two.csv")
-    experiment.run(path)
+    runner.run(path)
     assert prepared == [32]
 
 
 def test_training_sentences_are_none_of_the_held_out_ones(content, tmp_path):
-    grid = plan.load(write(tmp_path, content), finetune.METHODS)
+    grid = plan.load(write(tmp_path, content), comparison.METHODS)
     run = plan.Run("final", grid.tasks[0], grid.methods[0], 0, {})
-    pool = finetune.prepare(replace(run.config(), train_size=None))
+    pool = comparison.prepare(replace(run.config(), train_size=None))
     for seed in range(5):
-        task = experiment.draw(pool, 48, 0.0, seed)
+        task = runner.draw(pool, 48, 0.0, seed)
         drawn = {tuple(row["input_ids"]) for row in task.train.inputs}
         assert len(task.train) == 48
         assert not drawn & {tuple(row["input_ids"]) for row in task.held_out.inputs}
@@ -286,10 +289,10 @@ def test_training_sentences_are_none_of_the_held_out_ones(content, tmp_path):
 
 
 def test_label_noise_changes_as_many_labels_as_it_says(content, tmp_path):
-    grid = plan.load(write(tmp_path, content), finetune.METHODS)
+    grid = plan.load(write(tmp_path, content), comparison.METHODS)
     run = plan.Run("final", grid.tasks[0], grid.methods[0], 0, {})
-    pool = finetune.prepare(replace(run.config(), train_size=None))
-    clean, noisy = (experiment.draw(pool, 50, share, 3) for share in (0.0, 0.2))
+    pool = comparison.prepare(replace(run.config(), train_size=None))
+    clean, noisy = (runner.draw(pool, 50, share, 3) for share in (0.0, 0.2))
     assert clean.train.inputs == noisy.train.inputs
     pairs = zip(clean.train.labels, noisy.train.labels, strict=True)
     assert sum(a != b for a, b in pairs) == 10
@@ -304,14 +307,14 @@ def test_further_tests_hold_no_sentence_of_the_task(content, tmp_path):
     other = write_csv(tmp_path / "other.csv", rows)
     task = {"words": {"train_size": 48, "also_test": [other]}}
     path = write(tmp_path, content, tasks=task, methods={"lora": {}}, seeds=[0])
-    (row,) = rows_of(experiment.run(path))
+    (row,) = rows_of(runner.run(path))
     wrong = (1 - float(row[f"accuracy@{other}"])) * 60
     assert wrong == pytest.approx(round(wrong), abs=1e-6)  # of the 60 new ones alone
 
 
 def test_lists_of_sizes_and_noise_are_tasks_of_their_own(content, tmp_path):
     tasks = {"w": {"train_size": [16, 32], "label_noise": [0, 0.25]}}
-    grid = plan.load(write(tmp_path, content, tasks=tasks), finetune.METHODS)
+    grid = plan.load(write(tmp_path, content, tasks=tasks), comparison.METHODS)
     assert [(t.name, t.settings["train_size"], t.label_noise) for t in grid.tasks] == [
         ("w-16-noise0", 16, 0.0),
         ("w-16-noise25", 16, 0.25),
@@ -322,12 +325,12 @@ def test_lists_of_sizes_and_noise_are_tasks_of_their_own(content, tmp_path):
 
 
 def test_peak_memory_is_of_the_block_alone():
-    with experiment._peak_memory() as before:
+    with runner._peak_memory() as before:
         pass
-    with experiment._peak_memory() as during:
+    with runner._peak_memory() as during:
         block = torch.ones(64 * 2**20 // 4)
         del block
-    with experiment._peak_memory() as after:
+    with runner._peak_memory() as after:
         pass
     if before:
         assert during["peak_memory_mib"] - before["peak_memory_mib"] > 32

@@ -1,4 +1,4 @@
-"""What eflat_ext.experiment does with runs that fail and files that cannot be used."""
+"""What eflat_ext.lab.experiment.runner does with runs that fail and files that cannot be used."""
 
 import importlib
 from pathlib import Path
@@ -7,7 +7,9 @@ import pytest
 from experiment_case import SHARPNESS, make_content, rows_of, write
 from tiny_model import make_rows, write_csv
 
-from eflat_ext import cli, experiment, finetune, plan, results
+from eflat_ext.lab import cli
+from eflat_ext.lab.experiment import plan, results, runner
+from eflat_ext.lab.finetune import comparison
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def content(tmp_path_factory):
 def failing(config, model, steps):
     if config.rho > 0.1:
         raise RuntimeError("out of\nluck")
-    return finetune.METHODS["eflat"](config, model, steps)
+    return comparison.METHODS["eflat"](config, model, steps)
 
 
 def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_path, capsys):
@@ -30,7 +32,7 @@ def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_
     }
     path, file = write(tmp_path, content, methods=methods), tmp_path / "grid.csv"
     with pytest.raises(SystemExit, match="4 of 12 runs failed, the first with RuntimeError: out"):
-        experiment.run(path, methods={"failing": failing})
+        runner.run(path, methods={"failing": failing})
     rows = rows_of(file)
     failed = [row for row in rows if row["status"] == "failed"]
     assert {row["error"] for row in failed} == {"RuntimeError: out of"}
@@ -47,10 +49,10 @@ def test_failed_runs_are_kept_and_shown_and_tried_again_when_asked(content, tmp_
     assert "12 of 18 runs" in out and "12/18 final" in err
     before = len(rows)
     with pytest.raises(SystemExit):
-        experiment.run(path, methods={"failing": failing})
+        runner.run(path, methods={"failing": failing})
     assert len(rows_of(file)) == before
     capsys.readouterr()
-    experiment.run(path, methods={"failing": finetune.METHODS["eflat"]}, retry_failed=True)
+    runner.run(path, methods={"failing": comparison.METHODS["eflat"]}, retry_failed=True)
     assert "hopeless" in {row["method"] for row in rows_of(file) if row["stage"] == "final"}
     out, err = capsys.readouterr()
     counted = [line.partition(" ")[0] for line in err.splitlines() if " seed " in line]
@@ -88,7 +90,7 @@ def make_further_test(folder, kind):
 def test_what_final_runs_cannot_use_is_found_before_the_first_tuning_run(
     content, tmp_path, capsys, monkeypatch, wrong, words
 ):
-    monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(comparison, "train", lambda *a, **k: pytest.fail("trained"))
     if wrong == "layers":
         path = write(tmp_path, content, sharpness={**SHARPNESS, "layers": ["qurey"]})
     else:
@@ -152,7 +154,7 @@ def test_files_of_others_are_refused_and_stay_as_they_are(content, tmp_path, cap
 
 def test_a_file_cut_off_within_its_header_is_begun_anew(content, tmp_path):
     path = write(tmp_path, content)
-    columns = results.columns_of(plan.load(path, finetune.METHODS))
+    columns = results.columns_of(plan.load(path, comparison.METHODS))
     file = tmp_path / "grid.csv"
     file.write_text(",".join(columns)[:-30])
     results.Results(file, columns)
@@ -161,7 +163,7 @@ def test_a_file_cut_off_within_its_header_is_begun_anew(content, tmp_path):
 
 def test_columns_that_cannot_be_added_leave_the_file_as_it_is(content, tmp_path, capsys):
     path = write(tmp_path, content, tasks={"words": {"also_test": ["typos"]}})
-    columns = results.columns_of(plan.load(path, finetune.METHODS))
+    columns = results.columns_of(plan.load(path, comparison.METHODS))
     before = ",".join(columns[:-2]) + "\n"
     (tmp_path / "grid.csv").write_text(before)
     (tmp_path / "unfinished-grid.csv").mkdir()
@@ -182,7 +184,7 @@ def test_a_method_whose_data_are_missing_is_found_before_the_first_run(content, 
 def test_results_that_cannot_be_written_are_refused_before_the_first_run(
     content, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(comparison, "train", lambda *a, **k: pytest.fail("trained"))
     path = write(tmp_path, content, results="/proc/none.csv")
     assert cli.main(["experiment", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -267,7 +269,7 @@ def test_tasks_and_methods_may_be_names_alone(content, tmp_path):
     path = write(tmp_path, content, tasks={"words": None}, methods={"lora": None})
     path.write_text(path.read_text().replace(" null", ""))
     assert "words:\n" in path.read_text()
-    grid = plan.load(path, finetune.METHODS)
+    grid = plan.load(path, comparison.METHODS)
     assert grid.tasks[0].settings == {**content["settings"], "train_size": None}
     assert grid.methods == [plan.Method("lora", "lora")]
 
@@ -275,7 +277,7 @@ def test_tasks_and_methods_may_be_names_alone(content, tmp_path):
 def test_the_file_of_the_page_can_be_used(tmp_path):
     page = Path(__file__).parent.parent / "docs" / "experiment.md"
     (tmp_path / "movies.yaml").write_text(page.read_text().split("```yaml\n")[1].split("```")[0])
-    grid = plan.load(tmp_path / "movies.yaml", finetune.METHODS)
+    grid = plan.load(tmp_path / "movies.yaml", comparison.METHODS)
     assert [task.name for task in grid.tasks] == ["movies-64", "movies-256"]
     assert grid.results == tmp_path / "movies.csv" and grid.count() == 2 * (3 * 3 * 2 + 3 * 5)
 
@@ -283,7 +285,7 @@ def test_the_file_of_the_page_can_be_used(tmp_path):
 def test_yaml_numbers_without_a_dot_are_numbers(content, tmp_path):
     path = write(tmp_path, content)
     path.write_text(path.read_text().replace("0.001", "1e-3"))
-    grid = plan.load(path, finetune.METHODS)
+    grid = plan.load(path, comparison.METHODS)
     assert grid.methods[0].tune["lr"] == [1e-3, 1e-2]
 
 

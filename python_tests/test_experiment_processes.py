@@ -15,8 +15,10 @@ import pytest
 import torch
 from experiment_case import SHARPNESS, make_content, write
 
-from eflat_ext import cli, experiment, finetune
-from eflat_ext.data import InputError
+from eflat_ext.lab import cli
+from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.experiment import runner
+from eflat_ext.lab.finetune import comparison
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def test_one_process_has_one_thread_while_it_runs(content, tmp_path, fails):
 
     def noting(config, model, steps):
         seen.append(torch.get_num_threads())
-        return finetune.METHODS["lora"](config, model, steps)
+        return comparison.METHODS["lora"](config, model, steps)
 
     layers = ["none"] if fails else SHARPNESS["layers"]
     path = write(
@@ -44,7 +46,7 @@ def test_one_process_has_one_thread_while_it_runs(content, tmp_path, fails):
     torch.set_num_threads(3)
     try:
         with pytest.raises(InputError) if fails else contextlib.nullcontext():
-            experiment.run(path, methods={"noting": noting})
+            runner.run(path, methods={"noting": noting})
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
@@ -59,7 +61,7 @@ def endless(config, model, steps):
 def after_endless(config, model, steps):
     while not Path(config.data).with_name("begun").exists():
         time.sleep(0.1)
-    return finetune.METHODS["lora"](config, model, steps)
+    return comparison.METHODS["lora"](config, model, steps)
 
 
 def test_an_error_ends_the_runs_of_other_processes(content, tmp_path):
@@ -79,7 +81,7 @@ def test_an_error_ends_the_runs_of_other_processes(content, tmp_path):
 
     try:
         with pytest.raises(InputError, match=r"sharpness, method 'after' .*\['qurey'\]"):
-            experiment.run(path, jobs=2, methods={"endless": endless, "after": after_endless})
+            runner.run(path, jobs=2, methods={"endless": endless, "after": after_endless})
         deadline = time.monotonic() + 20
         while workers():
             assert time.monotonic() < deadline, "a worker goes on, and Python's exit would wait"
@@ -138,7 +140,7 @@ def test_a_pool_that_breaks_between_runs_is_one_sentence(content, tmp_path, caps
 
         yield submit
 
-    monkeypatch.setattr(experiment, "_workers", workers)
+    monkeypatch.setattr(runner, "_workers", workers)
     assert cli.main(["experiment", str(write(tmp_path, content)), "--jobs", "2"]) == 2
     err = capsys.readouterr().err
     assert err.splitlines()[-1].startswith("eflat: a process was killed, ")

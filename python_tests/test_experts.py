@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from eflat_ext import reference
-from eflat_ext.optimizers import create_eflat_optimizer
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
+from eflat_ext.optim.eflat import create_eflat_optimizer
 
 RANK, EXPERTS = 2, 3
 

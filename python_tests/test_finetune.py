@@ -1,4 +1,4 @@
-"""What eflat_ext.finetune promises: equal terms, repeatable runs, clean and loadable results."""
+"""What lab.finetune promises: equal terms, repeatable runs, clean and loadable results."""
 
 import dataclasses
 import json
@@ -11,9 +11,11 @@ import torch
 from finetune_case import METHODS, figures, make_settings, one_run
 from tiny_model import make_rows, write_csv
 
-from eflat_ext import experiment, finetune, loading, measure, plan
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Texts
+from eflat_ext.lab.data.tables import InputError, Texts
+from eflat_ext.lab.experiment import plan, runner
+from eflat_ext.lab.finetune import comparison, loading
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lab.measure import sharpness_table
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +72,20 @@ def test_a_task_on_pairs_from_training_to_measuring(settings, tmp_path):
     data = write_csv(tmp_path / "data.csv", rows, ("premise", "hypothesis", "label"))
     columns = {"text_column": "premise", "text_pair_column": "hypothesis"}
     config = FinetuneConfig(**{**settings, "data": data}, **columns, output_dir=tmp_path / "run")
-    task = finetune.prepare(config)
+    task = comparison.prepare(config)
     pairs = dict(zip(task.splits.train.texts, task.splits.train.pairs, strict=True))
     assert len(set(task.text_keys())) == len(task.text_keys()) > len(pairs)
-    misspelt = experiment._further_test(config, task, plan.TYPOS)
+    misspelt = runner._further_test(config, task, plan.TYPOS)
     assert len(misspelt.pairs) == len(task.splits.test)
     with pytest.raises(InputError, match=r"data.csv has no text that the task lacks"):
-        experiment._further_test(config, task, data)
+        runner._further_test(config, task, data)
     with pytest.raises(InputError, match=r"holds single texts, but the task pairs of texts"):
-        experiment._further_test(config, task, "amazon-reviews")
-    folder = finetune.run(config) / "lora" / "seed-0"
+        runner._further_test(config, task, "amazon-reviews")
+    folder = comparison.run(config) / "lora" / "seed-0"
     metrics = json.loads((folder / "metrics.json").read_text())
     # Measured on the same texts, the loss is the same.
-    sharpness = measure.SharpnessConfig(rho=[0.1], samples=0, examples=10**6, part="test")
-    rows = measure.run([folder], dataclasses.replace(sharpness, device="cpu"))
+    sharpness = sharpness_table.SharpnessConfig(rho=[0.1], samples=0, examples=10**6, part="test")
+    rows = sharpness_table.run([folder], dataclasses.replace(sharpness, device="cpu"))
     (loss,) = [row["value"] for row in rows if row["measure"] == "loss"]
     assert loss == pytest.approx(metrics["loss"], rel=1e-5)
 
@@ -109,11 +111,11 @@ def test_another_seed_is_another_run(settings):
 
 def test_methods_start_from_the_same_weights_and_batches(settings):
     config = FinetuneConfig(**settings)
-    task = finetune.prepare(config)
-    plain, _ = finetune.build(config, task, "lora", 5)
+    task = comparison.prepare(config)
+    plain, _ = comparison.build(config, task, "lora", 5)
     state = plain.state_dict()
     for method in ("eflat", "flat", "lora-sam"):
-        other = finetune.build(config, task, method, 5)[0].state_dict()
+        other = comparison.build(config, task, method, 5)[0].state_dict()
         assert other.keys() == state.keys()
         assert all(torch.equal(other[name], state[name]) for name in state)
     # B is zero and nothing is averaged yet, so the first loss is the same for all.
@@ -152,9 +154,9 @@ def test_evaluation_is_of_clean_weights_in_eval_mode(settings):
 
 def test_every_sentence_is_seen_once_an_epoch(settings):
     config = FinetuneConfig(**{**settings, "steps": None}, epochs=2, batch_size=7)
-    task = finetune.prepare(config)
+    task = comparison.prepare(config)
     assert task.steps == round(2 * len(task.train) / 7)
-    batches = finetune.shuffled_batches(task, 7, seed=0)
+    batches = comparison.shuffled_batches(task, 7, seed=0)
     per_epoch = math.ceil(len(task.train) / 7)
     epochs = []
     for _ in range(2):
@@ -174,11 +176,11 @@ def rows_of(batch):
 
 
 def test_the_learning_rate_rises_then_falls_to_zero(settings):
-    rate = finetune.warmup_then_linear(FinetuneConfig(warmup=0.2), 50)
+    rate = comparison.warmup_then_linear(FinetuneConfig(warmup=0.2), 50)
     rates = [rate(step) for step in range(51)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[50] == 0.0 and rates[30] == pytest.approx(0.5)
-    assert finetune.warmup_then_linear(FinetuneConfig(warmup=0.0), 1)(0) == 1.0
+    assert comparison.warmup_then_linear(FinetuneConfig(warmup=0.0), 1)(0) == 1.0
 
 
 def test_bfloat16_keeps_trained_weights_in_float32(settings):
@@ -199,7 +201,7 @@ def test_more_than_two_classes_and_a_test_set_of_its_own(tmp_path, settings):
     assert len(task.held_out) == 80
     assert model.config.id2label == {0: "0", 1: "1", 2: "2"}
     assert model.config.num_labels == 3
-    task = finetune.prepare(FinetuneConfig(**given, evaluate_on="validation"))
+    task = comparison.prepare(FinetuneConfig(**given, evaluate_on="validation"))
     assert task.held_out.labels == task.splits.validation.labels
 
 

@@ -21,7 +21,10 @@ from fuzz_cli import UNREADABLE, describe, digest, make_arguments, make_files, s
 from huggingface_hub import constants
 from peft import PeftModel
 
-from eflat_ext import cli, data, finetune, loading, run_folder, trained
+from eflat_ext.lab import cli
+from eflat_ext.lab.data import tables
+from eflat_ext.lab.finetune import comparison, loading, run_folder
+from eflat_ext.lab.measure import trained_models
 
 SEED = int(os.environ.get("EFLAT_FUZZ_SEED", "0"))
 CALLS = int(os.environ.get("EFLAT_FUZZ_CALLS", "1000"))
@@ -35,7 +38,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # it may have been imported before
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # A name that is no file may be one of the hub's; no network is asked here.
-    monkeypatch.setattr(data, "_read_hub", no_hub)
+    monkeypatch.setattr(tables, "_read_hub", no_hub)
     monkeypatch.setattr(loading, "read", strict_read)
     monkeypatch.setattr(run_folder, "plot_losses", lambda path, results: path.write_bytes(b""))
     # Each of these takes as long as all the rest of a call.
@@ -49,18 +52,18 @@ def folder(tmp_path, monkeypatch):
 
 
 def no_hub(source):
-    raise finetune.InputError(f"cannot load the hub data set {source!r}: no network")
+    raise comparison.InputError(f"cannot load the hub data set {source!r}: no network")
 
 
 def strict_read(source, *columns):
     """Reads, and complains of what should have been refused."""
-    table = data.read(source, *columns)
+    table = tables.read(source, *columns)
     assert source not in UNREADABLE, f"{source} was read"
     return table
 
 
 def no_measuring(*_):
-    raise finetune.InputError("nothing is measured here")
+    raise comparison.InputError("nothing is measured here")
 
 
 def pretended(config, task, method, seed, model, optimizer, on_step=lambda loss: None):
@@ -69,7 +72,7 @@ def pretended(config, task, method, seed, model, optimizer, on_step=lambda loss:
     on_step(1.0)
     figures = {"accuracy": 0.5, "loss": 1.0, "train_loss": 1.0, "seconds_per_step": 0.1}
     about = {"method": method, "seed": seed, "evaluated_on": config.evaluate_on, "steps": 1}
-    return finetune.Result(about | figures, [1.0])
+    return comparison.Result(about | figures, [1.0])
 
 
 @pytest.mark.proves(
@@ -77,8 +80,8 @@ def pretended(config, task, method, seed, model, optimizer, on_step=lambda loss:
 )
 def test_random_calls(folder, monkeypatch, capsys):
     files = make_files(folder)
-    load = trained.load
-    train = finetune.train
+    load = trained_models.load
+    train = comparison.train
     before, contents = state_of(folder.parent), digest(folder.parent)
     outcomes: Counter[str] = Counter()
     wrong: list[str] = []
@@ -89,10 +92,10 @@ def test_random_calls(folder, monkeypatch, capsys):
         arguments = make_arguments(rng, files)
         one_step = ("--steps", "1") in itertools.pairwise(arguments)
         real = number % 25 == 0 and one_step
-        monkeypatch.setattr(finetune, "train", train if real else pretended)
+        monkeypatch.setattr(comparison, "train", train if real else pretended)
         # Without options: an odd number of samples or points could take for ever.
         plain = not any(word.startswith("-") for word in arguments)
-        monkeypatch.setattr(trained, "load", load if plain else no_measuring)
+        monkeypatch.setattr(trained_models, "load", load if plain else no_measuring)
         start = time.monotonic()
         try:
             code = cli.main(arguments)

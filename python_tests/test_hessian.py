@@ -13,8 +13,8 @@ from sharpness_case import DATA, flat, merged, trained_mlp
 from torch import nn
 from torch.func import functional_call
 
-from eflat_ext.full_space import adapted_layers
-from eflat_ext.hessian import hessian
+from eflat_ext.analysis.full_space import adapted_layers
+from eflat_ext.analysis.hessian import hessian
 
 needs_library = pytest.mark.skipif(
     importlib.util.find_spec("hessian_eigenthings") is None, reason="hessian-eigenthings is absent"

@@ -12,9 +12,12 @@ import yaml
 from tiny_model import save_tiny_language_model
 from tokenizers import processors
 
-from eflat_ext import cli, experiment, finetune, loading, objective, trained
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Texts, read
+from eflat_ext.lab import cli
+from eflat_ext.lab.data.tables import InputError, Texts, read
+from eflat_ext.lab.experiment import runner
+from eflat_ext.lab.finetune import comparison, loading, objective
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lab.measure import trained_models
 
 pytest.importorskip("PIL")
 Image = pytest.importorskip("PIL.Image")
@@ -80,8 +83,8 @@ def test_images_are_found_from_the_folder_of_the_file(settings, folder, monkeypa
 
 def test_the_inputs_are_the_processors(settings):
     config = FinetuneConfig(**settings)
-    task = finetune.prepare(config)
-    inputs, labels = finetune.collate(task, task.train, [0, 1, 2])
+    task = comparison.prepare(config)
+    inputs, labels = comparison.collate(task, task.train, [0, 1, 2])
     messages = [
         {
             "role": "user",
@@ -105,8 +108,8 @@ def test_the_inputs_are_the_processors(settings):
         assert word == f"{task.splits.train.labels[row]} <end>"
         whole = inputs["input_ids"][row][inputs["attention_mask"][row] == 1].tolist()
         assert whole == [*prompt, *answer]
-    model, _ = finetune.build(config, task, "lora", 0)
-    logits = finetune.logits_of(config, model, inputs)
+    model, _ = comparison.build(config, task, "lora", 0)
+    logits = comparison.logits_of(config, model, inputs)
     own = model(**inputs, labels=labels).loss
     assert objective.loss_of(logits, labels).item() == pytest.approx(own.item(), rel=1e-5)
 
@@ -159,7 +162,7 @@ def test_images_of_several_sizes_for_qwen2_vl(settings, tmp_path):
 
 def test_from_training_to_measuring(settings, folder):
     config = FinetuneConfig(**settings, method=["lora", "eflat", "full"], output_dir=folder / "run")
-    run = finetune.run(config)
+    run = comparison.run(config)
     metrics = {
         method: json.loads((run / method / "seed-0" / "metrics.json").read_text())
         for method in config.method
@@ -167,10 +170,10 @@ def test_from_training_to_measuring(settings, folder):
     assert metrics["full"]["accuracy"] > 0.9  # by the images: the questions tell nothing
     assert metrics["eflat"]["skipped_perturbations"] == 0
     for method in config.method:
-        (one,) = trained.find([run / method / "seed-0"])
-        loaded = trained.load(one, trained.MeasureConfig(part="test", device="cpu"))
+        (one,) = trained_models.find([run / method / "seed-0"])
+        loaded = trained_models.load(one, trained_models.MeasureConfig(part="test", device="cpu"))
         with torch.no_grad():
-            values = [trained.loss(loaded.model, batch).item() for batch in loaded.batches]
+            values = [trained_models.loss(loaded.model, batch).item() for batch in loaded.batches]
         assert sum(values) / len(values) == pytest.approx(metrics[method]["loss"], rel=1e-4)
 
 
@@ -189,7 +192,7 @@ def test_an_experiment_with_images(settings, tmp_path):
     }
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(content))
-    rows = csv_rows.read(experiment.run(path))
+    rows = csv_rows.read(runner.run(path))
     assert [row["status"] for row in rows] == ["ok"] * 2
     assert all(float(row["sharpness_worst"]) > 0 for row in rows)
 
@@ -220,7 +223,7 @@ def test_drawings_in_negative(tmp_path):
 
 def test_wrong_input_is_named(settings, tmp_path, folder):
     def prepare(**changes):
-        finetune.prepare(FinetuneConfig(**{**settings, **changes}))
+        comparison.prepare(FinetuneConfig(**{**settings, **changes}))
 
     with pytest.raises(InputError, match="--image-column needs --task-type CAUSAL_LM"):
         prepare(task_type="SEQ_CLS")

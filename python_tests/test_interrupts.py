@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from eflat_ext import EFlatPerturbation
-from eflat_ext.optimizers import (
+from eflat_ext.optim.eflat import (
     EFlatLoRA,
     create_eflat_optimizer,
     create_flat_optimizer,

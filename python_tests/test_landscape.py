@@ -17,11 +17,17 @@ from models import (
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from eflat_ext.full_space import adapted_layers, mean_loss
-from eflat_ext.landscape import hessian_directions, line, random_direction, slice_1d, slice_2d
-from eflat_ext.landscape_figure import LandscapeConfig, draw
-from eflat_ext.optimizers import create_eflat_optimizer
-from eflat_ext.trained import Trained
+from eflat_ext.analysis.full_space import adapted_layers, mean_loss
+from eflat_ext.analysis.landscape import (
+    hessian_directions,
+    line,
+    random_direction,
+    slice_1d,
+    slice_2d,
+)
+from eflat_ext.lab.measure.landscape_figure import LandscapeConfig, draw
+from eflat_ext.lab.measure.trained_models import Trained
+from eflat_ext.optim.eflat import create_eflat_optimizer
 
 DATA = batches(2)
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tiny_model import make_rows, save_tiny_model, write_csv
 
-from eflat_ext import experiment
+from eflat_ext.lab.experiment import runner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import csv_rows
@@ -37,7 +37,7 @@ def test_slices_around_a_run_of_the_experiment(tmp_path, monkeypatch):
         list(landscapes.rows_of("eflat", 1, file))
     final = {
         row["method"]: row
-        for row in csv_rows.read(experiment.run(file))
+        for row in csv_rows.read(runner.run(file))
         if row["stage"] == "final" and row["seed"] == "1"
     }
     rows = [row for m in ("lora", "eflat") for row in landscapes.rows_of(m, 1, file)]

@@ -14,9 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedTokenizerFast
 
-from eflat_ext import cli, experiment, finetune, loading, measure, objective, trained
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError, Table, Texts, split
+from eflat_ext.lab import cli
+from eflat_ext.lab.data.tables import InputError, Table, Texts, split
+from eflat_ext.lab.experiment import runner
+from eflat_ext.lab.finetune import comparison, loading, objective
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lab.measure import sharpness_table, trained_models
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import csv_rows
@@ -49,10 +52,10 @@ def settings(folder):
 
 
 @pytest.fixture(scope="module")
-def comparison(folder, settings):
+def finished(folder, settings):
     methods = ["lora", "eflat", "full"]
     config = FinetuneConfig(**settings, method=methods, full_lr=1e-2, output_dir=folder / "run")
-    return finetune.run(config)
+    return comparison.run(config)
 
 
 def tokens_of(words):
@@ -141,8 +144,8 @@ def test_of_a_pair_that_is_too_long_the_longer_text_is_cut(settings, pieces):
 
 def test_loss_and_accuracy_are_those_of_the_tokens_one_by_one(settings):
     config = FinetuneConfig(**settings)
-    task = finetune.prepare(config)
-    model, _ = finetune.build(config, task, "lora", 0)
+    task = comparison.prepare(config)
+    model, _ = comparison.build(config, task, "lora", 0)
     for parameter in model.parameters():  # B = 0 would leave the base model
         parameter.data += 0.05 * torch.randn_like(parameter)
     total, count, right = 0.0, 0, 0
@@ -158,23 +161,23 @@ def test_loss_and_accuracy_are_those_of_the_tokens_one_by_one(settings):
                 seen = [*seen, token]
             count += len(wanted)
             right += all_right
-    loss, accuracy = finetune.evaluate(config, task, model, task.held_out)
+    loss, accuracy = comparison.evaluate(config, task, model, task.held_out)
     assert loss == pytest.approx(total / count, rel=1e-5)
     assert accuracy == right / len(task.splits.test)
 
 
 def test_padding_changes_no_loss(settings):
     config = FinetuneConfig(**settings)
-    task = finetune.prepare(config)
-    model, _ = finetune.build(config, task, "lora", 0)
-    inputs, labels = finetune.collate(task, task.train, list(range(16)))
+    task = comparison.prepare(config)
+    model, _ = comparison.build(config, task, "lora", 0)
+    inputs, labels = comparison.collate(task, task.train, list(range(16)))
     assert not (inputs["attention_mask"].sum(1) == inputs["input_ids"].shape[1]).all()
-    whole = objective.loss_of(finetune.logits_of(config, model, inputs), labels, "sum")
+    whole = objective.loss_of(comparison.logits_of(config, model, inputs), labels, "sum")
     single = 0.0
     for k in range(16):
-        inputs, labels = finetune.collate(task, task.train, [k])
+        inputs, labels = comparison.collate(task, task.train, [k])
         assert objective.count(labels) == int((labels != objective.IGNORED).sum())
-        logits = finetune.logits_of(config, model, inputs)
+        logits = comparison.logits_of(config, model, inputs)
         single += objective.loss_of(logits, labels, "sum").item()
     assert whole.item() == pytest.approx(single, rel=1e-5)
 
@@ -182,25 +185,25 @@ def test_padding_changes_no_loss(settings):
 # --- whole runs --------------------------------------------------------------------------
 
 
-def test_it_learns_and_what_it_left_is_what_was_trained(comparison):
+def test_it_learns_and_what_it_left_is_what_was_trained(finished):
     for method in ("lora", "eflat", "full"):
-        folder = comparison / method / "seed-0"
+        folder = finished / method / "seed-0"
         metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics["loss"] < {"full": 1}.get(method, 2.5)  # at first 4.5 or more
         assert metrics["accuracy"] > {"full": 0.3}.get(method, 0)
-        (run,) = trained.find([folder])
-        settings = trained.MeasureConfig(part="test", examples=1000, device="cpu")
-        loaded = trained.load(run, settings)
+        (run,) = trained_models.find([folder])
+        settings = trained_models.MeasureConfig(part="test", examples=1000, device="cpu")
+        loaded = trained_models.load(run, settings)
         with torch.no_grad():
-            values = [float(trained.loss(loaded.model, batch)) for batch in loaded.batches]
+            values = [float(trained_models.loss(loaded.model, batch)) for batch in loaded.batches]
         assert sum(values) / len(values) == pytest.approx(metrics["loss"], rel=1e-5)
 
 
-def test_the_instruments_take_it(comparison):
-    config = measure.SharpnessConfig(
+def test_the_instruments_take_it(finished):
+    config = sharpness_table.SharpnessConfig(
         rho=[0.1], samples=2, examples=32, estimate=True, device="cpu", layers=["q_proj"]
     )
-    rows = measure.run([comparison / "eflat"], config)
+    rows = sharpness_table.run([finished / "eflat"], config)
     worst, loss = ([r["value"] for r in rows if r["measure"] == m] for m in ("worst", "loss"))
     assert worst[0] > 0 and loss[0] > 0
 
@@ -229,7 +232,7 @@ def test_an_experiment_of_it(settings, tmp_path):
     }
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(content))
-    rows = csv_rows.read(experiment.run(path))
+    rows = csv_rows.read(runner.run(path))
     assert [row["status"] for row in rows] == ["ok"] * 6
     final = [row for row in rows if row["stage"] == "final"]
     assert all(float(row["sharpness_worst"]) > 0 for row in final)
@@ -256,9 +259,9 @@ def test_wrong_labels_are_for_classes(settings, tmp_path, capsys):
 def test_an_encoder_cannot_write(settings, tmp_path):
     model = save_tiny_model(tmp_path / "encoder")
     config = FinetuneConfig(**{**settings, "model": model, "target_modules": None})
-    task = finetune.prepare(config)
+    task = comparison.prepare(config)
     with pytest.raises(InputError, match="sees the tokens that it is to write"):
-        finetune.build(config, task, "lora", 0)
+        comparison.build(config, task, "lora", 0)
 
 
 def test_a_tokenizer_without_padding_is_named(settings, tmp_path):
@@ -268,7 +271,7 @@ def test_a_tokenizer_without_padding_is_named(settings, tmp_path):
             kept = {k: v for k, v in json.loads(file.read_text()).items() if "_token" not in k}
             file.write_text(json.dumps(kept))
     with pytest.raises(InputError, match="no token to pad with"):
-        finetune.prepare(FinetuneConfig(**{**settings, "model": str(tmp_path / "model")}))
+        comparison.prepare(FinetuneConfig(**{**settings, "model": str(tmp_path / "model")}))
 
 
 def test_a_text_without_tokens_is_named(settings):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import eflat_ext
 from eflat_ext import EFlatPerturbation
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
 
 FOLDER = Path(eflat_ext.__file__).parent
 

@@ -10,11 +10,14 @@ import torch
 from measured_case import SMALL, make_language_model, make_run, read_csv
 from tiny_model import make_rows, write_csv
 
-from eflat_ext import cli, finetune, sharpness, trained
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError
-from eflat_ext.full_space import mean_loss
-from eflat_ext.trained import MeasureConfig
+from eflat_ext.analysis import sharpness
+from eflat_ext.analysis.full_space import mean_loss
+from eflat_ext.lab import cli
+from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.finetune import comparison
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lab.measure import trained_models
+from eflat_ext.lab.measure.trained_models import MeasureConfig
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +26,21 @@ def folder(tmp_path_factory):
 
 
 def test_a_loaded_run_is_what_was_trained(folder, tmp_path):
-    runs = trained.find([folder / "run"])
+    runs = trained_models.find([folder / "run"])
     assert [run.name for run in runs] == ["lora, seed 0", "eflat, seed 0", "full, seed 0"]
     for run in runs:
-        loaded = trained.load(run, MeasureConfig(part="test", examples=1000, device="cpu:0"))
+        loaded = trained_models.load(run, MeasureConfig(part="test", examples=1000, device="cpu:0"))
         assert run.config.device == "cpu"  # of the run, not of the measuring
         with torch.no_grad():
-            values = [float(trained.loss(loaded.model, batch)) for batch in loaded.batches]
+            values = [float(trained_models.loss(loaded.model, batch)) for batch in loaded.batches]
         expected = json.loads((run.folder / "metrics.json").read_text())["loss"]
         assert sum(values) / len(values) == pytest.approx(expected, rel=1e-5)
         assert not loaded.model.training
-    (single,) = trained.find([folder / "run" / "eflat" / "seed-0"])
+    (single,) = trained_models.find([folder / "run" / "eflat" / "seed-0"])
     assert (single.method, single.seed) == ("eflat", 0)
-    assert [run.method for run in trained.find([folder / "run" / "full"])] == ["full"]
+    assert [run.method for run in trained_models.find([folder / "run" / "full"])] == ["full"]
     shutil.copytree(folder / "run", tmp_path / "run")
-    twice = trained.find([folder / "run" / "lora", tmp_path / "run" / "lora"])
+    twice = trained_models.find([folder / "run" / "lora", tmp_path / "run" / "lora"])
     assert [run.name for run in twice] == [str(run.folder) for run in twice]
     assert len(twice) == 2
 
@@ -46,9 +49,9 @@ def test_a_folder_that_is_named_again_is_measured_once(folder, tmp_path):
     run = folder / "run"
     (tmp_path / "link").symlink_to(run / "eflat" / "seed-0")
     places = [run / "lora" / "seed-0", run, run / "full" / ".." / "full", tmp_path / "link"]
-    assert trained.find(places) == trained.find([run])
+    assert trained_models.find(places) == trained_models.find([run])
     adapter = shutil.copytree(run / "lora" / "seed-0", tmp_path / "mine")
-    assert trained.find([adapter, adapter / ".." / "mine"]) == trained.find([adapter])
+    assert trained_models.find([adapter, adapter / ".." / "mine"]) == trained_models.find([adapter])
     output = tmp_path / "map.png"
     given = ["landscape", str(run / "lora"), str(run / "lora" / "seed-0"), *SMALL]
     given += ["--dimensions", "2", "--points", "3", "--output", str(output)]
@@ -70,15 +73,15 @@ def test_a_run_in_bfloat16_is_measured_in_float32(folder, tmp_path):
         device="cpu",
         output_dir=tmp_path / "run",
     )
-    finetune.run(config)
-    (run,) = trained.find([tmp_path / "run"])
-    loaded = trained.load(run, MeasureConfig(examples=64, device="cpu"))
-    given = (loaded.model, trained.loss, loaded.batches)
+    comparison.run(config)
+    (run,) = trained_models.find([tmp_path / "run"])
+    loaded = trained_models.load(run, MeasureConfig(examples=64, device="cpu"))
+    given = (loaded.model, trained_models.loss, loaded.batches)
     rises = [sharpness.worst_case(*given, rho) for rho in (1e-3, 1e-1)]
     assert rises[0] == pytest.approx(rises[1] / 100, rel=0.2)  # of first order
     trained_loss = json.loads((run.folder / "metrics.json").read_text())["train_loss"]
-    everything = trained.load(run, MeasureConfig(examples=1000, device="cpu"))
-    given = (everything.model, trained.loss, everything.batches)
+    everything = trained_models.load(run, MeasureConfig(examples=1000, device="cpu"))
+    given = (everything.model, trained_models.loss, everything.batches)
     assert mean_loss(*given) == pytest.approx(trained_loss, rel=1e-2)
 
 
@@ -167,9 +170,9 @@ def test_the_classes_of_an_adapter_are_its_own(folder, tmp_path):
 
     def loss(data):
         config = MeasureConfig(data=str(data), max_length=32, device="cpu")
-        loaded = trained.load(*trained.find([adapter]), config)
+        loaded = trained_models.load(*trained_models.find([adapter]), config)
         with torch.no_grad():
-            return float(sum(trained.loss(loaded.model, batch) for batch in loaded.batches))
+            return float(sum(trained_models.loss(loaded.model, batch) for batch in loaded.batches))
 
     expected = loss(folder / "data.csv")
     (adapter / "classes.json").write_text(json.dumps([turned[name] for name in names]))
@@ -192,16 +195,16 @@ def test_a_language_model(tmp_path, words):
     """The mean over all tokens that are predicted; in a text of one token there is none."""
     from transformers import AutoTokenizer
 
-    (run,) = trained.find([make_language_model(tmp_path)])
+    (run,) = trained_models.find([make_language_model(tmp_path)])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gpt")
     rows = [("word1", "0")] * words + make_rows(30)
     data = write_csv(tmp_path / "text.csv", rows)
     examples = 9 + words
     config = MeasureConfig(data=data, examples=examples, batch_size=4, max_length=32, device="cpu")
-    loaded = trained.load(run, config)
+    loaded = trained_models.load(run, config)
     assert len(loaded.batches) == 3
     with torch.no_grad():
-        mean = mean_loss(loaded.model, trained.loss, loaded.batches)
+        mean = mean_loss(loaded.model, trained_models.loss, loaded.batches)
         total, count = 0.0, 0
         for text, _ in rows[words:examples]:
             tokens = tokenizer(text, return_tensors="pt")["input_ids"]

@@ -7,9 +7,10 @@ import torch
 from measured_case import SMALL, make_language_model, make_run, read_csv
 from tiny_model import make_rows, write_csv
 
-from eflat_ext import cli, each_run, trained
-from eflat_ext.data import InputError
-from eflat_ext.trained import MeasureConfig
+from eflat_ext.lab import cli
+from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.measure import each_model, trained_models
+from eflat_ext.lab.measure.trained_models import MeasureConfig
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_wrong_input_is_one_sentence_that_names_it(folder, tmp_path, capsys, mon
 def test_output_that_cannot_be_written_is_named_before_measuring(
     folder, tmp_path, capsys, monkeypatch, command
 ):
-    monkeypatch.setattr(trained, "load", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(trained_models, "load", lambda *_: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
     (tmp_path / "taken.csv").mkdir()
     (tmp_path / "taken.png").mkdir()
@@ -108,7 +109,7 @@ LANDSCAPE_COLUMNS = "run,method,seed,sample,x,y,loss"
 def test_no_file_of_others_is_overwritten(
     folder, tmp_path, capsys, monkeypatch, command, output, taken
 ):
-    monkeypatch.setattr(trained, "load", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(trained_models, "load", lambda *_: pytest.fail("measured"))
     adapter = shutil.copytree(folder / "run" / "lora" / "seed-0", tmp_path / "mine")
     for text in ("text,label\nword1,0\n", LANDSCAPE_COLUMNS + ",more\n", "\nnotes\n"):
         (tmp_path / taken).write_text(text)
@@ -193,12 +194,12 @@ def test_a_damaged_run_is_named(folder, tmp_path):
     run = shutil.copytree(folder / "run", tmp_path / "run")
     shutil.copytree(run / "eflat" / "seed-0", run / "eflat" / "seed-best")
     with pytest.raises(InputError, match=r"eflat/seed-best: expected seed-N"):
-        trained.find([run])
+        trained_models.find([run])
     for method, file in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
         seed = run / method / "seed-0"
         (seed / file).write_bytes(b"not of its kind")
         with pytest.raises(InputError, match=f"cannot load .*{seed}: "):
-            trained.load(*trained.find([seed]), MeasureConfig(device="cpu"))
+            trained_models.load(*trained_models.find([seed]), MeasureConfig(device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_damaged_settings_are_named(folder, tmp_path, text, words):
     run = shutil.copytree(folder / "run", tmp_path / "run")
     (run / "config.yaml").write_text(text + "\n")
     with pytest.raises(InputError, match=r"run/config\.yaml") as caught:
-        trained.find([run])
+        trained_models.find([run])
     for word in words:
         assert word in str(caught.value)
 
@@ -235,7 +236,7 @@ def test_a_damaged_adapter_is_named(folder, tmp_path, file, text):
     (adapter / file).write_text(text)
     config = MeasureConfig(data=str(folder / "data.csv"), max_length=32, device="cpu")
     with pytest.raises(InputError, match=r"cannot load .*mine: "):
-        trained.load(*trained.find([adapter]), config)
+        trained_models.load(*trained_models.find([adapter]), config)
 
 
 def test_an_adapter_of_another_model_does_not_fit(folder, tmp_path):
@@ -247,29 +248,29 @@ def test_an_adapter_of_another_model_does_not_fit(folder, tmp_path):
     save_file(wide, file)
     config = MeasureConfig(data=str(folder / "data.csv"), max_length=32, device="cpu")
     with pytest.raises(InputError, match=r"mine: size mismatch for .*lora_A.*\[4, 7\].*\[4, 32\]"):
-        trained.load(*trained.find([adapter]), config)
+        trained_models.load(*trained_models.find([adapter]), config)
 
 
 def test_texts_in_which_nothing_is_predicted_are_named(tmp_path):
     """The first token of a text is not."""
-    (adapter,) = trained.find([make_language_model(tmp_path)])
+    (adapter,) = trained_models.find([make_language_model(tmp_path)])
     words = write_csv(tmp_path / "words.csv", [("word1", "0"), ("word2", "1")])
     sentences = write_csv(tmp_path / "sentences.csv", make_rows(3))
     for data, max_length, texts in ((words, 32, 2), (sentences, 1, 3)):
         config = MeasureConfig(data=data, max_length=max_length, device="cpu")
         given = rf"--data {data}, --max-length {max_length}: expected .* to predict, got {texts} "
         with pytest.raises(InputError, match=given):
-            trained.load(adapter, config)
+            trained_models.load(adapter, config)
 
 
 def test_what_cannot_be_measured_names_its_folder(tmp_path):
-    one = trained.Trained(tmp_path / "here", "here", "adapter")
+    one = trained_models.Trained(tmp_path / "here", "here", "adapter")
     for error, says in [
         (ValueError("odd\nand more"), "odd"),
         (NotImplementedError("no such layer"), "no such layer"),
         (torch.OutOfMemoryError("on the device"), "lower --batch-size"),
     ]:
-        with pytest.raises(InputError, match=f"here: .*{says}"), each_run.named_errors(one):
+        with pytest.raises(InputError, match=f"here: .*{says}"), each_model.named_errors(one):
             raise error
-    with pytest.raises(ModuleNotFoundError, match="a library"), each_run.named_errors(one):
+    with pytest.raises(ModuleNotFoundError, match="a library"), each_model.named_errors(one):
         raise ModuleNotFoundError("a library")

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import eflat_ext
-from eflat_ext.derivatives import gram_form, tangent_form
+from eflat_ext.ops.autograd import gram_form, tangent_form
 
 ops = torch.ops.eflat
 

@@ -27,7 +27,7 @@ from models import (
 from torch import nn
 
 from eflat_ext import reference
-from eflat_ext.optimizers import (
+from eflat_ext.optim.eflat import (
     EFlatLoRA,
     FlatLoRA,
     LoRASAM,

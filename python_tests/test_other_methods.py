@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from eflat_ext import reference
-from eflat_ext.optimizers import create_eflat_optimizer
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
+from eflat_ext.optim.eflat import create_eflat_optimizer
 
 DATA = batches(4)
 

@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from eflat_ext import reference
-from eflat_ext.optimizers import create_eflat_optimizer
-from eflat_ext.pairs import LoraPair, find_pairs
+from eflat_ext.lora import LoraPair, find_pairs
+from eflat_ext.optim.eflat import create_eflat_optimizer
 
 UP, DOWN = "base_model.model.up", "base_model.model.down"
 
@@ -306,9 +306,9 @@ def test_models_without_pairs() -> None:
 
 
 def test_importing_needs_no_peft() -> None:
-    code = "import sys, eflat_ext, eflat_ext.optimizers; print('peft' in sys.modules)"
+    code = "import sys, eflat_ext, eflat_ext.optim.eflat; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-    code = "import sys; sys.modules['peft'] = None; from eflat_ext.pairs import *; find_pairs(None)"
+    code = "import sys; sys.modules['peft'] = None; from eflat_ext.lora import *; find_pairs(None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: finding LoRA layers needs PEFT" in done.stderr

@@ -13,7 +13,9 @@ import torch
 from models import lora_gpt2, lora_weights
 from tiny_model import make_rows, save_tiny_model, write_csv
 
-from eflat_ext import cli, finetune, plan
+from eflat_ext.lab import cli
+from eflat_ext.lab.experiment import plan
+from eflat_ext.lab.finetune import comparison
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -119,7 +121,7 @@ def test_commands_that_measure(tmp_path, monkeypatch):
 
 
 def methods_of_experiments():
-    return {**finetune.METHODS, **importlib.import_module("experiment").METHODS}
+    return {**comparison.METHODS, **importlib.import_module("experiment").METHODS}
 
 
 def test_benchmarks_that_measure(monkeypatch):

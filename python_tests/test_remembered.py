@@ -11,9 +11,9 @@ from models import lora_gpt2
 from tiny_model import make_rows, save_tiny_model, write_csv
 from torch.nn.functional import cross_entropy
 
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.data import InputError
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lora import find_pairs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))

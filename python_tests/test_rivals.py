@@ -12,8 +12,8 @@ from models import lora_mlp
 from tiny_model import make_rows, save_tiny_model, write_csv
 from torch.nn.functional import cross_entropy
 
-from eflat_ext import experiment
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lab.experiment import runner
+from eflat_ext.lora import find_pairs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -221,7 +221,7 @@ def test_they_run_as_methods_of_an_experiment(tmp_path):
     }
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(content))
-    with experiment.run(path, methods=RIVALS).open(newline="") as file:
+    with runner.run(path, methods=RIVALS).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["ok"] * 3, rows
     assert len({row["loss"] for row in rows}) == 3

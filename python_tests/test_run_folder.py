@@ -14,9 +14,9 @@ import transformers
 from finetune_case import METHODS, make_settings
 from tiny_model import make_rows, save_tiny_language_model, write_csv
 
-from eflat_ext import finetune, run_folder
-from eflat_ext.config import FinetuneConfig
-from eflat_ext.means import summarize
+from eflat_ext.lab.finetune import comparison, run_folder
+from eflat_ext.lab.finetune.config import FinetuneConfig
+from eflat_ext.lab.finetune.means import summarize
 
 PAGE = Path(__file__).parent.parent / "docs" / "finetune.md"
 
@@ -32,48 +32,48 @@ def settings(folder):
 
 
 @pytest.fixture(scope="module")
-def comparison(folder, settings):
+def finished(folder, settings):
     """A run folder of all methods with two seeds."""
     config = FinetuneConfig(
         **settings, method=METHODS, seeds=[0, 1], output_dir=folder / "comparison"
     )
-    return finetune.run(config)
+    return comparison.run(config)
 
 
-def test_the_run_folder_is_complete(comparison):
-    top = {path.name for path in comparison.iterdir()}
+def test_the_run_folder_is_complete(finished):
+    top = {path.name for path in finished.iterdir()}
     assert top == {"config.yaml", "results.json", "results.csv", "loss.png", *METHODS}
-    results = json.loads((comparison / "results.json").read_text())
+    results = json.loads((finished / "results.json").read_text())
     assert [(run["method"], run["seed"]) for run in results["runs"]] == [
         (method, seed) for method in METHODS for seed in (0, 1)
     ]
     for run in results["runs"]:
-        folder = comparison / run["method"] / f"seed-{run['seed']}"
+        folder = finished / run["method"] / f"seed-{run['seed']}"
         assert json.loads((folder / "metrics.json").read_text()) == run
         with (folder / "loss.csv").open() as file:
             losses = list(csv.DictReader(file))
         assert [int(row["step"]) for row in losses] == list(range(1, 26))
         assert all(math.isfinite(float(row["loss"])) for row in losses)
-    with (comparison / "results.csv").open() as file:
+    with (finished / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows] == [run["loss"] for run in results["runs"]]
-    assert (comparison / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_saved_runs_load_and_give_the_reported_figures(comparison, settings):
+def test_saved_runs_load_and_give_the_reported_figures(finished, settings):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification as Classifier
 
     config = FinetuneConfig(**settings)
-    task = finetune.prepare(config)
+    task = comparison.prepare(config)
     for method in METHODS:
-        folder = comparison / method / "seed-1"
+        folder = finished / method / "seed-1"
         if method == "full":
             model = Classifier.from_pretrained(folder)
         else:
             base = Classifier.from_pretrained(settings["model"], num_labels=2)
             model = PeftModel.from_pretrained(base, folder)
-        loss, accuracy = finetune.evaluate(config, task, model, task.held_out)
+        loss, accuracy = comparison.evaluate(config, task, model, task.held_out)
         reported = json.loads((folder / "metrics.json").read_text())
         assert (loss, accuracy) == (reported["loss"], reported["accuracy"])
 
@@ -86,8 +86,8 @@ def test_a_run_of_three_classes_is_used_as_its_page_says(settings, tmp_path, mon
     monkeypatch.chdir(Path(settings["model"]).parent)  # to a relative path of the model
     given = {**settings, "model": "model", "data": str(tmp_path / "data.csv"), "method": [method]}
     config = FinetuneConfig(**given, output_dir=tmp_path / "run")
-    folder = finetune.run(config) / method / "seed-0"
-    test = finetune.prepare(config).splits.test
+    folder = comparison.run(config) / method / "seed-0"
+    test = comparison.prepare(config).splits.test
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -119,7 +119,7 @@ def test_a_language_model_s_adapter_is_loaded_by_either_library(tmp_path):
         method=["lora"],
         output_dir=tmp_path / "run",
     )
-    folder = finetune.run(config) / "lora" / "seed-0"
+    folder = comparison.run(config) / "lora" / "seed-0"
     assert not (folder / "classes.json").exists()
     inputs = AutoTokenizer.from_pretrained(folder)(["word1 word2"], return_tensors="pt")
     logits = [
@@ -132,7 +132,7 @@ def test_a_language_model_s_adapter_is_loaded_by_either_library(tmp_path):
 def test_rows_that_are_left_out_are_shown(settings, tmp_path, capsys):
     rows = [*make_rows(60), ("word1 word2", "0"), ("word1 word2", "1")]
     given = {**settings, "data": write_csv(tmp_path / "[bold]d.csv", rows), "steps": 1}
-    finetune.run(FinetuneConfig(**given, method=["lora"], output_dir=tmp_path / "[bold]run"))
+    comparison.run(FinetuneConfig(**given, method=["lora"], output_dir=tmp_path / "[bold]run"))
     shown = "".join(capsys.readouterr().out.split())  # lines are broken anywhere
     assert "rowsleftoutforthetextofanearlierrow:1;ofthesewithanotherlabel" in shown
     assert "'word1word2'with'0'and'1'" in shown
@@ -162,7 +162,7 @@ def test_a_run_that_diverges_leaves_all_files_and_is_marked(settings, tmp_path, 
     given = {**settings, "rho": 1e30, "method": ["lora", "eflat"], "seeds": [0, 1]}
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        folder = finetune.run(FinetuneConfig(**given, output_dir=tmp_path / "run"))
+        folder = comparison.run(FinetuneConfig(**given, output_dir=tmp_path / "run"))
     assert {"results.json", "results.csv", "loss.png"} < {path.name for path in folder.iterdir()}
     plain, ours = json.loads((folder / "results.json").read_text())["summary"]
     assert "diverged" not in plain and math.isfinite(plain["loss_standard_error"])

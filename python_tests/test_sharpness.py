@@ -20,16 +20,11 @@ from sharpness_case import DATA, flat, gradient_of, merged, trained_mlp
 from torch import nn
 
 from eflat_ext import reference
-from eflat_ext.estimate import estimate_quality
-from eflat_ext.full_space import (
-    adapted_layers,
-    gradients,
-    mean_loss,
-    shifted,
-)
-from eflat_ext.hessian import hessian
-from eflat_ext.landscape import random_direction
-from eflat_ext.sharpness import average_case, transferred_direction, worst_case
+from eflat_ext.analysis.estimate import estimate_quality
+from eflat_ext.analysis.full_space import adapted_layers, gradients, mean_loss, shifted
+from eflat_ext.analysis.hessian import hessian
+from eflat_ext.analysis.landscape import random_direction
+from eflat_ext.analysis.sharpness import average_case, transferred_direction, worst_case
 
 # --- gradients and shifts ----------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from eflat_ext import EFlatPerturbation
 from eflat_ext import trainer as ours
-from eflat_ext.optimizers import EFlatLoRA, FlatLoRA, LoRASAM, create_eflat_optimizer
+from eflat_ext.optim.eflat import EFlatLoRA, FlatLoRA, LoRASAM, create_eflat_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 

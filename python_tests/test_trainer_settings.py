@@ -14,7 +14,7 @@ from trainer_case import RUNS, PerturbingTrainer, arguments, make, own
 from transformers import Trainer
 
 from eflat_ext import trainer as ours
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 

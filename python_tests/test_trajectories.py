@@ -10,8 +10,8 @@ from models import batches, lora_mlp, loss_of, relative_error, trainable
 from torch import Tensor, nn
 
 from eflat_ext import reference
-from eflat_ext.optimizers import EFlatLoRA, FlatLoRA, LoRASAM
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
+from eflat_ext.optim.eflat import EFlatLoRA, FlatLoRA, LoRASAM
 
 STEPS = 20
 # Adam's first step makes a B of nearly equal rows: singular value ratios of 1e-7 (seen here), at

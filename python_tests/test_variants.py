@@ -11,7 +11,7 @@ from models import lora_mlp
 from torch.nn.functional import cross_entropy
 
 from eflat_ext import reference
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -78,7 +78,7 @@ def unit(X):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"lora-sam-ema", "full-sam"}))
 def test_training_alone_sees_a_perturbation_of_norm_rho(name, scope):
-    from eflat_ext.config import FinetuneConfig
+    from eflat_ext.lab.finetune.config import FinetuneConfig
 
     model = lora_mlp(seed=1)
     config = FinetuneConfig(rho=0.3, norm_scope=scope, lr=0.05)

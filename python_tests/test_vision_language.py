@@ -16,7 +16,7 @@ from trainer_case import Read, adapter, arguments, assert_saved, own
 from transformers import TrainerCallback, set_seed
 
 from eflat_ext import reference
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from eflat_ext import trainer as ours
-from eflat_ext.pairs import find_pairs
+from eflat_ext.lora import find_pairs
 
 HANDS_OVER_THE_MODEL = int(transformers.__version__.split(".")[0]) >= 5
 

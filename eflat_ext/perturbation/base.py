@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..dtensors import is_dtensor, laid_out_as
-from ..stacklevel import stacklevel_of_user
+from eflat_ext.stacklevel import stacklevel_of_user
+
 from .checks import RHO, check_scope, number
 from .claims import ClaimedFactors
+from .dtensors import is_dtensor, laid_out_as
 from .operands import Operands, collect
 
 Rho: TypeAlias = float | Callable[[int], float]

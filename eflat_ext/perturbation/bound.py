@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtensors import is_dtensor, local
-from ..pairs import LoraPair, Slot
+from eflat_ext.lora import LoraPair, Slot
+
+from .dtensors import is_dtensor, local
 from .gather import Layout
 from .layer_forward import PerturbedFactor
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from ..dtensors import is_dtensor, local
 from .checks import AVERAGE, RHO, check_saved_averages
+from .dtensors import is_dtensor, local
 from .targets import parameters_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..arguments import MAX_RANK, MIN_RTOL
-from ..pairs import LoraPair
+from eflat_ext.lora import LoraPair
+from eflat_ext.ops.checks import MAX_RANK, MIN_RTOL
 
 AVERAGE = "perturbation_ema"  # the name of an average in a state dict, under its parameter
 RHO = "perturbation_rho"  # the name of the coming step's radius in an optimizer's groups

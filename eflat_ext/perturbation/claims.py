@@ -13,19 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..dtensors import fsdp_modules, is_dtensor, refuse_flat_parameters, reshard
-from ..pairs import LoraPair, Slot, find_pairs, held, lora_layers
+from eflat_ext.lora import LoraPair, Slot, find_pairs, held, lora_layers
+
 from . import steps
 from .checks import check_one_device
+from .dtensors import fsdp_modules, is_dtensor, refuse_flat_parameters, reshard
 from .gather import Layout
-from .layer_forward import (
-    PerturbedFactor,
-    PerturbedLayer,
-    Row,
-    Switch,
-    detach,
-    perturbed_layer,
-)
+from .layer_forward import PerturbedFactor, PerturbedLayer, Row, Switch, detach, perturbed_layer
 from .operands import Operands
 from .targets import parameters_of, perturbed_pairs
 

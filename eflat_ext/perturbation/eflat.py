@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..arguments import perturbed
-from ..pairs import LoraPair
+from eflat_ext.lora import LoraPair
+from eflat_ext.ops.checks import perturbed
+
 from .base import Gradients, Perturbation, Rho
 from .bound import Bound
 from .checkpoint import attach_hooks
@@ -23,7 +24,7 @@ from .layer_forward import PerturbedFactor
 from .operands import Operands, zeros_like
 
 if TYPE_CHECKING:
-    from ..fused_step import AdamWLists
+    from eflat_ext.optim.fused_adamw import AdamWLists
 
 
 class TransferredPerturbation(Perturbation):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtensors import is_dtensor, local, same_layout
+from .dtensors import is_dtensor, local, same_layout
 
 SUPPORTED = (
     "Shard(dim) on one dimension of one mesh, Replicate() on its others, for all factors alike "

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from ..dtensors import is_dtensor, laid_out_as
+from .dtensors import is_dtensor, laid_out_as
 
 # Attribute of a module that torch.nn.DataParallel calls to copy it.
 _REPLICATE = "_replicate_for_data_parallel"

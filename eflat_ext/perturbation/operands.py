@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtensors import is_dtensor
-from ..pairs import LoraPair, Slot
+from eflat_ext.lora import LoraPair, Slot
+
+from .dtensors import is_dtensor
 from .gather import Layout
 
 

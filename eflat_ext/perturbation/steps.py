@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..stacklevel import stacklevel_of_user
+from eflat_ext.stacklevel import stacklevel_of_user
+
 from .targets import parameters_of
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..pairs import LoraPair, Slot, held
-from ..stacklevel import stacklevel_of_user
+from eflat_ext.lora import LoraPair, Slot, held
+from eflat_ext.stacklevel import stacklevel_of_user
 
 
 def parameters_of(groups: Iterable[dict[str, Any]]) -> list[Any]:

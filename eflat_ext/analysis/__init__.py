@@ -1,0 +1,1 @@
+"""Measure trained models: sharpness, Hessian, loss landscapes, the estimate of the gradient."""

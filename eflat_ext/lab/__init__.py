@@ -1,0 +1,1 @@
+"""The command ``eflat``: fine-tune, compare methods, measure what was trained."""

@@ -1,0 +1,230 @@
+"""The command ``eflat``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from .data.corpora import CORPORA
+from .data.tables import InputError
+from .finetune.config import PACKAGES, FinetuneConfig
+from .measure.landscape_figure import LandscapeConfig
+from .measure.sharpness_table import SharpnessConfig
+
+try:
+    import cyclopts
+    from cyclopts import App, Parameter
+except ModuleNotFoundError as missing:
+    sys.exit(f"eflat: {missing}; the command needs: pip install {PACKAGES}")
+
+MAX_CONFIG_BYTES = 1_000_000
+
+
+def _version() -> str:
+    from .finetune.versions import versions
+
+    return "\n".join(f"{name} {version}" for name, version in versions().items())
+
+
+def _add_settings_of_file(
+    app: App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
+) -> None:
+    """Take from the file of --config what the command line does not set."""
+    for argument in arguments:
+        if argument.name == "--config" and argument.tokens:
+            path = Path(argument.tokens[-1].value)
+            settings = _read_config(path)
+            if "config" in settings:
+                raise InputError(f"--config {path} names a file of settings itself")
+            cyclopts.config.Dict(settings, source=str(path), use_commands_as_keys=False)(
+                app, commands, arguments
+            )
+
+
+def _check_whole_numbers(
+    _app: App, _commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
+) -> None:
+    """Refuse fractions for whole numbers, which cyclopts would round."""
+    for argument in arguments:
+        if int not in (argument.hint, *get_args(argument.hint)):  # of int, int | None, list[int]
+            continue
+        for token in argument.tokens:
+            if "." in token.value:
+                where = "" if token.source == "cli" else f" in {token.source}"
+                raise InputError(
+                    f"{argument.name} is {token.value!r}{where}, but must be a whole number"
+                )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import json
+
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)  # a device may have no end
+        if len(content) > MAX_CONFIG_BYTES:
+            raise ValueError("longer than 1 MB")
+        settings = yaml.safe_load(content.decode())
+    except OSError as error:
+        raise InputError(f"cannot read --config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Arguments may be bytes that are no text.
+        reason = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        raise InputError(f"--config {path} is no valid YAML: {reason}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {path} holds no settings, one 'name: value' a line")
+    try:
+        json.dumps(settings, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # odd keys, a value within itself
+        raise InputError(f"--config {path} holds what is no setting: {error}") from None
+    return settings
+
+
+app = App(
+    name="eflat",
+    help="EFlat-LoRA: sharpness-aware fine-tuning of LoRA adapters with one gradient a step.",
+    version=_version,
+    version_format="plaintext",  # which keeps the lines
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(consume_multiple=True, negative=()),
+    config=(_add_settings_of_file, _check_whole_numbers),
+)
+
+
+@app.command
+def experiment(
+    file: Path,
+    *,
+    task: list[str] | None = None,
+    method: list[str] | None = None,
+    jobs: int = 1,
+    retry_failed: bool = False,
+    methods: Annotated[Mapping[str, Callable[..., Any]] | None, Parameter(parse=False)] = None,
+) -> None:
+    """Run a grid of tasks, methods, tuned values and seeds; a killed one goes on where it was.
+
+    Args:
+        file: YAML file of the experiment; bench/experiments/ has some.
+        task: run only this task of the file; may be given several times.
+        method: run only this method, and the one that it is like; may be given several times.
+        jobs: processes, each with one thread.
+        retry_failed: run again what failed before.
+        methods: further ones, by name; for bench/experiment.py.
+    """
+    from .experiment.runner import run
+
+    parts = {"task": task or (), "method": method or ()}
+    run(file, **parts, jobs=jobs, retry_failed=retry_failed, methods=methods)
+
+
+@app.command
+def finetune(
+    settings: Annotated[FinetuneConfig, Parameter(name="*")] | None = None,
+    *,
+    config: Path | None = None,
+) -> None:
+    """Fine-tune a model with several methods on equal terms and compare them.
+
+    Without options: plain LoRA and EFlat-LoRA on a small pretrained model and 10,000 sentences
+    of movie reviews, in three to four minutes on two CPU cores. Results go to a new run folder.
+
+    Args:
+        config: YAML file of settings, such as the config.yaml of a run folder; options on
+            the command line win over it.
+    """
+    from .finetune.comparison import run
+
+    del config  # its settings are in the others by now
+    run(settings or FinetuneConfig())
+
+
+@app.command
+def sharpness(
+    where: list[Path],
+    /,
+    *,
+    settings: Annotated[SharpnessConfig, Parameter(name="*")] | None = None,
+) -> None:
+    """Measure how sharp the minima are that a fine-tune has found.
+
+    The rise of the loss in the full space of the adapted layers: at the worst point of a radius
+    (to first order, along the true gradient of the whole weights), at the point that EFlat-LoRA's
+    transfer onto B finds, and at random points.
+
+    Args:
+        where: run folders of eflat finetune, single METHOD/seed-N folders of them, or folders with
+            a PEFT adapter (these need --data).
+    """
+    from .measure.sharpness_table import run
+
+    run(where, settings or SharpnessConfig())
+
+
+@app.command
+def landscape(
+    where: list[Path],
+    /,
+    *,
+    settings: Annotated[LandscapeConfig, Parameter(name="*")] | None = None,
+) -> None:
+    """Draw slices of the loss around what a fine-tune has found, several methods on one scale.
+
+    In the full space of the adapted layers, along random directions, eigenvectors of the Hessian,
+    or the line between adapters. Writes a figure and its numbers as CSV.
+
+    Args:
+        where: run folders of eflat finetune, single METHOD/seed-N folders of them, or folders with
+            a PEFT adapter (these need --data).
+    """
+    from .measure.landscape_figure import run
+
+    run(where, settings or LandscapeConfig())
+
+
+def _surplus(error: cyclopts.UnusedCliTokensError) -> str:
+    """A word that belongs to no option; a file of data may have been meant."""
+    word = (error.unused_tokens or [""])[0]
+    meant = word in CORPORA or Path(word).suffix.lower() in (".csv", ".tsv", ".jsonl")
+    advice = f"; data is given as --data {word}" if meant else ""
+    return f"{word!r} belongs to no option{advice}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: in place of those that the process was started with.
+
+    Returns:
+        The exit code: 0, or 2 if the input cannot be used (with one sentence on standard
+        error), or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with a sentence, which makes code 1, if runs of an experiment have failed.
+    """
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (cyclopts.CycloptsError, InputError) as error:
+        text = _surplus(error) if isinstance(error, cyclopts.UnusedCliTokensError) else str(error)
+        # Arguments may be bytes that are no text.
+        reason = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+        if len(reason) > 700:  # something long was given: its beginning will do
+            reason = f"{reason[:500]} ... {reason[-150:]}"
+        print(f"eflat: {reason}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"eflat: {error}; the command needs: pip install {PACKAGES}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eflat: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

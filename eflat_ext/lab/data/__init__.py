@@ -1,0 +1,1 @@
+"""Read labelled text: corpora of packages, files, hub data sets."""

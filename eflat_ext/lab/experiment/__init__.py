@@ -1,0 +1,1 @@
+"""Run a grid of methods, tasks and seeds."""

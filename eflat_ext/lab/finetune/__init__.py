@@ -1,0 +1,1 @@
+"""Fine-tune one model by several methods on equal terms."""

@@ -1,0 +1,1 @@
+"""Measure the models that runs have saved."""

@@ -1,0 +1,254 @@
+"""Layer discovery: a PEFT model's LoRA pairs, and a name for everything that is no plain pair.
+
+A pair is one adapter of one layer, ``W = W0 + s B A`` with ``A`` of shape (r, m) and ``B`` of
+shape (n, r), W being an embedding's table transposed, a convolution's kernel flattened to
+(out, in * kernel), or the weight of one expert of many. Everything is looked up when asked for:
+PEFT rescales, switches and merges adapters while a model trains, and other libraries replace
+parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from .perturbation.dtensors import is_dtensor
+from .stacklevel import stacklevel_of_user
+
+# Variants that change where or how ``s B A`` is used, but not that it is ``s B A``.
+_PLAIN_VARIANTS = {
+    "ALoraLinearVariant",
+    "DoraConv1dVariant",
+    "DoraConv2dVariant",
+    "DoraConv3dVariant",
+    "DoraEmbeddingVariant",
+    "DoraLinearVariant",
+    "MiCAEmbeddingVariant",
+    "MiCALinearVariant",
+}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# A parameter, or a method, by where it is looked up: the module and the name of its attribute.
+Slot: TypeAlias = tuple[nn.Module, str]
+
+
+def held(slot: Slot) -> Tensor:
+    """Return the parameter itself, also while a perturbed value stands in its place."""
+    module, name = slot
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter
+
+
+@dataclass(frozen=True, eq=False)
+class LoraPair:
+    """One adapter of one LoRA layer, or of one expert of such a layer.
+
+    The factors of a deleted adapter of an embedding are gone: asking for them is an AttributeError.
+
+    Attributes:
+        layer: PEFT's LoRA layer.
+        adapter: the adapter's name.
+        layer_name: the layer's qualified name in the model.
+        module_A, module_B: the modules that hold the parameters of A, B.
+        key: the parameters' name in those modules.
+        expert, experts: which of how many experts, whose factors share the two parameters.
+    """
+
+    layer: Any
+    adapter: str
+    layer_name: str
+    module_A: nn.Module
+    module_B: nn.Module
+    key: str = "weight"
+    expert: int = 0
+    experts: int = 1
+
+    @property
+    def name(self) -> str:
+        """Unique within a model: the layer's qualified name, the adapter's, the expert's number."""
+        return self.group if self.experts == 1 else f"{self.group}.{self.expert}"
+
+    @property
+    def group(self) -> str:
+        """The name without the expert's number."""
+        return f"{self.layer_name}.{self.adapter}"
+
+    def slot(self, factor: str) -> Slot:
+        """Where the parameter of factor "A" or "B" is looked up."""
+        return (self.module_A if factor == "A" else self.module_B), self.key
+
+    @property
+    def parameter_A(self) -> Tensor:
+        """The parameter of A: (r, m), (r, in, kernel...), or (experts r, m)."""
+        return held(self.slot("A"))
+
+    @property
+    def parameter_B(self) -> Tensor:
+        """The parameter of B: (n, r), (n, r, 1...), or (n, r experts)."""
+        return held(self.slot("B"))
+
+    def parameter(self, factor: str) -> Tensor:
+        """The parameter of factor "A" or "B"."""
+        return self.parameter_A if factor == "A" else self.parameter_B
+
+    @property
+    def A(self) -> Tensor:
+        """The (r, m) factor: its parameter, or a view of it (a copy in ``channels_last``)."""
+        return self.part("A", self.parameter_A).flatten(1)
+
+    @property
+    def B(self) -> Tensor:
+        """The (n, r) factor: its parameter, or a view of it."""
+        return self.part("B", self.parameter_B).flatten(1)
+
+    def part(self, factor: str, tensor: Tensor) -> Tensor:
+        """What this pair owns of a tensor shaped like the parameter of ``factor``; a view."""
+        if self.experts == 1:
+            return tensor
+        if factor == "A":
+            return tensor.unflatten(0, (self.experts, -1))[self.expert]
+        return tensor.unflatten(1, (-1, self.experts))[:, :, self.expert]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """n, m and r of the whole factors, also where they are sharded."""
+        A, B = self.parameter_A.shape, self.parameter_B.shape
+        return B[0], math.prod(A[1:]), A[0] // self.experts
+
+    @property
+    def scaling(self) -> float:
+        """The layer's ``s``, with rsLoRA and ``set_scale`` folded in; 0 for a deleted adapter."""
+        return float(self.layer.scaling.get(self.adapter, 0.0))
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward pass adds ``s B A`` now: adapter there, active, enabled, not merged."""
+        layer, adapter = self.layer, self.adapter
+        factors = layer.lora_B if adapter in layer.lora_B else layer.lora_embedding_B
+        return (
+            adapter in factors
+            and (factors is self.module_B or factors[adapter] is self.module_B)
+            and adapter in layer.active_adapters
+            and not layer.disable_adapters
+            and not layer.merged
+        )
+
+
+def find_pairs(model: nn.Module) -> list[LoraPair]:
+    """The pairs of every active adapter of a PEFT model, in module order.
+
+    LoRA layers that are no plain pair (grouped convolutions, embeddings with ``max_norm``, variants
+    with a factor between A and B, factors whose memory another parameter shares) are named in one
+    UserWarning: they train, but without a perturbation.
+
+    Args:
+        model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: ``model`` is no ``torch.nn.Module``.
+        ValueError: no LoRA layer, or none that is a plain pair.
+    """
+    LoraLayer = _lora_class()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    shared = _shared_memory(model)
+    pairs: list[LoraPair] = []
+    others: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        kind = type(layer).__name__
+        for adapter in layer.active_adapters:
+            found = _pairs(layer, adapter, name)
+            if found and (reason := _no_plain_pair(found[0], shared)):
+                others.append(f"{name} ({kind}: {reason})")
+            else:
+                pairs += found
+    if others and pairs:
+        warnings.warn(
+            "these LoRA layers are no plain pair of factors and train without a perturbation: "
+            f"{', '.join(others)}",
+            UserWarning,
+            stacklevel=stacklevel_of_user(),
+        )
+    if not pairs:
+        rest = f", only {', '.join(others)}" if others else ""
+        raise ValueError(
+            "model: expected a PEFT model with LoRA layers and an active adapter, got "
+            f"{type(model).__name__} without any{rest}"
+        )
+    return pairs
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    """Return PEFT's LoRA layers of a model, in module order, those within others too."""
+    return [module for module in model.modules() if isinstance(module, _lora_class())]
+
+
+def _lora_class() -> type:
+    try:
+        from peft.tuners.lora import LoraLayer
+    except ImportError as error:
+        raise ImportError("finding LoRA layers needs PEFT: pip install peft") from error
+    return LoraLayer
+
+
+def _pairs(layer: Any, adapter: str, name: str) -> list[LoraPair]:
+    """What the layer holds of this adapter, plain or not."""
+    if adapter in layer.lora_embedding_A:
+        A, B = layer.lora_embedding_A, layer.lora_embedding_B  # dictionaries of parameters
+        return [LoraPair(layer, adapter, name, A, B, key=adapter)]
+    if adapter in layer.lora_A and adapter in layer.lora_B:
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        experts = getattr(layer, "num_experts", 1)  # of a parameter that PEFT wraps
+        return [
+            LoraPair(layer, adapter, name, A, B, expert=expert, experts=experts)
+            for expert in range(experts)
+        ]
+    return []
+
+
+def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
+    """Why this adapter's factors are no plain pair; empty when they are one."""
+    layer, A, B = pair.layer, pair.module_A, pair.module_B
+    if pair.key not in A._parameters or pair.key not in B._parameters:
+        return "a factor is computed from other parameters"
+    plain = (nn.Linear, nn.ParameterDict, *CONVOLUTIONS)
+    if not (isinstance(A, plain) and isinstance(B, plain)):
+        return f"factors are {type(A).__name__} and {type(B).__name__}"
+    for factor in (pair.parameter_A, pair.parameter_B):
+        if not is_dtensor(factor) and factor.data_ptr() in shared:
+            return "factor shares its memory with another parameter"
+    if isinstance(B, CONVOLUTIONS) and (B.groups != 1 or A.groups != 1):
+        return f"{B.groups} groups"
+    if isinstance(B, nn.ParameterDict) and layer.get_base_layer().max_norm is not None:
+        return "max_norm"  # every forward pass renormalises A in place
+    shape_A, shape_B = pair.parameter_A.shape, pair.parameter_B.shape
+    if 0 in (*shape_A, *shape_B):
+        return f"shapes {tuple(shape_A)} and {tuple(shape_B)}, without an entry"
+    if min(len(shape_A), len(shape_B)) < 2 or shape_A[0] != math.prod(shape_B[1:]):
+        return f"shapes {tuple(shape_A)} and {tuple(shape_B)}"
+    variant = type(getattr(layer, "lora_variant", {}).get(pair.adapter)).__name__
+    if variant != "NoneType" and variant not in _PLAIN_VARIANTS:
+        return variant
+    return ""
+
+
+def _shared_memory(model: nn.Module) -> set[int]:
+    """Addresses at which more than one parameter starts (PEFT's tied embeddings are views)."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for parameter in model.parameters():  # a parameter used twice comes once
+        if type(parameter) is not Parameter:
+            continue  # tensor subclasses have no address of their own
+        address = parameter.data_ptr()
+        if address:  # 0: meta tensors and empty ones
+            (shared if address in seen else seen).add(address)
+    return shared

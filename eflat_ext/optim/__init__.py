@@ -1,0 +1,1 @@
+"""Optimizers that train LoRA factors at the perturbed point, and their factories."""

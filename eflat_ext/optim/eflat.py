@@ -1,0 +1,215 @@
+"""EFlat-LoRA as an optimizer around any torch optimizer, and the factories of all three methods.
+
+EFlat-LoRA: Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from eflat_ext.perturbation import EFlatPerturbation
+from eflat_ext.perturbation.base import Rho
+from eflat_ext.perturbation.checkpoint import initialises_state
+from eflat_ext.perturbation.checks import check_base
+
+from .base import PerturbingOptimizer
+from .factories import make_base
+from .fused_adamw import adamw_lists, without_gradients
+from .two_gradients import FlatLoRA, LoRASAM
+
+__all__ = [
+    "EFlatLoRA",
+    "FlatLoRA",
+    "LoRASAM",
+    "create_eflat_optimizer",
+    "create_flat_optimizer",
+    "create_lora_sam_optimizer",
+]
+
+
+class EFlatLoRA(PerturbingOptimizer):
+    """EFlat-LoRA: one gradient per step, taken at weights perturbed by a moving average.
+
+    Training forward passes of the model run at ``B + average``, see
+    :class:`eflat_ext.EFlatPerturbation`; nothing but the base optimizer writes a parameter.
+    ``step`` folds the perturbation of equations (1)-(3), computed from the gradients and the
+    factors where they were taken, into the average, and lets the base optimizer step. So gradients
+    accumulated over micro-batches belong to one perturbed point, and whatever reads weights finds
+    the clean ones at any time.
+
+    Args:
+        model: a PEFT model with LoRA layers.
+        base: the optimizer of its trainable parameters.
+        rho, beta, onto, norm_scope, rtol: see :class:`eflat_ext.EFlatPerturbation`.
+        fused_step: use the fused operator where it applies: around a plain
+            ``torch.optim.AdamW``, one operator does the whole step of all pairs, in float32 for
+            factors of up to 32 bits. May be assigned between steps.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: ``model`` is no module; ``base`` is no optimizer, one of this package, one that
+            needs a closure (LBFGS) or perturbs weights itself (SAM); factors A and B of a pair have
+            different dtypes.
+        ValueError: an argument out of range; ``base`` maximises; nothing to perturb; LoRA factors
+            on several devices, or of a rank above 256.
+        NotImplementedError: the model is sharded by the older FSDP, or its factors in another
+            layout than ``eflat_ext.perturbation.SUPPORTED``.
+    """
+
+    perturbation: EFlatPerturbation
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Optimizer,
+        *,
+        rho: Rho = 0.05,
+        beta: float = 0.9,
+        onto: str = "B",
+        norm_scope: str = "layer",
+        rtol: float | None = None,
+        fused_step: bool = True,
+    ) -> None:
+        base = check_base(base)
+        super().__init__(EFlatPerturbation(model, rho, beta, onto, norm_scope, rtol), base)
+        self._fused = {"step": fused_step}  # wrappers that copy attributes share it
+
+    @property
+    def fused_step(self) -> bool:
+        """True if the fused operator is used where it applies."""
+        return self._fused["step"]
+
+    @fused_step.setter
+    def fused_step(self, fused: bool) -> None:
+        self._fused["step"] = fused
+
+    @property
+    def beta(self) -> float:
+        """Weight of the newest perturbation in the average."""
+        return self.perturbation.beta
+
+    @property
+    def onto(self) -> str:
+        """The factor that carries the perturbation, "B" or "A", or "both"."""
+        return self.perturbation.onto
+
+    @property
+    def rtol(self) -> float | None:
+        """Relative cut-off of a factor's singular values; None for the operators' default."""
+        return self.perturbation.rtol
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """See :attr:`eflat_ext.EFlatPerturbation.averages`."""
+        return self.perturbation.averages
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        If the base optimizer raises, the averages have taken this step's perturbation already, and
+        the pairs their step where the fused operator applies.
+
+        Args:
+            closure: evaluated once, at the perturbed weights: zero_grad, forward, backward.
+
+        Returns:
+            What the closure returned, None without one.
+
+        Raises:
+            RuntimeError: the perturbation has ended (a newer optimizer took over, or another one
+                stepped its weights), or the model's parameters were replaced.
+        """
+        self.perturbation.check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        elif initialises_state(self.base):
+            return self._step_base()
+        rows = self.perturbation.operands()
+        factors = self.perturbation.parameters_in(rows)
+        adamw = adamw_lists(self.base, factors) if self.fused_step else None
+        if adamw is None:
+            self.perturbation.fold_in(rows)
+            self._step_base()
+        else:
+            self.perturbation.fold_in(rows, adamw)
+            with without_gradients(factors):
+                self._step_base()
+        self.perturbation.finish_step()
+        return loss
+
+
+def create_eflat_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    rho: Rho = 0.05,
+    beta: float = 0.9,
+    onto: str = "B",
+    norm_scope: str = "layer",
+    rtol: float | None = None,
+    fused_step: bool = True,
+    params: Any = None,
+    **optimizer_kwargs: Any,
+) -> EFlatLoRA:
+    """Create an :class:`EFlatLoRA` around a new base optimizer of all trainable parameters.
+
+    Args:
+        model, rho, beta, onto, norm_scope, rtol, fused_step: see :class:`EFlatLoRA`.
+        optimizer_cls: class of the base optimizer.
+        params: parameters, named parameters or groups for it, in place of all trainable ones.
+        **optimizer_kwargs: passed on to it (``lr`` and so on).
+
+    Raises:
+        TypeError: ``optimizer_cls`` is no class of optimizers; or as :class:`EFlatLoRA`.
+        ValueError: the model trains nothing; or as :class:`EFlatLoRA`.
+        ImportError, NotImplementedError: as :class:`EFlatLoRA`.
+    """
+    base = make_base(model, optimizer_cls, params, optimizer_kwargs)
+    return EFlatLoRA(
+        model,
+        base,
+        rho=rho,
+        beta=beta,
+        onto=onto,
+        norm_scope=norm_scope,
+        rtol=rtol,
+        fused_step=fused_step,
+    )
+
+
+def create_flat_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    rho: Rho = 0.05,
+    onto: str = "B",
+    norm_scope: str = "layer",
+    rtol: float | None = None,
+    params: Any = None,
+    **optimizer_kwargs: Any,
+) -> FlatLoRA:
+    """Create a :class:`FlatLoRA` around a new base; see :func:`create_eflat_optimizer`."""
+    base = make_base(model, optimizer_cls, params, optimizer_kwargs)
+    return FlatLoRA(model, base, rho=rho, onto=onto, norm_scope=norm_scope, rtol=rtol)
+
+
+def create_lora_sam_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    rho: Rho = 0.05,
+    norm_scope: str = "layer",
+    params: Any = None,
+    **optimizer_kwargs: Any,
+) -> LoRASAM:
+    """Create a :class:`LoRASAM` around a new base; see :func:`create_eflat_optimizer`."""
+    base = make_base(model, optimizer_cls, params, optimizer_kwargs)
+    return LoRASAM(model, base, rho=rho, norm_scope=norm_scope)
