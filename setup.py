@@ -191,7 +191,7 @@ CXX_FLAGS = [
 extensions = [
     CppExtension(
         "eflat_ext._C",
-        ["csrc/ops_cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        ["csrc/bindings/ops_cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
         py_limited_api=True,
         extra_compile_args=CXX_FLAGS,
     )
@@ -199,7 +199,7 @@ extensions = [
 if WITH_CUDA:
     cuda = CppExtension(
         "eflat_ext._C_cuda",
-        ["csrc/ops_cuda.cpp"],
+        ["csrc/bindings/ops_cuda.cpp"],
         py_limited_api=True,
         include_dirs=[f"{CUDA_HOME}/include"],
         library_dirs=[runtime_folder()],

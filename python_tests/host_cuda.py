@@ -1,4 +1,4 @@
-"""The CUDA kernels run on the CPU, as operators: see ``csrc/tests/ops_host_cuda.cpp``."""
+"""The CUDA kernels run on the CPU, as operators: see ``python_tests/cpp/ops_host_cuda.cpp``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build() -> None:
         cpp_extension.load(
             "eflat_host_cuda",
             [
-                str(ROOT / "csrc" / "tests" / name)
+                str(ROOT / "python_tests" / "cpp" / name)
                 for name in ("ops_host_cuda.cpp", "host_cuda.cpp")
             ],
             extra_cflags=[

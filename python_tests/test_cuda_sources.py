@@ -1,6 +1,6 @@
 """The CUDA kernels' own sources, run on the CPU, give the reference's numbers.
 
-``csrc/tests/ops_host_cuda.cpp`` registers the operators as ``torch.ops.eflat_float64`` and
+``python_tests/cpp/ops_host_cuda.cpp`` registers the operators as ``torch.ops.eflat_float64`` and
 ``torch.ops.eflat_two_float``, after the kernels' two arithmetics: every CUDA thread is a fiber,
 workspace and shared memory are poisoned with NaN.
 """

@@ -1,8 +1,8 @@
 // The vectorised inner loops, compiled once per instruction set and chosen at run time.
 #pragma once
-#include "../adamw.h"
-#include "../coefficients.h"
-#include "../pairs.h"
+#include "../core/adamw.h"
+#include "../core/coefficients.h"
+#include "../core/pairs.h"
 
 namespace eflat::cpu {
 

@@ -17,7 +17,7 @@
 #include <memory>
 #include <vector>
 
-#include "../blocks.h"
+#include "../core/blocks.h"
 
 namespace eflat::cpu {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 #include <type_traits>
 
-#include "../adamw.h"
+#include "../core/adamw.h"
 #include "call.h"
 #include "cuda.h"
 

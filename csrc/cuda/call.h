@@ -1,7 +1,7 @@
 // What a launch is told, as one kernel argument (so that CUDA graphs keep it), and how the device
 // workspace is laid out. Host and device compute the same layout from the same numbers.
 #pragma once
-#include "../pairs.h"
+#include "../core/pairs.h"
 
 namespace eflat::cuda {
 

@@ -22,7 +22,7 @@
 #endif
 
 #define EFLAT_TARGET cuda_device
-#include "../coefficients.h"
+#include "../core/coefficients.h"
 
 namespace eflat::cuda {
 

@@ -6,7 +6,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
-#include "../pairs.h"
+#include "../core/pairs.h"
 
 namespace eflat::cuda {
 

@@ -1,10 +1,10 @@
 // Gram matrices in pairs of floats, at the length of a large call's blocks: longer than the other
 // tests can afford.
-#define EFLAT_HOST_CUDA "../tests/host_cuda.h"
+#define EFLAT_HOST_CUDA "../../python_tests/cpp/host_cuda.h"
 #include <random>
 #include <vector>
 
-#include "../cuda/reduce.cuh"
+#include "../../csrc/cuda/reduce.cuh"
 #include "check.h"
 
 using namespace eflat;

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <type_traits>
 
-#include "cpu/perturb.h"
+#include "../cpu/perturb.h"
 #include "operators.h"
 
 namespace eflat {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../cuda/naive.cuh"
+#include "../../csrc/cuda/naive.cuh"
 
 namespace eflat::cuda::naive {
 

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <random>
 
-#include "../dtypes.h"
+#include "../../csrc/core/dtypes.h"
 #include "check.h"
 
 using namespace eflat;

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "cuda/launch.h"
+#include "../cuda/launch.h"
 #include "operators.h"
 
 namespace eflat {

@@ -6,8 +6,8 @@
 #include <optional>
 #include <string>
 
-#include "../cpu/perturb.h"
-#include "../cuda/launch.h"
+#include "../../csrc/cpu/perturb.h"
+#include "../../csrc/cuda/launch.h"
 #include "examples.h"
 
 using namespace eflat;

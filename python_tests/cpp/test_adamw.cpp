@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "../cpu/perturb.h"
+#include "../../csrc/cpu/perturb.h"
 #include "check.h"
 
 using namespace eflat;

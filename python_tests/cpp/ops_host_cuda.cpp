@@ -1,11 +1,11 @@
 // torch.ops.eflat_float64 and torch.ops.eflat_two_float: the operators of torch.ops.eflat on CPU
 // tensors, computed by the CUDA kernels run on the host, in both of their arithmetics. For the
 // tests; not part of the package.
-#define EFLAT_HOST_CUDA "../tests/host_cuda.h"
+#define EFLAT_HOST_CUDA "../../python_tests/cpp/host_cuda.h"
 #include <mutex>
 
-#include "../cuda/launch.cu"
-#include "../operators.h"
+#include "../../csrc/bindings/operators.h"
+#include "../../csrc/cuda/launch.cu"
 #include "naive.h"
 
 namespace eflat {

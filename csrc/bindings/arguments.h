@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "pairs.h"
+#include "../core/pairs.h"
 
 namespace eflat {
 

@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "../pairs.h"
+#include "../../csrc/core/pairs.h"
 #include "check.h"
 
 namespace eflat {

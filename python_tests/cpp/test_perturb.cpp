@@ -3,7 +3,7 @@
 // cases that must not crash.
 #include <limits>
 
-#include "../cpu/perturb.h"
+#include "../../csrc/cpu/perturb.h"
 #include "examples.h"
 
 using namespace eflat;
