@@ -58,17 +58,17 @@ test-wheel: wheel
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/pip install --quiet torch==$(OTHER_TORCH) numpy
 	build/wheel-venv/bin/pip install --quiet --no-deps dist/*.whl
-	cd build && wheel-venv/bin/python ../python_tests/check_installed.py
+	cd build && wheel-venv/bin/python ../python_tests/support/check_installed.py
 
 bench: $(VENV)/built
-	$(BIN)/python bench/perturb_cpu.py
-	$(BIN)/python bench/accuracy.py
-	$(BIN)/python bench/step.py
-	$(BIN)/python bench/fused_step.py
+	$(BIN)/python -m bench.kernels.perturb_cpu
+	$(BIN)/python -m bench.kernels.accuracy
+	$(BIN)/python -m bench.training.step
+	$(BIN)/python -m bench.training.fused_step
 
 # Registers, shared memory, spills and occupancy of the CUDA kernels; needs nvcc, no GPU.
 kernels: $(VENV)/built
-	$(BIN)/python bench/kernel_table.py
+	$(BIN)/python -m bench.kernels.kernel_table
 
 $(VENV)/requirements: requirements/run.txt requirements/models.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,8 @@
 """`eflat experiment` with the rivals and variants of bench/ among the methods.
 
-    python bench/experiment.py bench/experiments/movies_256.yaml --jobs 2
+    python -m bench.experiment bench/experiments/movies_256.yaml --jobs 2
 
-It can be stopped at any time; the same command goes on where it was. bench/report.py makes the
+It can be stopped at any time; the same command goes on where it was. bench/report makes the
 report of all results.
 """
 
@@ -13,10 +13,10 @@ import sys
 from typing import Any
 
 import cyclopts
-from remembered import lora_sam_memory
-from rivals import RIVALS
-from variants import VARIANTS
 
+from bench.methods.remembered import lora_sam_memory
+from bench.methods.rivals import RIVALS
+from bench.methods.variants import VARIANTS
 from eflat_ext.lab import cli
 from eflat_ext.lab.data.tables import InputError
 

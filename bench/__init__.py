@@ -1,0 +1,1 @@
+"""Measure eflat_ext: kernels, training steps, methods; experiments and their report."""

@@ -1,0 +1,1 @@
+"""Experiments: grids in YAML, and scripts that measure what no grid does."""

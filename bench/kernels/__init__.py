@@ -1,0 +1,1 @@
+"""Time the kernels, compare their errors, calculate their floors."""

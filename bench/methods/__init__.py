@@ -1,0 +1,1 @@
+"""Rivals and variants, for ``bench.experiment``."""

@@ -1,0 +1,1 @@
+"""Time optimizer steps and whole training steps."""

@@ -1,0 +1,79 @@
+"""Every page of docs/ has a script that runs as it stands; the README's table is the tests' own."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import settings_table
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_script_runs(script, tmp_path):
+    threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env={**os.environ, **threads, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip()
+
+
+def test_pages_and_scripts_belong_together():
+    assert [page.stem for page in PAGES] == [script.stem for script in SCRIPTS]
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert f"python examples/{page.stem}.py" in page.read_text(encoding="utf-8"), page
+        assert f"({page.name})" in index, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_of_pages_names_what_exists(page):
+    """Pages show the gist; their scripts are what is run."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        tree = ast.parse(textwrap.dedent(block))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("eflat_ext"):
+                for name in (alias.name for alias in node.names):
+                    if not hasattr(importlib.import_module(node.module), name):
+                        importlib.import_module(f"{node.module}.{name}")
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for test in re.findall(r"test_\w+\.py", text):
+        assert list((ROOT / "python_tests").rglob(test)), test
+
+
+def test_messages_of_the_page_are_those_of_the_script():
+    """Each row is provoked, and each mistake has a row, but for what needs a trainer."""
+    script = importlib.import_module("examples.troubleshooting")
+    provoked = [script.provoke(mistake).partition(": ")[2] for mistake in script.REMEDIES]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.+?)` \|", page, flags=re.M)
+    of_message = {
+        message: [r for r in rows if re.match(re.escape(r).replace(r"\.\.\.", ".*"), message)]
+        for message in provoked
+    }
+    assert all(len(named) == 1 for named in of_message.values()), of_message
+    left = set(rows) - {row for named in of_message.values() for row in named}
+    assert left == {"PerturbationMixin: both passes must see the same inputs"}
+
+
+def test_table_of_settings_is_up_to_date():
+    readme = settings_table.README.read_text(encoding="utf-8")
+    assert readme == settings_table.readme_with(settings_table.table(), readme)
