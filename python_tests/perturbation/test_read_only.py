@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CASE = Path(__file__).with_name("read_only_case.py")
+CASE = Path(__file__).parents[1] / "support" / "read_only_case.py"
 
 
 def run(what: str) -> subprocess.CompletedProcess[str]:

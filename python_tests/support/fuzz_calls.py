@@ -7,8 +7,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-import process_settings  # noqa: F401  (threads, and the kernels that EFLAT_TEST_KERNELS names)
 import fuzz_arguments as change
+import process_settings  # noqa: F401  (threads, and the kernels that EFLAT_TEST_KERNELS names)
 import torch
 from adamw_case import NUMBERS as ADAMW_NUMBERS
 from adamw_case import random_call
