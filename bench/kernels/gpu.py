@@ -67,11 +67,10 @@ def build() -> None:
 
 def run_tests(device: str, more: list[str], timeout: float) -> dict[str, object]:
     """The operators' tests; the last line of what pytest says, and whether all passed."""
-    files = sorted(
-        str(p.relative_to(ROOT)) for p in ROOT.glob("python_tests/ops/test_operators*.py")
-    )
-    command = [sys.executable, "-m", "pytest", "-q", *files, *more]
+    files = sorted(str(p) for p in ROOT.glob("python_tests/ops/test_operators*.py"))
     # The installed package is tested, not the folder of sources.
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "pythonpath=python_tests/support"]
+    command += [*files, *more]
     environment = {**os.environ, "EFLAT_TEST_DEVICE": device, "PYTHONSAFEPATH": "1"}
     try:
         run = subprocess.run(
