@@ -1,4 +1,4 @@
-"""Layer discovery: a PEFT model's LoRA pairs, and a name for everything that is no plain pair.
+"""Find the LoRA pairs of a PEFT model, and name the layers that are no plain pair.
 
 A pair is one adapter of one layer, ``W = W0 + s B A`` with ``A`` of shape (r, m) and ``B`` of
 shape (n, r), W being an embedding's table transposed, a convolution's kernel flattened to
@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from .perturbation.dtensors import is_dtensor
 from .stacklevel import stacklevel_of_user
 
-# Variants that change where or how ``s B A`` is used, but not that it is ``s B A``.
+# Variants whose update is still ``s B A``, wherever and however it is used.
 _PLAIN_VARIANTS = {
     "ALoraLinearVariant",
     "DoraConv1dVariant",
@@ -48,7 +48,7 @@ def held(slot: Slot) -> Tensor:
 class LoraPair:
     """One adapter of one LoRA layer, or of one expert of such a layer.
 
-    The factors of a deleted adapter of an embedding are gone: asking for them is an AttributeError.
+    Reading the factors of an embedding whose adapter was deleted raises AttributeError.
 
     Attributes:
         layer: PEFT's LoRA layer.
@@ -56,7 +56,7 @@ class LoraPair:
         layer_name: the layer's qualified name in the model.
         module_A, module_B: the modules that hold the parameters of A, B.
         key: the parameters' name in those modules.
-        expert, experts: which of how many experts, whose factors share the two parameters.
+        expert, experts: index of the expert and their number; experts share the two parameters.
     """
 
     layer: Any
@@ -70,44 +70,45 @@ class LoraPair:
 
     @property
     def name(self) -> str:
-        """Unique within a model: the layer's qualified name, the adapter's, the expert's number."""
+        """Name, unique within a model: the layer's, the adapter's, the expert's number."""
         return self.group if self.experts == 1 else f"{self.group}.{self.expert}"
 
     @property
     def group(self) -> str:
-        """The name without the expert's number."""
+        """Name of the pair without the expert's number."""
         return f"{self.layer_name}.{self.adapter}"
 
-    def slot(self, factor: str) -> Slot:
-        """Where the parameter of factor "A" or "B" is looked up."""
-        return (self.module_A if factor == "A" else self.module_B), self.key
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """Where the parameters of the factors "A" and "B" are looked up."""
+        return {"A": (self.module_A, self.key), "B": (self.module_B, self.key)}
 
     @property
     def parameter_A(self) -> Tensor:
-        """The parameter of A: (r, m), (r, in, kernel...), or (experts r, m)."""
-        return held(self.slot("A"))
+        """Parameter of A: (r, m), (r, in, kernel...), or (experts r, m)."""
+        return held(self.slots["A"])
 
     @property
     def parameter_B(self) -> Tensor:
-        """The parameter of B: (n, r), (n, r, 1...), or (n, r experts)."""
-        return held(self.slot("B"))
+        """Parameter of B: (n, r), (n, r, 1...), or (n, r experts)."""
+        return held(self.slots["B"])
 
     def parameter(self, factor: str) -> Tensor:
-        """The parameter of factor "A" or "B"."""
-        return self.parameter_A if factor == "A" else self.parameter_B
+        """Return the parameter of factor "A" or "B"."""
+        return held(self.slots[factor])
 
     @property
     def A(self) -> Tensor:
-        """The (r, m) factor: its parameter, or a view of it (a copy in ``channels_last``)."""
+        """Factor A, (r, m): its parameter, or a view of it (a copy in ``channels_last``)."""
         return self.part("A", self.parameter_A).flatten(1)
 
     @property
     def B(self) -> Tensor:
-        """The (n, r) factor: its parameter, or a view of it."""
+        """Factor B, (n, r): its parameter, or a view of it."""
         return self.part("B", self.parameter_B).flatten(1)
 
     def part(self, factor: str, tensor: Tensor) -> Tensor:
-        """What this pair owns of a tensor shaped like the parameter of ``factor``; a view."""
+        """Return this pair's part of a tensor shaped like the parameter of ``factor``; a view."""
         if self.experts == 1:
             return tensor
         if factor == "A":
@@ -116,18 +117,18 @@ class LoraPair:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """n, m and r of the whole factors, also where they are sharded."""
+        """``(n, m, r)`` of the whole factors, also where they are sharded."""
         A, B = self.parameter_A.shape, self.parameter_B.shape
         return B[0], math.prod(A[1:]), A[0] // self.experts
 
     @property
     def scaling(self) -> float:
-        """The layer's ``s``, with rsLoRA and ``set_scale`` folded in; 0 for a deleted adapter."""
+        """Scaling ``s`` of the layer, rsLoRA and ``set_scale`` included; 0 without the adapter."""
         return float(self.layer.scaling.get(self.adapter, 0.0))
 
     @property
     def active(self) -> bool:
-        """Whether a forward pass adds ``s B A`` now: adapter there, active, enabled, not merged."""
+        """True if a forward pass adds ``s B A`` now: the adapter exists, active and unmerged."""
         layer, adapter = self.layer, self.adapter
         factors = layer.lora_B if adapter in layer.lora_B else layer.lora_embedding_B
         return (
@@ -140,11 +141,11 @@ class LoraPair:
 
 
 def find_pairs(model: nn.Module) -> list[LoraPair]:
-    """The pairs of every active adapter of a PEFT model, in module order.
+    """Return the pairs of every active adapter of a PEFT model, in module order.
 
-    LoRA layers that are no plain pair (grouped convolutions, embeddings with ``max_norm``, variants
-    with a factor between A and B, factors whose memory another parameter shares) are named in one
-    UserWarning: they train, but without a perturbation.
+    One UserWarning names the LoRA layers that are no plain pair (grouped convolutions, embeddings
+    with ``max_norm``, variants with a factor between A and B, factors that share their memory with
+    another parameter): they train without a perturbation.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
@@ -156,7 +157,7 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
     """
     LoraLayer = _lora_class()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     shared = _shared_memory(model)
     pairs: list[LoraPair] = []
     others: list[str] = []
@@ -181,7 +182,7 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
     if not pairs:
         rest = f", only {', '.join(others)}" if others else ""
         raise ValueError(
-            "model: expected a PEFT model with LoRA layers and an active adapter, got "
+            "model must be a PEFT model with LoRA layers and an active adapter, got "
             f"{type(model).__name__} without any{rest}"
         )
     return pairs
@@ -201,7 +202,7 @@ def _lora_class() -> type:
 
 
 def _pairs(layer: Any, adapter: str, name: str) -> list[LoraPair]:
-    """What the layer holds of this adapter, plain or not."""
+    """Return the pairs that the layer holds of this adapter, plain or not."""
     if adapter in layer.lora_embedding_A:
         A, B = layer.lora_embedding_A, layer.lora_embedding_B  # dictionaries of parameters
         return [LoraPair(layer, adapter, name, A, B, key=adapter)]
@@ -216,7 +217,7 @@ def _pairs(layer: Any, adapter: str, name: str) -> list[LoraPair]:
 
 
 def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
-    """Why this adapter's factors are no plain pair; empty when they are one."""
+    """Return why this adapter's factors are no plain pair; an empty string if they are one."""
     layer, A, B = pair.layer, pair.module_A, pair.module_B
     if pair.key not in A._parameters or pair.key not in B._parameters:
         return "a factor is computed from other parameters"
@@ -224,7 +225,7 @@ def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
     if not (isinstance(A, plain) and isinstance(B, plain)):
         return f"factors are {type(A).__name__} and {type(B).__name__}"
     for factor in (pair.parameter_A, pair.parameter_B):
-        if not is_dtensor(factor) and factor.data_ptr() in shared:
+        if type(factor) is Parameter and factor.data_ptr() in shared:
             return "factor shares its memory with another parameter"
     if isinstance(B, CONVOLUTIONS) and (B.groups != 1 or A.groups != 1):
         return f"{B.groups} groups"
@@ -242,7 +243,7 @@ def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
 
 
 def _shared_memory(model: nn.Module) -> set[int]:
-    """Addresses at which more than one parameter starts (PEFT's tied embeddings are views)."""
+    """Return addresses at which several parameters start (PEFT's tied embeddings are views)."""
     seen: set[int] = set()
     shared: set[int] = set()
     for parameter in model.parameters():  # a parameter used twice comes once

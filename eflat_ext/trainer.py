@@ -114,7 +114,7 @@ class OptimizerFactory:
         is_class = isinstance(base, type) and issubclass(base, Optimizer)
         if not is_class and not isinstance(base, TrainingArguments):
             raise TypeError(
-                "base: expected a subclass of torch.optim.Optimizer or TrainingArguments, "
+                "base must be a subclass of torch.optim.Optimizer or TrainingArguments, "
                 f"got {base!r}"
             )
         self.create = create
@@ -156,8 +156,8 @@ def _optimizer_of(
     own = {"params", "model", "optimizer_dict"} & kwargs.keys()
     if own or not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise ValueError(
-            "arguments: expected an optimizer that is made of a list of parameters, "
-            f"optim={arguments.optim} is none"
+            "arguments must name an optimizer that is made of a list of parameters, got "
+            f"optim={arguments.optim}"
         )
     return cls, kwargs
 

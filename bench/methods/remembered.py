@@ -29,6 +29,7 @@ from eflat_ext.lab.finetune.config import FinetuneConfig
 from eflat_ext.lora import LoraPair, find_pairs
 from eflat_ext.optim.factories import trainable_parameters
 from eflat_ext.perturbation.base import Perturbation
+from eflat_ext.perturbation.settings import Settings
 
 Example = tuple[int, ...]  # its tokens
 
@@ -124,7 +125,7 @@ class RememberedLoRASAM(torch.optim.AdamW):
         self._rho = rho
         self._memory = Memory(model)
         self._examples: list[Example] = []
-        self._perturbation = Perturbation(model, ["A", "B"], rho=rho, norm_scope="layer")
+        self._perturbation = Perturbation(model, Settings(rho=rho), ["A", "B"])
         self._perturbation.claim(self)
         model.register_forward_pre_hook(self._before, with_kwargs=True)
 

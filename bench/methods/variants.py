@@ -41,6 +41,7 @@ from eflat_ext.lora import LoraPair, find_pairs
 from eflat_ext.ops import perturb
 from eflat_ext.optim.factories import trainable_parameters
 from eflat_ext.perturbation.base import Perturbation
+from eflat_ext.perturbation.settings import Settings
 from eflat_ext.reference import default_rtol
 
 
@@ -254,7 +255,7 @@ class AveragedLoRASAM(torch.optim.AdamW):
     def __init__(self, model: nn.Module, *, rho: float, beta: float, **adamw: Any) -> None:
         super().__init__(trainable_parameters(model), **adamw)
         self._rho, self._beta = rho, beta
-        self._perturbation = Perturbation(model, ["A", "B"], rho=rho, norm_scope="layer")
+        self._perturbation = Perturbation(model, Settings(rho=rho), ["A", "B"])
         self._perturbation.claim(self)
         self._pairs = [(p.parameter_A, p.parameter_B) for p in self._perturbation.pairs]
         self.averages = {f: torch.zeros_like(f) for pair in self._pairs for f in pair}

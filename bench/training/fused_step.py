@@ -30,6 +30,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -37,7 +38,7 @@ from torch import nn
 
 from bench.timing import arguments, copy_of, interleaved, machine, new_plot, print_table, write_json
 from eflat_ext import EFlatLoRA
-from eflat_ext.optim.fused_adamw import adamw_lists
+from eflat_ext.optim.fused_adamw import adamw_arguments
 
 SHAPES = {  # name: inputs, outputs
     **{name: (4096, 4096) for name in ("q", "k", "v", "o")},
@@ -89,21 +90,30 @@ def at_the_perturbed_point(optimizer: EFlatLoRA) -> Callable[[], object]:
 def operators(optimizer: EFlatLoRA) -> tuple[Callable[[], object], Callable[[], object]]:
     ran_perturbed(optimizer)
     rows = optimizer.perturbation.operands()
-    adamw = adamw_lists(optimizer.base, optimizer.perturbation.parameters_in(rows))
+    adamw = adamw_arguments(optimizer.base, rows.parameters)
     if adamw is None:
         raise SystemExit("the fused operator does not apply")
     averages = [torch.zeros_like(b, dtype=torch.float32) for b in rows.B]
     skipped = torch.zeros((), dtype=torch.int64, device=rows.A[0].device)
-    pairs, radius = rows.lists, (rows.scaling, 0.05, 0.9)
+    arguments: dict[str, Any] = {
+        "A": rows.A,
+        "B": rows.B,
+        "grad_A": rows.grad_A,
+        "grad_B": rows.grad_B,
+        "E": averages,
+        "ema": averages,
+        "skipped": skipped,
+        "scaling": rows.scaling,
+        "rho": 0.05,
+        "beta": 0.9,
+    }
 
     def perturb() -> None:
-        torch.ops.eflat.foreach_perturb_ema_(*pairs, averages, averages, skipped, *radius)
+        torch.ops.eflat.foreach_perturb_ema_(**arguments)
 
     @torch.no_grad()
     def step() -> None:
-        torch.ops.eflat.foreach_adamw_step_(
-            *pairs, averages, averages, *adamw[:3], skipped, *radius, *adamw[3:]
-        )
+        torch.ops.eflat.foreach_adamw_step_(**arguments, **adamw)
 
     return perturb, step
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from eflat_ext.lora import LoraPair
-from eflat_ext.perturbation.base import Perturbation, Rho
+from eflat_ext.perturbation.base import Perturbation
 from eflat_ext.perturbation.checkpoint import pack, unpack
+from eflat_ext.perturbation.settings import Rho
 
 
 class PerturbingOptimizer(Optimizer):

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eflat_ext.perturbation import EFlatPerturbation
-from eflat_ext.perturbation.base import Rho
 from eflat_ext.perturbation.checkpoint import initialises_state
-from eflat_ext.perturbation.checks import check_base
+from eflat_ext.perturbation.settings import Rho
+from eflat_ext.perturbation.steps import check_base
 
 from .base import PerturbingOptimizer
 from .factories import make_base
-from .fused_adamw import adamw_lists, without_gradients
+from .fused_adamw import adamw_arguments, without_gradients
 from .two_gradients import FlatLoRA, LoRASAM
 
 __all__ = [
@@ -95,7 +95,7 @@ class EFlatLoRA(PerturbingOptimizer):
 
     @property
     def onto(self) -> str:
-        """The factor that carries the perturbation, "B" or "A", or "both"."""
+        """Factor that carries the perturbation, "B" or "A", or "both"."""
         return self.perturbation.onto
 
     @property
@@ -130,18 +130,13 @@ class EFlatLoRA(PerturbingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        elif initialises_state(self.base):
+        elif not self.base.state and initialises_state(self.base):
             return self._step_base()
         rows = self.perturbation.operands()
-        factors = self.perturbation.parameters_in(rows)
-        adamw = adamw_lists(self.base, factors) if self.fused_step else None
-        if adamw is None:
-            self.perturbation.fold_in(rows)
+        adamw = adamw_arguments(self.base, rows.parameters) if self._fused["step"] else None
+        self.perturbation.fold_in(rows, adamw)
+        with without_gradients(rows.parameters if adamw is not None else []):
             self._step_base()
-        else:
-            self.perturbation.fold_in(rows, adamw)
-            with without_gradients(factors):
-                self._step_base()
         self.perturbation.finish_step()
         return loss
 

@@ -19,12 +19,12 @@ def make_base(
     """
     if isinstance(optimizer_cls, Optimizer):
         raise TypeError(
-            "optimizer_cls: expected a class of optimizers, got an instance of "
+            "optimizer_cls must be a class of optimizers, got an instance of "
             f"{type(optimizer_cls).__name__}: EFlatLoRA(model, base) takes one as its base"
         )
     if not callable(optimizer_cls):
         raise TypeError(
-            "optimizer_cls: expected a class of optimizers, as torch.optim.AdamW, got "
+            "optimizer_cls must be a class of optimizers, such as torch.optim.AdamW, got "
             f"{optimizer_cls!r}"
         )
     return optimizer_cls(trainable_parameters(model) if params is None else params, **options)
@@ -37,10 +37,10 @@ def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
         TypeError, ValueError: the model is no module, or trains nothing.
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(
-            f"model: expected trainable parameters, got {type(model).__name__} without any"
+            f"model must have trainable parameters, got {type(model).__name__} without any"
         )
     return trainable

@@ -10,46 +10,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
 from torch.optim import AdamW, Optimizer
 
 from eflat_ext.perturbation.dtensors import is_dtensor
 
 _DEVICES = ("cpu", "cuda")  # that have a kernel for it
-# lr, beta1, beta2, eps, weight_decay
 _Numbers: TypeAlias = tuple[float, float, float, float, float]
 
 
-class AdamWLists(NamedTuple):
-    """AdamW's arguments of the operator: for every A of the pairs, then for every B."""
-
-    exp_avg: list[Tensor]
-    exp_avg_sq: list[Tensor]
-    step: list[Tensor]
-    lr: list[float]
-    beta1: list[float]
-    beta2: list[float]
-    eps: list[float]
-    weight_decay: list[float]
+_STATE = ("exp_avg", "exp_avg_sq", "step")
+_NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
 
-def adamw_lists(base: Optimizer, factors: Sequence[Tensor]) -> AdamWLists | None:
-    """Return what the operator needs to do ``base.step()`` for the parameters of some pairs.
+def adamw_arguments(base: Optimizer, factors: Sequence[Tensor]) -> dict[str, Any] | None:
+    """Return the operator's arguments for ``base.step()`` of the parameters of some pairs, by name.
 
-    None where it cannot: ``base`` is no plain AdamW, or has step hooks, which may look at the
-    gradients; a factor is not trained, has no gradient or no state yet, or is sharded; factors or
-    steps occur twice; tensors that are not dense and contiguous on one device.
+    None where the operator cannot do that step: ``base`` is no plain AdamW, or has step hooks,
+    which may read the gradients; a factor is not trained, has no gradient or no state yet, or is
+    sharded; factors or steps occur twice; tensors that are not dense and contiguous on one device.
 
     Args:
         base: the optimizer.
-        factors: the parameters of A of the pairs, then those of B.
+        factors: the parameters of A of the pairs, then those of B, as in the lists returned.
     """
-    if type(base) is not AdamW or not _own_step(base) or _has_hooks(base):
+    if type(base) is not AdamW or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         return None
-    if not factors or any(map(is_dtensor, factors)) or len(set(map(id, factors))) < len(factors):
+    own = vars(base).get("step")  # a scheduler's wrapper, which only sees that it is called
+    if own and not (hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is AdamW.step):
+        return None
+    if not factors or len(set(map(id, factors))) < len(factors):
+        return None
+    if any(type(factor) is not Parameter and is_dtensor(factor) for factor in factors):
         return None
     device = factors[0].device
     if device.type not in _DEVICES:
@@ -69,7 +65,9 @@ def adamw_lists(base: Optimizer, factors: Sequence[Tensor]) -> AdamWLists | None
         chosen.append(numbers)
     if len({id(step) for _, _, step in tensors}) < len(tensors):
         return None
-    return AdamWLists(*map(list, zip(*tensors, strict=True)), *map(list, zip(*chosen, strict=True)))
+    of_state = zip(_STATE, map(list, zip(*tensors, strict=True)), strict=True)
+    of_groups = zip(_NUMBERS, map(list, zip(*chosen, strict=True)), strict=True)
+    return dict([*of_state, *of_groups])
 
 
 @contextmanager
@@ -85,19 +83,8 @@ def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _own_step(base: AdamW) -> bool:
-    """Whether ``base.step`` is AdamW's, as it is or as a scheduler wraps it to see it called."""
-    step = vars(base).get("step")
-    scheduled = hasattr(step, "_wrapped_by_lr_sched")
-    return step is None or (scheduled and step.__wrapped__ is AdamW.step)
-
-
-def _has_hooks(base: AdamW) -> bool:
-    return bool(base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks)
-
-
 def _numbers(group: dict[str, Any]) -> _Numbers | None:
-    """A group's hyperparameters, None unless it is one of plain AdamW."""
+    """Return a group's hyperparameters; None unless it is one of plain AdamW."""
     if any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable")):
         return None
     if not group["decoupled_weight_decay"]:
@@ -115,15 +102,13 @@ def _usable(factor: Tensor, state: dict[str, Any]) -> bool:
         grad is not None
         and grad.layout == torch.strided
         and factor.is_contiguous()
-        and _like(state["exp_avg"], factor)
-        and _like(state["exp_avg_sq"], factor)
+        and all(
+            moment.dtype == factor.dtype
+            and moment.device == factor.device
+            and moment.is_contiguous()
+            for moment in (state["exp_avg"], state["exp_avg_sq"])
+        )
         and step.dtype == torch.float32
         and step.dim() == 0
         and (step.device == factor.device or step.device.type == "cpu")
-    )
-
-
-def _like(moment: Tensor, factor: Tensor) -> bool:
-    return (
-        moment.dtype == factor.dtype and moment.device == factor.device and moment.is_contiguous()
     )

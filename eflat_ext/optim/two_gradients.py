@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eflat_ext.perturbation.base import Rho
 from eflat_ext.perturbation.checkpoint import initialises_state
-from eflat_ext.perturbation.checks import check_base
+from eflat_ext.perturbation.settings import Rho, Settings
+from eflat_ext.perturbation.steps import check_base, stepping
 from eflat_ext.perturbation.targets import parameters_of
 from eflat_ext.perturbation.two_points import (
     FlatPerturbation,
@@ -50,7 +50,7 @@ class TwoGradients(PerturbingOptimizer):
                 gradients that were there before, which belong to other passes.
         """
         self.perturbation.check()
-        self.perturbation.join_steps()
+        self.perturbation.optimizers.update(stepping())
         if closure is None and not self.perturbation.pending:
             if initialises_state(self.base):
                 return self._step_base()
@@ -154,9 +154,9 @@ class TwoGradients(PerturbingOptimizer):
         # Norms are read here alone, since that waits for the device; zeros may be added to.
         if not self._step.zeroed and any(float(norm) != 0 for norm in added):
             raise RuntimeError(
-                "step(closure): expected a closure that calls optimizer.zero_grad() and computes "
-                "all gradients of the step, since it is evaluated at two points; got one that adds "
-                "to gradients that were there before, or zeroes them in place by other means. For "
+                "closure must call optimizer.zero_grad() and compute all gradients of the step, as "
+                "it is evaluated at two points; got one that adds to gradients that were there "
+                "before, or zeroes them in place by other means. For "
                 "accumulated micro-batches call first_step() and second_step()"
             )
         return loss
@@ -202,12 +202,12 @@ class FlatLoRA(TwoGradients):
         norm_scope: str = "layer",
         rtol: float | None = None,
     ) -> None:
-        options: Any = {"rho": rho, "onto": onto, "norm_scope": norm_scope, "rtol": rtol}
-        super().__init__(FlatPerturbation(model, **options), check_base(base))
+        settings = Settings(rho, onto, norm_scope, rtol)
+        super().__init__(FlatPerturbation(model, settings), check_base(base))
 
     @property
     def onto(self) -> str:
-        """The factor that carries the perturbation, "B" or "A", or "both"."""
+        """Factor that carries the perturbation, "B" or "A", or "both"."""
         return self.perturbation.onto
 
     @property
@@ -226,4 +226,5 @@ class LoRASAM(TwoGradients):
     def __init__(
         self, model: nn.Module, base: Optimizer, *, rho: Rho = 0.05, norm_scope: str = "layer"
     ) -> None:
-        super().__init__(SAMPerturbation(model, rho=rho, norm_scope=norm_scope), check_base(base))
+        settings = Settings(rho=rho, norm_scope=norm_scope)
+        super().__init__(SAMPerturbation(model, settings), check_base(base))

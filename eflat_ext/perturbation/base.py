@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 
 from eflat_ext.stacklevel import stacklevel_of_user
 
-from .checks import RHO, check_scope, number
+from .bound import Bound
+from .checkpoint import RHO
 from .claims import ClaimedFactors
 from .dtensors import is_dtensor, laid_out_as
 from .operands import Operands, collect
+from .settings import Rho, Settings
+from .steps import stepping
 
-Rho: TypeAlias = float | Callable[[int], float]
 Gradients: TypeAlias = Mapping[Any, Tensor]
 
 
@@ -28,22 +30,23 @@ class Perturbation(ClaimedFactors):
 
     Args:
         model, carriers, together: see :class:`ClaimedFactors`.
-        rho: radius: a finite number >= 0, or a callable of the number of completed steps.
-        norm_scope: "layer" gives every pair the radius rho, "global" all pairs together.
+        settings: rho, norm_scope and, for some methods, the others.
+
+    Attributes:
+        settings: as given; assigning :attr:`rho` replaces them.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        settings: Settings,
         carriers: Sequence[str],
         *,
-        rho: Rho,
-        norm_scope: str,
         together: bool = False,
     ) -> None:
-        check_scope(norm_scope)
-        self.steps, self._scope, self._rho = 0, norm_scope, rho
-        self.radius()
+        settings.radius(0)  # raises what a schedule raises
+        self.settings = settings
+        self._bound: Bound | None = None
         super().__init__(model, carriers, together)
         self._warned = False
         device = self.pairs[0].parameter_A.device
@@ -54,34 +57,20 @@ class Perturbation(ClaimedFactors):
     @property
     def rho(self) -> Rho:
         """Radius of the perturbation: a number, or a callable of the completed steps."""
-        return self._rho
+        return self.settings.rho
 
     @rho.setter
     def rho(self, rho: Rho) -> None:
-        self.radius(rho)
-        self._rho = rho
+        settings = dataclasses.replace(self.settings, rho=rho)
+        settings.radius(self.steps)
+        self.settings = settings
         self._radius_changed()
         self.finish_step()
-
-    def radius(self, rho: Rho | None = None) -> float:
-        """Return rho for the coming step.
-
-        Raises:
-            ValueError: it is no finite number >= 0.
-        """
-        rho = self._rho if rho is None else rho
-        value = rho(self.steps) if callable(rho) else rho
-        radius = number(value)
-        if not math.isfinite(radius) or radius < 0:
-            raise ValueError(
-                f"rho: expected a finite number >= 0 or a callable of the step, got {value!r}"
-            )
-        return radius
 
     @property
     def norm_scope(self) -> str:
         """Scope of rho: "layer" (each pair) or "global" (all pairs together)."""
-        return self._scope
+        return self.settings.norm_scope
 
     @property
     def skipped(self) -> Tensor:
@@ -103,7 +92,7 @@ class Perturbation(ClaimedFactors):
     def points(self) -> dict[Tensor, Tensor]:
         """Return the pairs' factors where the next gradients will be taken: copies, whole."""
         self._claim_once()
-        self.look_up_parameters()
+        self.follow_parameters()
         points: dict[Tensor, Tensor] = {}
         with torch.no_grad():
             for parameter in self._parameters.values():
@@ -137,7 +126,7 @@ class Perturbation(ClaimedFactors):
         """
         self.check()
         self._claim_once()
-        self.fit_factors()
+        self.follow_parameters()
         for factor in self.factors:
             value = E.get(factor.parameter)
             factor.E.zero_() if value is None else factor.E.copy_(value)
@@ -153,18 +142,23 @@ class Perturbation(ClaimedFactors):
             RuntimeError: it has ended; or the model's parameters are no longer those that its
                 optimizer trains.
         """
-        self.radius()  # what a schedule raises is raised before anything moves
-        self._claim_once()
+        radius = self.settings.radius(self.steps)  # what it raises comes before anything moves
+        if not self._claimed:
+            self._claim_once()
         self.check()
-        self.look_up_parameters()
+        self.follow_parameters()
         self._check_parameters()
-        self.join_steps()
-        self.fit_factors()
+        self.optimizers.update(stepping())  # around this call: its own ones
         for layer in self._layers:  # another library may have put its own forward pass there
-            if not layer.in_place():
+            if layer.layer.forward is not layer.forward and not layer.in_place():
                 layer.wrap()
-        found = collect(self.pairs, self._parameters, gradients)
-        self._warn_where_clean(found)
+        found = collect(self.pairs, self.targets, self._parameters, gradients)
+        having = found.having
+        perturbed = radius and self.steps and self._switch.on and not self._switch.cleaned
+        if perturbed and not self._warned:
+            clean = [t.pair.name for t in found.targets if t.factor.only_clean and t.at in having]
+            if clean:
+                self._warn_of_clean_gradients(clean)
         return found
 
     def finish_update(self) -> None:
@@ -173,8 +167,11 @@ class Perturbation(ClaimedFactors):
         self.forget_passes()
         self._radius_changed()
 
+    @torch.no_grad()
     def finish_step(self) -> None:
-        """Recompute, once the optimizer has stepped, what forward passes cannot."""
+        """Recompute, once the optimizer has stepped, what compiled forward passes cannot."""
+        if self._bound is not None and self._claimed and not self.ended:
+            self._bound.update()
 
     def forget_passes(self) -> None:
         """Mark all factors as not yet used by a pass."""
@@ -192,7 +189,8 @@ class Perturbation(ClaimedFactors):
     def has_gradients(self) -> bool:
         """Return whether any pair with a scaling has a gradient."""
         return any(
-            pair.scaling != 0 and any(self._parameters[pair.slot(f)].grad is not None for f in "AB")
+            pair.scaling != 0
+            and any(self._parameters[slot].grad is not None for slot in pair.slots.values())
             for pair in self.pairs
         )
 
@@ -206,6 +204,9 @@ class Perturbation(ClaimedFactors):
         for average, value in zip(self.saved_averages(), values, strict=True):
             # In place: passes may be compiled with these tensors.
             average.zero_() if value is None else average.copy_(laid_out_as(value, average))
+        if self._bound is not None:
+            self._bound.average_changed()
+            self.finish_step()
 
     def load_counters(self, steps: int, skipped: int) -> None:
         """Load ``steps`` and ``skipped``."""
@@ -216,33 +217,22 @@ class Perturbation(ClaimedFactors):
 
     def _radius_changed(self) -> None:
         """Show rho in the optimizer's groups, beside its other numbers."""
-        claimant = None if self.ended else self.claimant()
+        claimant = None if self.ended else self._claimant()
         # A schedule may end with the last step. What it raises is the next step's to raise.
         with suppress(Exception):
-            radius = self.radius()
+            radius = self.settings.radius(self.steps)
+            if self._bound is not None:
+                self._bound.radius = radius
             for group in claimant.param_groups if claimant is not None else ():
                 group[RHO] = radius
 
-    def _skipped_on(self, device: torch.device) -> Tensor:
-        if self._skipped.device != device:
-            self._skipped = self._skipped.to(device)
-        return self._skipped
-
-    def _warn_where_clean(self, rows: Operands) -> None:
-        silent = self._warned or self._switch.cleaned or not self._switch.on
-        if silent or not self.steps or self.radius() == 0:
-            return
-        clean = [
-            self.pairs[i].name
-            for carrier, i in self._targets(rows.indices)
-            if i in rows.having and self._factor_of[i][carrier].only_clean
-        ]
-        if clean:
-            self._warned = True
-            more = f" and {len(clean) - 1} more" if len(clean) > 1 else ""
-            warnings.warn(
-                f"the gradient of {clean[0]}{more} was taken without the perturbation: its layer "
-                "did not run in training mode (model.train()) since the last step",
-                UserWarning,
-                stacklevel=stacklevel_of_user(),
-            )
+    def _warn_of_clean_gradients(self, names: list[str]) -> None:
+        """Warn, once, of pairs whose gradients were taken without the perturbation."""
+        self._warned = True
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"the gradient of {names[0]}{more} was taken without the perturbation: its layer "
+            "did not run in training mode (model.train()) since the last step",
+            UserWarning,
+            stacklevel=stacklevel_of_user(),
+        )

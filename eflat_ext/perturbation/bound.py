@@ -70,24 +70,24 @@ class Bound:
         rows = [(pair, factor) for pair, factor in self._pairs if pair.scaling != 0]
         if not rows:
             return
-        B: list[Tensor] = [self._parameters[pair.slot("B")] for pair, _ in rows]
+        B: list[Tensor] = [self._parameters[pair.slots["B"]] for pair, _ in rows]
         if any(map(is_dtensor, B)):
             names = [f"factor B of {pair.name}" for pair, _ in rows]
             B, _, _ = Layout(dict(zip(names, B, strict=True))).gather(B, [None] * len(B))
         averages = [pair.part("A", factor.average) for pair, factor in rows]
         scales = torch.ops.eflat.foreach_bound(
-            [average.flatten(1) for average in averages],
-            [pair.part("B", b).flatten(1) for (pair, _), b in zip(rows, B, strict=True)],
-            [pair.scaling for pair, _ in rows],
-            self.radius,
-            self._scope,
+            ema=[average.flatten(1) for average in averages],
+            B=[pair.part("B", b).flatten(1) for (pair, _), b in zip(rows, B, strict=True)],
+            scaling=[pair.scaling for pair, _ in rows],
+            rho=self.radius,
+            norm_scope=self._scope,
         )
         E = [pair.part("A", factor.E) for pair, factor in rows]
         torch._foreach_copy_(E, torch._foreach_mul(averages, list(scales.unbind())))
         self._seen = {factor: self._state(factor) for _, factor in rows}
 
     def _state(self, factor: PerturbedFactor) -> object:
-        B = [self._parameters[pair.slot("B")] for pair in self._pairs_of[factor]]
+        B = [self._parameters[pair.slots["B"]] for pair in self._pairs_of[factor]]
         scalings = [pair.scaling for pair in self._pairs_of[factor]]
         return self.radius, scalings, [_state(t) for b in B for t in (b, local(b))]
 

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from .checks import AVERAGE, RHO, check_saved_averages
 from .dtensors import is_dtensor, local
 from .targets import parameters_of
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .base import Perturbation
     from .eflat import EFlatPerturbation
 
+AVERAGE = "perturbation_ema"  # the name of an average, beside its parameter's own entries
+RHO = "perturbation_rho"  # the name of the coming step's radius in an optimizer's groups
 # Names of the counters in each group; of the whole, where a base has a format of its own.
 _STEPS, _SKIPPED, _OWN = "perturbation_steps", "perturbation_skipped", "perturbation"
 
@@ -53,7 +55,7 @@ def unpack(
         ValueError: the parameters that have an average, or their shapes, do not match; or an
             average is not finite.
     """
-    perturbation.look_up_parameters()
+    perturbation.follow_parameters()
     averages = perturbation.saved_averages()
     if not _is_plain(state_dict):
         own = {_STEPS: 0, _SKIPPED: 0, "averages": [], **state_dict.get(_OWN, {})}
@@ -91,6 +93,29 @@ def unpack(
     return rest, load
 
 
+def check_saved_averages(saved: dict[Any, Tensor], wanted: dict[Any, Tensor]) -> None:
+    """Raise ValueError unless there is a finite value for each average, and none besides."""
+    found = wanted.keys() & saved.keys()
+    if len(found) < max(len(wanted), len(saved)):
+        reason = "other layers were perturbed" if found else "perhaps by another onto"
+        raise ValueError(
+            f"state_dict must have a {AVERAGE} for each of the {len(wanted)} perturbed factors, "
+            f"got {len(saved)}, {len(found)} of them of these: {reason}"
+        )
+    for key, average in wanted.items():
+        value = saved[key]
+        if value.shape != average.shape:
+            raise ValueError(
+                f"state_dict must have a {AVERAGE} of shape {tuple(average.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        if not bool(torch.linalg.vector_norm(value).isfinite()):
+            raise ValueError(
+                f"state_dict must have a finite {AVERAGE}, got one of shape "
+                f"{tuple(value.shape)} that holds NaN or infinity"
+            )
+
+
 def _is_plain(state_dict: dict[str, Any]) -> bool:
     return "state" in state_dict and "param_groups" in state_dict
 
@@ -110,8 +135,8 @@ def attach_hooks(perturbation: EFlatPerturbation, optimizer: Optimizer) -> list[
     The optimizer's ``state_dict`` and ``load_state_dict`` save and load its averages.
 
     Returns:
-        Handles, to be removed. The optimizer keeps the perturbation alive, nothing here the
-        optimizer.
+        Handles with a ``remove`` method. The optimizer keeps the perturbation alive; nothing here
+        keeps the optimizer alive.
     """
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:

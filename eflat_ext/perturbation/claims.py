@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,12 +16,11 @@ from torch.optim import Optimizer
 from eflat_ext.lora import LoraPair, Slot, find_pairs, held, lora_layers
 
 from . import steps
-from .checks import check_one_device
 from .dtensors import fsdp_modules, is_dtensor, refuse_flat_parameters, reshard
 from .gather import Layout
 from .layer_forward import PerturbedFactor, PerturbedLayer, Row, Switch, detach, perturbed_layer
-from .operands import Operands
-from .targets import parameters_of, perturbed_pairs
+from .operands import Target
+from .targets import check_one_device, choose_targets, parameters_of
 
 _TAKEN_OVER = "a newer perturbation of the same weights has taken over"
 _numbers = itertools.count()  # of perturbations, in the order in which they were made
@@ -42,6 +41,7 @@ class ClaimedFactors:
     Attributes:
         pairs: the LoRA pairs that are perturbed.
         factors: their perturbed factors, each once: the experts of a layer share theirs.
+        targets: the perturbed factors of each pair, all A, then all B.
         ended: why nothing is perturbed any more; empty while it lives.
         optimizers: those whose steps of the perturbed parameters do not end it.
         steps: how many updates there have been.
@@ -54,17 +54,16 @@ class ClaimedFactors:
             refuse_flat_parameters(model)
         self._candidates = self.pairs = find_pairs(model)
         self.factors: list[PerturbedFactor] = []
+        self.targets: list[Target] = []
         self.ended, self.steps = "", 0
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.steps_of: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._model, self._carriers, self._together = model, list(carriers), together
         self._switch = Switch()
-        # For each pair, by carrier.
-        self._factor_of: list[dict[str, PerturbedFactor]] = [{} for _ in self.pairs]
         self._parameters: dict[Slot, Any] = {}  # of the pairs, as last seen
         self._layers: list[PerturbedLayer] = []
         self._claimed = False
-        self._claimant: weakref.ref[Optimizer] | None = None
+        self._claimant: Callable[[], Optimizer | None] = _nobody
         self._number = next(_numbers)
         self._claim_all = partial(_claim_all, weakref.ref(self))
         self._wait()
@@ -88,25 +87,28 @@ class ClaimedFactors:
                 self._release()  # one that is refused waits no more
             reshard(fsdp_modules(self._model))  # so that modules hold what optimizers train
             trained = parameters_of(optimizer.param_groups)
-        pairs, targets, target_of = perturbed_pairs(
-            self._candidates, trained, self._carriers, self._together
-        )
-        self._check(pairs)
-        kept = {(factor.module, factor.name): factor for factor in self.factors}
+        chosen = choose_targets(self._candidates, trained, self._carriers, self._together)
+        self._check([pair for pair, _ in chosen])
         self._release()
-        self.pairs = pairs
+        self.pairs = [pair for pair, _ in chosen]
         self._parameters = {
-            slot: slot[0]._parameters[slot[1]] for p in pairs for slot in (p.slot("A"), p.slot("B"))
+            slot: slot[0]._parameters[slot[1]] for p in self.pairs for slot in p.slots.values()
         }
-        self.factors = [
-            kept.get(slot)
-            or PerturbedFactor(*slot, self._new_E(self._parameters[slot]), self._switch)
-            for slot in targets
-        ]
-        for slot, factor in zip(targets, self.factors, strict=True):
+        known = {(factor.module, factor.name): factor for factor in self.factors}
+        factor_at = {
+            slot: known.get(slot) or self._new_factor(slot)
+            for _, slots in chosen
+            for slot in slots.values()
+        }
+        for slot, factor in factor_at.items():
             factor.parameter = self._parameters[slot]
-            factor.was_swapped = partial(_was_swapped, weakref.ref(self))
-        self._factor_of = [{f: self.factors[i] for f, i in own.items()} for own in target_of]
+        self.factors = list(factor_at.values())
+        self.targets = [
+            Target(i, pair, carrier, factor_at[slots[carrier]])
+            for carrier in self._carriers
+            for i, (pair, slots) in enumerate(chosen)
+            if carrier in slots
+        ]
         self._prepare_factors()
         if optimizer is not None:
             self._claimant = weakref.ref(optimizer)
@@ -127,7 +129,7 @@ class ClaimedFactors:
     def _claim_once(self) -> None:
         if self._claimed or self.ended:
             return
-        mine = {id(held(pair.slot(f))) for pair in self._candidates for f in self._carriers}
+        mine = {id(held(pair.slots[f])) for pair in self._candidates for f in self._carriers}
         if any(one._number > self._number and one.parameter_ids() & mine for one in steps.living):
             self.end(_TAKEN_OVER)  # while it was waiting
         else:
@@ -165,14 +167,10 @@ class ClaimedFactors:
         """Return the ids of the perturbed parameters."""
         return {id(factor.parameter) for factor in self.factors}
 
-    def join_steps(self) -> None:
-        """Count the optimizers that are stepping now, around this call, as its own."""
-        self.optimizers.update(steps.stepping())
-
     @property
     def attached(self) -> bool:
         """True if an optimizer was given to :meth:`claim`."""
-        return self._claimant is not None
+        return self._claimant is not _nobody
 
     def shares(self, optimizer: Any) -> bool:
         """Return whether other perturbations were claimed for the same optimizer."""
@@ -180,10 +178,10 @@ class ClaimedFactors:
 
     def claimant(self) -> Optimizer | None:
         """Return the optimizer for which the pairs were claimed."""
-        return self._claimant() if self._claimant is not None else None
+        return self._claimant()
 
-    def look_up_parameters(self) -> None:
-        """Follow modules whose parameters were replaced, as by ``fully_shard``.
+    def follow_parameters(self) -> None:
+        """Follow parameters that were replaced, as by ``fully_shard``, moved or given another type.
 
         Raises:
             NotImplementedError: the older FSDP has replaced them.
@@ -200,68 +198,51 @@ class ClaimedFactors:
                 self._parameters[slot] = now
                 if factor is not None:
                     factor.parameter = now
+        for factor in self.factors:
+            parameter = factor.parameter
+            if (parameter.device, parameter.dtype) != factor.fitted_to:
+                factor.fit(self._dtype(parameter.dtype))
 
     def _check_parameters(self) -> None:
         trained = self._trained()
-        for carrier, i in self._targets(range(len(self.pairs))):
-            pair = self.pairs[i]
-            known, (module, name) = self._parameters[pair.slot(carrier)], pair.slot(carrier)
-            now = module._parameters.get(name)
+        for _, pair, carrier, _ in self.targets:
+            module, name = slot = pair.slots[carrier]
+            known, now = self._parameters[slot], module._parameters.get(name)
             if pair.scaling == 0:  # its adapter was deleted
                 continue
             if now is not known and not (now is not None and _is_gathered(now, known)):
                 refuse_flat_parameters(self._model)
                 raise RuntimeError(
                     f"factor {carrier} of {pair.group} was replaced or removed since its optimizer "
-                    "was made (load_state_dict(assign=True), pruning): expected the parameter that "
-                    "the optimizer trains; make the optimizer anew"
+                    "was made (load_state_dict(assign=True), pruning): it must be the parameter "
+                    "that the optimizer trains; make the optimizer anew"
                 )
             if trained is not None and id(known) not in trained:
                 raise RuntimeError(
-                    "base: expected an optimizer of the model's own parameters, got one without "
+                    "the optimizer must train the model's own parameters, got one without "
                     f"factor {carrier} of {pair.group}; engines that replace parameters by some of "
                     "their own (DeepSpeed ZeRO) step by themselves: see EFlatPerturbation.update"
                 )
 
     def _trained(self) -> set[int] | None:
         """Return the ids of what the optimizer trains that the pairs were claimed for."""
-        claimant = self.claimant()
-        return None if claimant is None else set(map(id, parameters_of(claimant.param_groups)))
-
-    def fit_factors(self) -> None:
-        """Follow parameters that have moved to another device or changed their type."""
-        for factor in self.factors:
-            factor.fit(self._dtype(factor.parameter.dtype))
-
-    def parameters_in(self, rows: Operands) -> list[Tensor]:
-        """Return the parameters of A of these pairs, then those of B."""
-        return [self._parameters[self.pairs[i].slot(f)] for f in "AB" for i in rows.indices]
-
-    def perturbed_parts(
-        self, indices: Iterable[int], tensor_of: Callable[[PerturbedFactor], Tensor]
-    ) -> list[Tensor]:
-        """Return views of tensors shaped like factors, as the operators list those of some pairs.
-
-        All that go with A, then all that go with B.
-        """
-        return [
-            self.pairs[i].part(carrier, tensor_of(self._factor_of[i][carrier]))
-            for carrier, i in self._targets(indices)
-        ]
-
-    def _targets(self, indices: Iterable[int]) -> list[tuple[str, int]]:
-        """Return the carriers that the pairs of some indices perturb, with the index."""
-        indices = list(indices)
-        return [(f, i) for f in self._carriers for i in indices if f in self._factor_of[i]]
+        claimant = self._claimant()
+        if claimant is None:
+            return None
+        return {id(p) for group in claimant.param_groups for p in group["params"]}
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the type of what is added to factors of a type."""
         return torch.float64 if dtype == torch.float64 else torch.float32
 
-    def _new_E(self, parameter: Tensor) -> Tensor:
+    def _new_factor(self, slot: Slot) -> PerturbedFactor:
+        parameter = self._parameters[slot]
         dtype = self._dtype(parameter.dtype)
         with torch.inference_mode(False):
-            return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            E = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        factor = PerturbedFactor(*slot, E, self._switch)
+        factor.was_swapped = partial(_was_swapped, weakref.ref(self))
+        return factor
 
     def _check(self, pairs: Sequence[LoraPair]) -> None:
         """Raise an error, see :meth:`claim`, unless these pairs can be perturbed."""
@@ -306,6 +287,10 @@ class ClaimedFactors:
             f"{type(self).__name__} cannot be copied or pickled, it is tied to its model: save its "
             "state_dict() and construct it on the other model"
         )
+
+
+def _nobody() -> None:
+    """Stand in for the optimizer of a perturbation that was claimed for none."""
 
 
 def _is_gathered(now: Tensor, known: Tensor) -> bool:

@@ -6,8 +6,7 @@ Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +15,31 @@ from torch.optim import Optimizer
 from eflat_ext.lora import LoraPair
 from eflat_ext.ops.checks import perturbed
 
-from .base import Gradients, Perturbation, Rho
+from .base import Gradients, Perturbation
 from .bound import Bound
-from .checkpoint import attach_hooks
-from .checks import check_base, check_beta, check_operable, check_saved_averages, check_transfer
-from .layer_forward import PerturbedFactor
+from .checkpoint import attach_hooks, check_saved_averages
 from .operands import Operands, zeros_like
-
-if TYPE_CHECKING:
-    from eflat_ext.optim.fused_adamw import AdamWLists
+from .settings import Rho, Settings
+from .steps import check_base
+from .targets import check_operable
 
 
 class TransferredPerturbation(Perturbation):
-    """A full-space perturbation, carried over to the factor ``onto``, or both, by the operators."""
+    """Perturb in the full space of weights, by the factor ``onto`` or both, with the operators."""
 
-    def __init__(
-        self, model: nn.Module, *, rho: Rho, onto: str, norm_scope: str, rtol: float | None
-    ) -> None:
-        check_transfer(onto, rtol)
-        self._onto, self._rtol = onto, rtol
-        carriers = perturbed(onto, ["A"], ["B"])
-        together = onto == "both"
-        super().__init__(model, carriers, rho=rho, norm_scope=norm_scope, together=together)
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        carriers = perturbed(settings.onto, ["A"], ["B"])
+        super().__init__(model, settings, carriers, together=settings.onto == "both")
 
     @property
     def onto(self) -> str:
-        """The factor that carries the perturbation, "B" or "A", or "both"."""
-        return self._onto
+        """Factor that carries the perturbation, "B" or "A", or "both"."""
+        return self.settings.onto
 
     @property
     def rtol(self) -> float | None:
         """Relative cut-off of a factor's singular values; None for the operators' default."""
-        return self._rtol
+        return self.settings.rtol
 
     def _check(self, pairs: Sequence[LoraPair]) -> None:
         super()._check(pairs)
@@ -97,16 +89,13 @@ class EFlatPerturbation(TransferredPerturbation):
         norm_scope: str = "layer",
         rtol: float | None = None,
     ) -> None:
-        check_beta(beta)
-        self._beta = float(beta)
-        self._bound: Bound | None = None
         self._handles: list[Any] = []  # of what attach puts on the optimizer
-        super().__init__(model, rho=rho, onto=onto, norm_scope=norm_scope, rtol=rtol)
+        super().__init__(model, Settings(rho, onto, norm_scope, rtol, beta))
 
     @property
     def beta(self) -> float:
         """Weight of the newest perturbation in the average."""
-        return self._beta
+        return self.settings.beta
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -115,11 +104,13 @@ class EFlatPerturbation(TransferredPerturbation):
         Onto both, the names end in ".A" and ".B".
         """
         self._claim_once()
-        self.fit_factors()
-        targets = self._targets(range(len(self.pairs)))
-        names = [self.pairs[i].name + (f".{f}" if self.onto == "both" else "") for f, i in targets]
-        parts = self.perturbed_parts(range(len(self.pairs)), _average)
-        return dict(zip(names, parts, strict=True))
+        self.follow_parameters()
+        return {
+            pair.name + (f".{carrier}" if self.onto == "both" else ""): pair.part(
+                carrier, factor.average
+            )
+            for _, pair, carrier, factor in self.targets
+        }
 
     def attach(self, optimizer: Optimizer) -> EFlatPerturbation:
         """Ride on the steps of an optimizer, which keeps this alive from then on.
@@ -155,8 +146,9 @@ class EFlatPerturbation(TransferredPerturbation):
 
     def _prepare_factors(self) -> None:
         if "A" in self._carriers:
-            rows = [(self.pairs[i], self._factor_of[i]["A"]) for i in range(len(self.pairs))]
-            self._bound = Bound(rows, self._parameters, self.norm_scope, self.radius())
+            rows = [(t.pair, t.factor) for t in self.targets if t.carrier == "A"]
+            radius = self.settings.radius(self.steps)
+            self._bound = Bound(rows, self._parameters, self.norm_scope, radius)
 
     @torch.no_grad()
     def update(self, gradients: Gradients | None = None) -> None:
@@ -173,28 +165,37 @@ class EFlatPerturbation(TransferredPerturbation):
         self.fold_in(self.operands(gradients))
 
     @torch.no_grad()
-    def fold_in(self, rows: Operands, adamw: AdamWLists | None = None) -> None:
+    def fold_in(self, rows: Operands, adamw: dict[str, Any] | None = None) -> None:
         """Fold the perturbation of these pairs into their averages, and step their factors.
 
         Args:
             rows: from :meth:`operands`, of this step.
-            adamw: for the operator that also takes AdamW's step; None for none.
+            adamw: further arguments of the operator that also takes AdamW's step; None for the one
+                that does not.
         """
-        if rows.A:
-            self._skipped_on(rows.A[0].device)
-        parts = self.perturbed_parts(rows.indices, _average)
+        parts = [pair.part(carrier, factor.average) for _, pair, carrier, factor in rows.targets]
         averages = [part.flatten(1).contiguous() for part in parts]
-        E = self._added(rows, averages)
-        radius = (rows.scaling, self.radius(), self.beta)
-        options = (self.onto, self.norm_scope, self.rtol)
+        if rows.A:
+            self._skipped = self._skipped.to(rows.A[0].device)
+        arguments: dict[str, Any] = {
+            "A": rows.A,
+            "B": rows.B,
+            "grad_A": rows.grad_A,
+            "grad_B": rows.grad_B,
+            "E": self._added(rows, averages),
+            "ema": averages,
+            "skipped": self._skipped,
+            "scaling": rows.scaling,
+            "rho": self.settings.radius(self.steps),
+            "beta": self.settings.beta,
+            "onto": self.settings.onto,
+            "norm_scope": self.settings.norm_scope,
+            "rtol": self.settings.rtol,
+        }
         if adamw is None:
-            norms = torch.ops.eflat.foreach_perturb_ema_(
-                *rows.lists, E, averages, self._skipped, *radius, *options
-            )
+            norms = torch.ops.eflat.foreach_perturb_ema_(**arguments)
         else:
-            norms = torch.ops.eflat.foreach_adamw_step_(
-                *rows.lists, E, averages, *adamw[:3], self._skipped, *radius, *adamw[3:], *options
-            )
+            norms = torch.ops.eflat.foreach_adamw_step_(**arguments, **adamw)
         for part, average in zip(parts, averages, strict=True):
             if not part.is_contiguous():
                 part.copy_(average.view(part.shape))
@@ -204,42 +205,27 @@ class EFlatPerturbation(TransferredPerturbation):
         self.finish_update()
 
     def _added(self, rows: Operands, averages: list[Tensor]) -> list[Tensor]:
-        """Return what the passes added to the pairs' factors; an empty list if all ran clean."""
-        factors = [self._factor_of[i][carrier] for carrier, i in self._targets(rows.indices)]
-        if all(factor.only_clean for factor in factors):
+        """Return what passes added to the targets, as matrices; an empty list if all ran clean."""
+        clean = [target.factor.only_clean for target in rows.targets]
+        if all(clean):
             return []
-        parts = self.perturbed_parts(rows.indices, lambda factor: factor.E)
-        return [
-            zeros_like(average)
-            if factor.only_clean
-            else average
-            if factor.average is factor.E
-            else part.flatten(1)
-            for factor, part, average in zip(factors, parts, averages, strict=True)
-        ]
-
-    @torch.no_grad()
-    def finish_step(self) -> None:
-        if self._bound is not None and self._claimed and not self.ended:
-            self._bound.update()
-
-    def _radius_changed(self) -> None:
-        super()._radius_changed()
-        if self._bound is not None:
-            with suppress(Exception):
-                self._bound.radius = self.radius()
+        E = []
+        for (_, pair, carrier, factor), average, was_clean in zip(
+            rows.targets, averages, clean, strict=True
+        ):
+            if was_clean:
+                E.append(zeros_like(average))
+            elif factor.average is factor.E:
+                E.append(average)
+            else:
+                E.append(pair.part(carrier, factor.E).flatten(1))
+        return E
 
     # Checkpoints.
 
     def saved_averages(self) -> list[Tensor]:
-        self.fit_factors()
+        self.follow_parameters()
         return [factor.average for factor in self.factors]
-
-    def load_averages(self, values: Sequence[Tensor | None]) -> None:
-        super().load_averages(values)
-        if self._bound is not None:
-            self._bound.average_changed()
-            self.finish_step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, by factor, and the counters, for engines that save them."""
@@ -261,12 +247,5 @@ class EFlatPerturbation(TransferredPerturbation):
         self.load_counters(state_dict["steps"], state_dict["skipped"])
 
     def _names(self) -> list[str]:
-        names: dict[int, str] = {}
-        for carrier, i in self._targets(range(len(self.pairs))):
-            factor = self._factor_of[i][carrier]
-            names.setdefault(id(factor), f"{self.pairs[i].group}.{carrier}")
-        return [names[id(factor)] for factor in self.factors]
-
-
-def _average(factor: PerturbedFactor) -> Tensor:
-    return factor.average
+        names = {t.factor: f"{t.pair.group}.{t.carrier}" for t in self.targets}
+        return [names[factor] for factor in self.factors]

@@ -73,7 +73,7 @@ class Layout:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None and not same_layout(gradient, parameter):
                 raise RuntimeError(
-                    "sharded model: expected gradients laid out as their parameters, "
+                    "sharded model: gradients must be laid out as their parameters, "
                     f"{parameter.placements}, got {getattr(gradient, 'placements', type(gradient))}"  # type: ignore[attr-defined]
                 )
             own = local(parameter)

@@ -47,6 +47,7 @@ class PerturbedFactor:
         parameter: the parameter, the sharded one under FSDP2.
         E: the tensor that is added; whole, also where the parameter is sharded.
         average: the moving average that E is made of, often E itself.
+        fitted_to: device and type of the parameter that E and the average were fitted to.
         ran_perturbed: whether a forward pass has used E since the last step.
         ran_clean: whether one with gradients has not, though its layer ran.
         refresh: called before E is used, to bring it up to date.
@@ -56,7 +57,8 @@ class PerturbedFactor:
     def __init__(self, module: nn.Module, name: str, E: Tensor, switch: Switch) -> None:
         self.module, self.name, self.switch = module, name, switch
         self.E = self.average = E
-        self.parameter: Any = module._parameters[name]
+        parameter: Any = module._parameters[name]
+        self.parameter, self.fitted_to = parameter, (parameter.device, parameter.dtype)
         self.ran_perturbed = self.ran_clean = False
         self.refresh: Callable[[PerturbedFactor], None] | None = None
         self.was_swapped: Callable[[PerturbedFactor], bool] = lambda factor: False
@@ -89,6 +91,7 @@ class PerturbedFactor:
     def fit(self, dtype: torch.dtype) -> None:
         """Move E and the average to the parameter's device, and give them a type."""
         E, average = self.E, self.average
+        self.fitted_to = self.parameter.device, self.parameter.dtype
         self.E = E.to(self.parameter.device, dtype)
         self.average = self.E if average is E else average.to(self.E)
 

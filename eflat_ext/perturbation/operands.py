@@ -5,26 +5,46 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
 
 from eflat_ext.lora import LoraPair, Slot
 
 from .dtensors import is_dtensor
 from .gather import Layout
+from .layer_forward import PerturbedFactor
+
+
+class Target(NamedTuple):
+    """A perturbed factor of a pair; the experts of a layer share one.
+
+    Attributes:
+        at: the pair's index.
+        pair: the pair.
+        carrier: which of its factors, "A" or "B".
+        factor: what is added to that factor.
+    """
+
+    at: int
+    pair: LoraPair
+    carrier: str
+    factor: PerturbedFactor
 
 
 @dataclass
 class Operands:
-    """Lists with an entry for each pair of a step.
+    """The operators' arguments for one step, with an entry for each pair.
 
     Attributes:
         indices: of the pairs.
         A, B, grad_A, grad_B, scaling: as the operators take them.
+        parameters: those of all A, then those of all B.
         having: indices of the pairs that have a gradient on this rank.
         missing: how many of the pairs have none on any rank, None where nothing is sharded.
+        targets: the perturbed factors of these pairs, as the operators list them: all A, then B.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -33,17 +53,15 @@ class Operands:
     grad_A: list[Tensor] = field(default_factory=list)
     grad_B: list[Tensor] = field(default_factory=list)
     scaling: list[float] = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=list)
     having: set[int] = field(default_factory=set)
     missing: Tensor | None = None
-
-    @property
-    def lists(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """The four lists of matrices."""
-        return self.A, self.B, self.grad_A, self.grad_B
+    targets: list[Target] = field(default_factory=list)
 
 
 def collect(
     pairs: Sequence[LoraPair],
+    targets: Sequence[Target],
     parameters: Mapping[Slot, Any],
     gradients: Mapping[Any, Tensor] | None,
 ) -> Operands:
@@ -53,36 +71,42 @@ def collect(
     gradients it has.
 
     Args:
+        pairs: all perturbed pairs.
+        targets: all perturbed factors.
         parameters: of all pairs, by where they are held.
         gradients: by parameter; None for ``parameter.grad``.
     """
     found = Operands()
-    candidates = [(i, pair) for i, pair in enumerate(pairs) if pair.scaling != 0]
-    slots = list(dict.fromkeys(pair.slot(f) for f in "AB" for _, pair in candidates))
+    candidates = [(i, pair, scaling) for i, pair in enumerate(pairs) if (scaling := pair.scaling)]
+    slots = list(dict.fromkeys(pair.slots[f] for f in "AB" for _, pair, _ in candidates))
     values: Sequence[Any] = [parameters[slot] for slot in slots]
     given: Sequence[Tensor | None] = [
         p.grad if gradients is None else gradients.get(p) for p in values
     ]
     has = {slot for slot, gradient in zip(slots, given, strict=True) if gradient is not None}
-    found.having = {i for i, p in candidates if p.slot("A") in has or p.slot("B") in has}
-    rows = [(i, pair) for i, pair in candidates if i in found.having]
-    if any(map(is_dtensor, values)):
+    found.having = {i for i, pair, _ in candidates if not has.isdisjoint(pair.slots.values())}
+    rows = [row for row in candidates if row[0] in found.having]
+    if any(type(value) is not Parameter and is_dtensor(value) for value in values):
         rows = candidates
         layout = Layout({f"factor {f} of {p.name}": p.parameter(f) for p in pairs for f in "AB"})
         values, given, anywhere = layout.gather(values, given)
         at = {slot: i for i, slot in enumerate(slots)}
-        both = torch.tensor([[at[pair.slot(f)] for f in "AB"] for _, pair in rows])
+        both = torch.tensor([[at[slot] for slot in pair.slots.values()] for _, pair, _ in rows])
         found.missing = (~anywhere[both.to(anywhere.device)].any(1)).sum()
     of_slot = dict(zip(slots, zip(values, given, strict=True), strict=True))
-    for index, pair in rows:
-        found.indices.append(index)
-        found.scaling.append(pair.scaling)
-        for factor, own, grads in (("A", found.A, found.grad_A), ("B", found.B, found.grad_B)):
-            value, gradient = of_slot[pair.slot(factor)]
+    found.indices = [i for i, _, _ in rows]
+    found.scaling = [scaling for _, _, scaling in rows]
+    for factor, own, grads in (("A", found.A, found.grad_A), ("B", found.B, found.grad_B)):
+        for _, pair, _ in rows:
+            slot = pair.slots[factor]
+            value, gradient = of_slot[slot]
             # Of another type by the parameter's grad_dtype.
             gradient = zeros_like(value) if gradient is None else gradient.to(value.dtype)
             own.append(pair.part(factor, value).flatten(1))
             grads.append(pair.part(factor, gradient).flatten(1))
+            found.parameters.append(parameters[slot])
+    chosen = set(found.indices)
+    found.targets = [target for target in targets if target.at in chosen]
     return found
 
 

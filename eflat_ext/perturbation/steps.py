@@ -1,7 +1,8 @@
-"""Tell steps of a perturbation's own optimizers from those of others."""
+"""Check optimizers, and tell steps of a perturbation's own ones from those of others."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 import weakref
@@ -19,6 +20,41 @@ if TYPE_CHECKING:
 
 living: weakref.WeakSet[ClaimedFactors] = weakref.WeakSet()
 _watching: list[Any] = []
+
+
+def check_base(base: Optimizer, name: str = "base") -> Optimizer:
+    """Return an optimizer that a perturbation can go with.
+
+    Raises:
+        TypeError, ValueError: it cannot go with this one's steps.
+    """
+    kind = type(base).__name__
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"{name} must be a torch.optim.Optimizer, got {kind}")
+    if hasattr(base, "perturbation"):
+        raise TypeError(f"{name} must be a plain optimizer, got {kind}")
+    if type(base).__module__.startswith("accelerate."):
+        raise TypeError(
+            f"{name} must be an optimizer as it was before accelerator.prepare, got {kind}; make "
+            "this package's optimizer of it first, and prepare that"
+        )
+    if kind.endswith("SAM") or callable(getattr(base, "first_step", None)):
+        raise TypeError(
+            f"{name} must be an optimizer of one gradient per step: {kind} perturbs the weights "
+            "itself and takes several; give the optimizer that it would be wrapped around"
+        )
+    if any(group.get("maximize") for group in base.param_groups):
+        raise ValueError(
+            f"{name} must minimise, got maximize=True: the perturbation goes where the loss rises; "
+            "negate the loss"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{name} must be an optimizer whose step needs no closure: {kind} evaluates a closure "
+            "at several points in one step, the perturbation belongs to one point"
+        )
+    return base
 
 
 def watch() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from eflat_ext.lora import LoraPair, Slot, held
+from eflat_ext.ops.checks import MAX_RANK
 from eflat_ext.stacklevel import stacklevel_of_user
 
 
@@ -15,58 +16,50 @@ def parameters_of(groups: Iterable[dict[str, Any]]) -> list[Any]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def perturbed_pairs(
-    pairs: list[LoraPair], trained: Iterable[Any] | None, factors: Sequence[str], together: bool
-) -> tuple[list[LoraPair], list[Slot], list[dict[str, int]]]:
-    """Return the pairs that have a target, and the targets, each once.
+def choose_targets(
+    pairs: list[LoraPair], trained: Iterable[Any] | None, carriers: Sequence[str], together: bool
+) -> list[tuple[LoraPair, dict[str, Slot]]]:
+    """Return the pairs that are perturbed, each with where its perturbed factors are held.
 
-    And, for each pair, the index of its target by factor: the experts of a layer share theirs.
+    The experts of a layer share theirs. A factor tied to another pair's is that pair's.
 
     Args:
         pairs: all pairs of a model.
-        trained: the parameters of an optimizer; None for those of ``factors`` in all pairs.
-        factors: which may be targets, "A", "B" or both.
-        together: leave out pairs of which not all factors are targets of their own.
+        trained: the parameters of an optimizer; None for those of ``carriers`` in all pairs.
+        carriers: the factors to perturb, "A", "B" or both.
+        together: leave out pairs of which not all carriers can be perturbed.
 
     Raises:
-        ValueError: there is no target.
+        ValueError: no pair is left.
     """
-    everything = (held(pair.slot(f)) for pair in pairs for f in factors)
+    everything = (held(pair.slots[f]) for pair in pairs for f in carriers)
     named = "the optimizer's parameters" if trained is not None else "what the model trains"
     own_ids = {id(p) for p in (everything if trained is None else trained) if p.requires_grad}
-    kept: list[LoraPair] = []
-    slots: list[Slot] = []
+    chosen: list[tuple[LoraPair, dict[str, Slot]]] = []
     left_out: list[str] = []
-    target_of: list[dict[str, int]] = []
-    taken: dict[int, tuple[str, int]] = {}  # by whom, and the index of the target
+    owner: dict[int, str] = {}  # the group that perturbs a parameter
     for pair in pairs:
-        of_pair = {factor: pair.slot(factor) for factor in factors}
-        own = {f: slot for f, slot in of_pair.items() if id(held(slot)) in own_ids}
+        own = {f: pair.slots[f] for f in carriers if id(held(pair.slots[f])) in own_ids}
         free = {
             factor: slot
             for factor, slot in own.items()
-            if taken.get(id(held(slot)), (pair.group, 0))[0] == pair.group  # tied: once
+            if owner.get(id(held(slot)), pair.group) == pair.group
         }
-        if len(free) < (len(factors) if together else 1):
+        if len(free) < (len(carriers) if together else 1):
             if together or not own:
                 left_out.append(pair.group)
             continue
-        kept.append(pair)
-        new: dict[str, int] = {}
-        for factor, slot in free.items():
-            new[factor] = taken.setdefault(id(held(slot)), (pair.group, len(slots)))[1]
-            if new[factor] == len(slots):
-                slots.append(slot)
-        target_of.append(new)
-    target = " or ".join(factors)
-    if not kept:
+        owner.update((id(held(slot)), pair.group) for slot in free.values())
+        chosen.append((pair, free))
+    target = " or ".join(carriers)
+    if not chosen:
         none = f"none of {named} is factor {target} of a pair that requires a gradient"
         if together:
             none = f'{named} hold both factors of no pair, as onto="both" needs'
         raise ValueError(
-            f"base: expected an optimizer over trainable LoRA factors, {none}"
+            f"the optimizer must train LoRA factors, but {none}"
             if trained is not None
-            else f"model: expected trainable LoRA factors, {none}"
+            else f"model must have trainable LoRA factors, but {none}"
         )
     if left_out:
         tied = "tied to another's, " if together else ""
@@ -76,4 +69,32 @@ def perturbed_pairs(
             UserWarning,
             stacklevel=stacklevel_of_user(),
         )
-    return kept, slots, target_of
+    return chosen
+
+
+def check_one_device(pairs: Sequence[LoraPair]) -> None:
+    """Raise ValueError unless all factors are on one device, as an operator's call needs."""
+    first = pairs[0].parameter_A.device
+    for pair in pairs:
+        for factor in (pair.parameter_A, pair.parameter_B):
+            if factor.device != first:
+                raise ValueError(
+                    f"model must have all LoRA factors on one device, got {first} of "
+                    f"{pairs[0].group} and {factor.device} of {pair.group}"
+                )
+
+
+def check_operable(pairs: Sequence[LoraPair]) -> None:
+    """Raise ValueError or TypeError unless the operators take these factors."""
+    for pair in pairs:
+        A, B, rank = pair.parameter_A, pair.parameter_B, pair.sizes[2]
+        if rank > MAX_RANK:
+            raise ValueError(
+                f"model must have LoRA factors of a rank of at most {MAX_RANK}, got {rank} of "
+                f"{pair.group}"
+            )
+        if A.dtype != B.dtype:
+            raise TypeError(
+                f"model must have factors A and B of one dtype, got {A.dtype} and {B.dtype} of "
+                f"{pair.group}"
+            )

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Perturbation, Rho
+from .base import Perturbation
 from .eflat import TransferredPerturbation
 from .operands import Operands
+from .settings import Settings
 
 
 class TwoPointPerturbation(Perturbation):
@@ -33,12 +34,12 @@ class TwoPointPerturbation(Perturbation):
         """
         rows = self.operands()
         E, norms = self._made(rows)
-        self._skipped_on(norms.device).add_((~_usable(norms)).sum())
+        self._skipped = self._skipped.to(norms.device).add_((~_usable(norms)).sum())
         self.note(rows, norms)
         for factor in self.factors:
             factor.E.zero_()
-        parts = self.perturbed_parts(rows.indices, lambda factor: factor.E)
-        for part, e in zip(parts, E, strict=True):
+        for (_, pair, carrier, factor), e in zip(rows.targets, E, strict=True):
+            part = pair.part(carrier, factor.E)
             part.copy_(e.view(part.shape))
         self.forget_passes()
         self._switch.on = True
@@ -69,15 +70,24 @@ class FlatPerturbation(TwoPointPerturbation, TransferredPerturbation):
     """Flat-LoRA's: equations (1)-(3), without averaging."""
 
     def _made(self, rows: Operands) -> tuple[list[Tensor], Tensor]:
-        options = (self.radius(), self.onto, self.norm_scope, self.rtol)
-        return torch.ops.eflat.foreach_perturb(*rows.lists, rows.scaling, *options)
+        return torch.ops.eflat.foreach_perturb(
+            A=rows.A,
+            B=rows.B,
+            grad_A=rows.grad_A,
+            grad_B=rows.grad_B,
+            scaling=rows.scaling,
+            rho=self.settings.radius(self.steps),
+            onto=self.settings.onto,
+            norm_scope=self.settings.norm_scope,
+            rtol=self.settings.rtol,
+        )
 
 
 class SAMPerturbation(TwoPointPerturbation):
     """LoRA-SAM's: ``rho G_A / v`` and ``rho G_B / v``, v the norm of (G_A, G_B) together."""
 
-    def __init__(self, model: nn.Module, *, rho: Rho, norm_scope: str) -> None:
-        super().__init__(model, ["A", "B"], rho=rho, norm_scope=norm_scope)
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        super().__init__(model, settings, ["A", "B"])
 
     def _made(self, rows: Operands) -> tuple[list[Tensor], Tensor]:
         if not rows.indices:
@@ -89,12 +99,12 @@ class SAMPerturbation(TwoPointPerturbation):
         norms = torch.hypot(norm_A, norm_B)
         good = _usable(norms)
         shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
-        scale = torch.where(good, self.radius() / shared, 0)
+        scale = torch.where(good, self.settings.radius(self.steps) / shared, 0)
         row_of = {index: row for row, index in enumerate(rows.indices)}
         E = []
-        for carrier, i in self._targets(rows.indices):
-            row = row_of[i]
-            gradient = (rows.grad_A if carrier == "A" else rows.grad_B)[row]
+        for target in rows.targets:
+            row = row_of[target.at]
+            gradient = (rows.grad_A if target.carrier == "A" else rows.grad_B)[row]
             # In float64: for a tiny gradient the scale is beyond float32's range.
             e = (gradient.double() * scale[row]).to(gradient.dtype)
             E.append(torch.where(good[row], e, 0))

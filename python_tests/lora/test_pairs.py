@@ -299,9 +299,9 @@ def test_a_fan_in_fan_out_layer() -> None:
 
 
 def test_models_without_pairs() -> None:
-    with pytest.raises(ValueError, match=r"model: expected a PEFT model .* got Linear"):
+    with pytest.raises(ValueError, match=r"model must be a PEFT model .* got Linear"):
         find_pairs(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got list"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
         find_pairs([])
 
 

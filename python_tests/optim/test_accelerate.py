@@ -203,5 +203,7 @@ def test_a_base_that_was_prepared_already_is_refused(create: Any) -> None:
     """It would skip the steps of micro-batches, of which the wrapper around it knows nothing."""
     model = lora_mlp(torch.float32)
     base = accelerator().prepare(torch.optim.SGD(trainable(model), lr=0.1))
-    with pytest.raises(TypeError, match=r"base: .* before accelerator\.prepare, got .*Accelerated"):
+    with pytest.raises(
+        TypeError, match=r"base must .* before accelerator\.prepare, got .*Accelerated"
+    ):
         type(create(model, torch.optim.SGD, lr=0.1))(model, base)

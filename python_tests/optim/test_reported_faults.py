@@ -238,7 +238,7 @@ def test_a_layer_without_an_entry_trains_nothing_and_stops_nothing() -> None:
 
 
 def test_a_name_in_place_of_a_class() -> None:
-    with pytest.raises(TypeError, match="expected a class of optimizers"):
+    with pytest.raises(TypeError, match="must be a class of optimizers"):
         create_eflat_optimizer(lora_mlp(), "adamw")
 
 

@@ -198,7 +198,7 @@ def test_what_does_not_fit_changes_nothing() -> None:
         optimizer.load_state_dict(onto_A.state_dict())
     broken = through_a_file(before)
     _averages_in(broken)[1][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="expected a finite perturbation_ema"):
+    with pytest.raises(ValueError, match="must have a finite perturbation_ema"):
         optimizer.load_state_dict(broken)
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
