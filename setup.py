@@ -33,7 +33,7 @@ def is_toolkit(folder):
 
 
 def find_cuda_home():
-    """The toolkit's folder, also where nvcc on the path is a wrapper script; None without nvcc."""
+    """Return the toolkit's folder, also where nvcc is a wrapper script; None without nvcc."""
     given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if given:
         if not is_toolkit(given):
@@ -83,7 +83,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
 
 def wanted_architectures():
-    """As torch spells them: the given ones, else the visible GPUs', else all that nvcc knows."""
+    """Return the given architectures, else the visible GPUs', else all that nvcc knows."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if given:
         names = re.split("[; ]+", given.strip("; "))
@@ -103,7 +103,7 @@ def wanted_architectures():
 
 
 def architectures():
-    """The wanted ones that the kernels can be compiled for, with their float64 tensor cores."""
+    """Return the wanted ones that the kernels can be compiled for, with float64 tensor cores."""
     wanted = wanted_architectures()
     able = [name for name in wanted if float(re.match(r"[\d.]+", name)[0]) >= 8]
     if able != wanted or not able:
@@ -116,7 +116,7 @@ def architectures():
 
 
 def runtime_folder():
-    """Where the toolkit keeps libcudart."""
+    """Return the toolkit's folder of libcudart."""
     for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if glob(f"{CUDA_HOME}/{folder}/libcudart.so*"):
             return f"{CUDA_HOME}/{folder}"

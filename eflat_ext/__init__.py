@@ -33,7 +33,7 @@ if torch.version.cuda is not None and importlib.util.find_spec("eflat_ext._C_cud
 
 
 def build_info() -> dict[str, object]:
-    """What was built: CUDA or not, its architectures, the compiler, the torch target."""
+    """Return how the package was built: CUDA, its architectures, the compiler, the torch target."""
     from ._build_info import BUILD_INFO
 
     return dict(BUILD_INFO)

@@ -1,4 +1,4 @@
-"""Where warnings point: the user's own line."""
+"""Make warnings point at the user's own line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _INNER = ("torch", __name__.split(".")[0])
 
 
 def stacklevel_of_user() -> int:
-    """For ``warnings.warn``: the first caller that is neither this package nor torch.
+    """Return the ``stacklevel`` of the first caller that is neither this package nor torch.
 
     A count would not do: torch, and every learning rate scheduler, wraps ``Optimizer.step``.
     """

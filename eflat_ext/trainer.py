@@ -48,7 +48,7 @@ Hook: TypeAlias = tuple["OptimizerFactory", dict[str, Any]]
 
 
 def eflat_optimizer(base: Base, *, model: nn.Module | None = None, **kwargs: Any) -> Hook:
-    """EFlat-LoRA for ``Trainer(..., optimizer_cls_and_kwargs=eflat_optimizer(arguments))``.
+    """Make EFlat-LoRA for ``Trainer(..., optimizer_cls_and_kwargs=eflat_optimizer(arguments))``.
 
     Parameters are grouped as Trainer groups them: no weight decay for biases and norms.
 
@@ -69,17 +69,17 @@ def eflat_optimizer(base: Base, *, model: nn.Module | None = None, **kwargs: Any
 
 
 def flat_optimizer(base: Base, *, model: nn.Module | None = None, **kwargs: Any) -> Hook:
-    """Flat-LoRA, for a trainer with :class:`PerturbationMixin`; see :func:`eflat_optimizer`."""
+    """Make Flat-LoRA for a trainer with :class:`PerturbationMixin`; see :func:`eflat_optimizer`."""
     return OptimizerFactory(create_flat_optimizer, base, model, kwargs), {}
 
 
 def lora_sam_optimizer(base: Base, *, model: nn.Module | None = None, **kwargs: Any) -> Hook:
-    """LoRA-SAM, for a trainer with :class:`PerturbationMixin`; see :func:`eflat_optimizer`."""
+    """Make LoRA-SAM for a trainer with :class:`PerturbationMixin`; see :func:`eflat_optimizer`."""
     return OptimizerFactory(create_lora_sam_optimizer, base, model, kwargs), {}
 
 
 def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint in a trainer's output folder that was saved to its end, if any.
+    """Return the newest complete checkpoint in a trainer's output folder, None if there is none.
 
     For ``trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))``
     after a run was killed; without a checkpoint, it starts at the beginning. Given True, Trainer
@@ -98,9 +98,9 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 class OptimizerFactory:
-    """What Trainer calls to make the optimizer; see :func:`eflat_optimizer`.
+    """Factory that Trainer calls to make the optimizer; see :func:`eflat_optimizer`.
 
-    transformers 5 calls it without arguments and the outcome with the model. Before, it is called
+    transformers 5 calls it without arguments and the result with the model. Before, it is called
     with groups of parameters.
     """
 
@@ -123,7 +123,7 @@ class OptimizerFactory:
         self.kwargs = kwargs
 
     def __call__(self, model: Any = None) -> Any:
-        """The factory itself without a model or groups, else the optimizer.
+        """Return the optimizer; without a model or groups, the factory itself.
 
         Raises:
             TypeError: called with groups, and there is no model.
@@ -163,7 +163,7 @@ def _optimizer_of(
 
 
 def _groups(model: nn.Module, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trainer's two groups, the second without weight decay."""
+    """Return Trainer's two groups, the second without weight decay."""
     # It takes nothing from its trainer; called so, the rule is that of the installed version.
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -175,7 +175,7 @@ def _groups(model: nn.Module, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass
 class _MicroBatch:
-    """What ``training_step`` got, and what ``_prepare_inputs`` made of it in the first pass."""
+    """Arguments of a ``training_step``, and what ``_prepare_inputs`` returned in the first pass."""
 
     inputs: Any
     args: tuple[Any, ...]
@@ -207,14 +207,14 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         self.add_callback(_StepBounds(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the weights are clean afterwards, also when it raises."""
+        """Train as Trainer does; a step that is interrupted leaves the weights clean."""
         try:
             return super().train(*args, **kwargs)
         finally:
             self._start_anew()
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """One micro-batch; the last one of a step adds the second gradients of all of them.
+        """Run one micro-batch; the last one of a step adds the second gradients of all of them.
 
         Raises:
             RuntimeError: the second pass might see other inputs than the first one, as the
@@ -238,19 +238,20 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         counters = self._counters()
         try:
             while self._micro_batches:
-                again = self._micro_batches.pop(0)
+                micro_batch = self._micro_batches.pop(0)
                 # Ranks exchange the sum once, as at the first gradients.
                 wait = self.accelerator.no_sync(model) if self._micro_batches else nullcontext()
-                with wait, self._preparing_by(partial(self._hand_out, again)):
-                    super().training_step(model, again.inputs, *again.args, **again.kwargs)
-                if again.prepared:
+                with wait, self._preparing_by(partial(self._hand_out, micro_batch)):
+                    inputs = micro_batch.inputs
+                    super().training_step(model, inputs, *micro_batch.args, **micro_batch.kwargs)
+                if micro_batch.prepared:
                     raise _unlike("the second pass calls it less often than the first one")
         finally:
             self.__dict__.update(counters)
 
     @contextmanager
     def _preparing_by(self, prepare: Callable[..., Any]) -> Iterator[None]:
-        """``prepare`` in the place of ``_prepare_inputs``."""
+        """Make a context in which ``prepare`` takes the place of ``_prepare_inputs``."""
         # Set on the object: subclasses of this class may override the method, too.
         own = self.__dict__
         before = {name: own[name] for name in own.keys() & {"_prepare_inputs"}}
@@ -280,7 +281,7 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         return {name: self.__dict__[name] for name in self.__dict__.keys() & COUNTERS}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the perturbation's figures among those of training."""
+        """Log as Trainer does, with the perturbation's figures among those of training."""
         optimizer = _perturbing(self.optimizer)
         if optimizer is not None and "loss" in logs:
             norms = list(optimizer.perturbation_norms.values())
@@ -290,7 +291,7 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         super().log(logs, *args, **kwargs)
 
     def _start_anew(self) -> None:
-        """Clean weights; forget a step that was interrupted, stopped, or skipped by a scaler."""
+        """Forget a step that was interrupted, stopped, or skipped by a scaler."""
         self._micro_batches.clear()
         optimizer = _perturbing(self.optimizer)
         if isinstance(optimizer, TwoGradients):
@@ -309,7 +310,7 @@ class _StepBounds(TrainerCallback):
 
 
 def _copied(data: Any) -> Any:
-    """Containers anew, tensors shared: losses take entries out, label smoothing the labels."""
+    """Copy containers but not tensors: losses pop entries, label smoothing the labels."""
     if isinstance(data, MutableMapping):
         copied = copy.copy(data)
         for name, value in data.items():  # transformers' ModelOutput has no update
@@ -326,7 +327,7 @@ def _unlike(reason: str) -> RuntimeError:
 
 
 def _perturbing(optimizer: Any) -> PerturbingOptimizer | None:
-    """The optimizer itself, or the one within the wrappers of accelerate."""
+    """Return the optimizer itself, or the one within accelerate's wrappers; None for another."""
     while optimizer is not None and not isinstance(optimizer, PerturbingOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer

@@ -72,7 +72,7 @@ class TwoGradients(PerturbingOptimizer):
             clean = self.perturbation.has_gradients() and not self.perturbation.ran()
             self.abandon_step()
         finally:
-            self.abandon_step()  # again: a signal may end the first one
+            self.abandon_step()  # twice: a signal may end the first one
         if clean and not self._step.warned:
             self._step.warned = True
             warnings.warn(

@@ -1,4 +1,4 @@
-"""What is added to LoRA factors in training forward passes, and how; sharded factors too."""
+"""Perturb LoRA factors in training forward passes, sharded factors too."""
 
 from .eflat import EFlatPerturbation
 from .gather import SUPPORTED

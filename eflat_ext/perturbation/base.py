@@ -15,11 +15,10 @@ from torch.optim import Optimizer
 from eflat_ext.stacklevel import stacklevel_of_user
 
 from .bound import Bound
-from .checkpoint import RHO
 from .claims import ClaimedFactors
 from .dtensors import is_dtensor, laid_out_as
 from .operands import Operands, collect
-from .settings import Rho, Settings
+from .settings import RHO, Rho, Settings
 from .steps import stepping
 
 Gradients: TypeAlias = Mapping[Any, Tensor]
@@ -29,7 +28,7 @@ class Perturbation(ClaimedFactors):
     """Add a tensor to some factors of a model's LoRA pairs in training forward passes.
 
     Args:
-        model, carriers, together: see :class:`ClaimedFactors`.
+        model, carriers, whole_pairs: see :class:`ClaimedFactors`.
         settings: rho, norm_scope and, for some methods, the others.
 
     Attributes:
@@ -42,12 +41,12 @@ class Perturbation(ClaimedFactors):
         settings: Settings,
         carriers: Sequence[str],
         *,
-        together: bool = False,
+        whole_pairs: bool = False,
     ) -> None:
         settings.radius(0)  # raises what a schedule raises
         self.settings = settings
         self._bound: Bound | None = None
-        super().__init__(model, carriers, together)
+        super().__init__(model, carriers, whole_pairs)
         self._warned = False
         device = self.pairs[0].parameter_A.device
         with torch.inference_mode(False):
@@ -69,7 +68,7 @@ class Perturbation(ClaimedFactors):
 
     @property
     def norm_scope(self) -> str:
-        """Scope of rho: "layer" (each pair) or "global" (all pairs together)."""
+        """Scope of rho: "layer" (each pair) or "global" (all pairs whole_pairs)."""
         return self.settings.norm_scope
 
     @property

@@ -5,21 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .base import Perturbation
 from .dtensors import is_dtensor, local
+from .settings import RHO
 from .targets import parameters_of
 
-if TYPE_CHECKING:
-    from .base import Perturbation
-    from .eflat import EFlatPerturbation
-
 AVERAGE = "perturbation_ema"  # the name of an average, beside its parameter's own entries
-RHO = "perturbation_rho"  # the name of the coming step's radius in an optimizer's groups
 # Names of the counters in each group; of the whole, where a base has a format of its own.
 _STEPS, _SKIPPED, _OWN = "perturbation_steps", "perturbation_skipped", "perturbation"
 
@@ -129,10 +126,14 @@ def _keys(
     return [keys.get(id(factor.parameter)) for factor in perturbation.factors]
 
 
-def attach_hooks(perturbation: EFlatPerturbation, optimizer: Optimizer) -> list[Any]:
+def attach_hooks(perturbation: Any, optimizer: Optimizer) -> list[Any]:
     """Register hooks that update a perturbation before each step of an optimizer.
 
     The optimizer's ``state_dict`` and ``load_state_dict`` save and load its averages.
+
+    Args:
+        perturbation: an ``EFlatPerturbation``.
+        optimizer: any torch optimizer.
 
     Returns:
         Handles with a ``remove`` method. The optimizer keeps the perturbation alive; nothing here

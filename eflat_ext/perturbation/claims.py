@@ -1,4 +1,4 @@
-"""Claim LoRA factors of a model for a perturbation, follow them, and let them go again."""
+"""Claim LoRA factors of a model for a perturbation, follow them, and release them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ClaimedFactors:
     Args:
         model: a PEFT model with LoRA layers.
         carriers: the factors that are perturbed, "A", "B" or both.
-        together: leave out pairs of which not all carriers can be perturbed.
+        whole_pairs: leave out pairs of which not all carriers can be perturbed.
 
     Attributes:
         pairs: the LoRA pairs that are perturbed.
@@ -49,7 +49,7 @@ class ClaimedFactors:
             nothing was attached.
     """
 
-    def __init__(self, model: nn.Module, carriers: Sequence[str], together: bool) -> None:
+    def __init__(self, model: nn.Module, carriers: Sequence[str], whole_pairs: bool) -> None:
         if isinstance(model, nn.Module):
             refuse_flat_parameters(model)
         self._candidates = self.pairs = find_pairs(model)
@@ -58,7 +58,7 @@ class ClaimedFactors:
         self.ended, self.steps = "", 0
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.steps_of: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._model, self._carriers, self._together = model, list(carriers), together
+        self._model, self._carriers, self._whole_pairs = model, list(carriers), whole_pairs
         self._switch = Switch()
         self._parameters: dict[Slot, Any] = {}  # of the pairs, as last seen
         self._layers: list[PerturbedLayer] = []
@@ -87,7 +87,7 @@ class ClaimedFactors:
                 self._release()  # one that is refused waits no more
             reshard(fsdp_modules(self._model))  # so that modules hold what optimizers train
             trained = parameters_of(optimizer.param_groups)
-        chosen = choose_targets(self._candidates, trained, self._carriers, self._together)
+        chosen = choose_targets(self._candidates, trained, self._carriers, self._whole_pairs)
         self._check([pair for pair, _ in chosen])
         self._release()
         self.pairs = [pair for pair, _ in chosen]
@@ -161,7 +161,7 @@ class ClaimedFactors:
             finally:
                 self._switch.cleaned = before
         finally:
-            self._switch.cleaned = before  # again: a signal may end the first one
+            self._switch.cleaned = before  # twice: a signal may end the first one
 
     def parameter_ids(self) -> set[int]:
         """Return the ids of the perturbed parameters."""
@@ -188,7 +188,7 @@ class ClaimedFactors:
         """
         if any(parameter.dim() < 2 for parameter in self._parameters.values()):
             refuse_flat_parameters(self._model)
-        trained = self._trained()
+        trained = self._trained_ids()
         perturbed = {(factor.module, factor.name): factor for factor in self.factors}
         for slot, known in self._parameters.items():
             factor, now = perturbed.get(slot), slot[0]._parameters.get(slot[1])
@@ -204,7 +204,7 @@ class ClaimedFactors:
                 factor.fit(self._dtype(parameter.dtype))
 
     def _check_parameters(self) -> None:
-        trained = self._trained()
+        trained = self._trained_ids()
         for _, pair, carrier, _ in self.targets:
             module, name = slot = pair.slots[carrier]
             known, now = self._parameters[slot], module._parameters.get(name)
@@ -224,7 +224,7 @@ class ClaimedFactors:
                     "their own (DeepSpeed ZeRO) step by themselves: see EFlatPerturbation.update"
                 )
 
-    def _trained(self) -> set[int] | None:
+    def _trained_ids(self) -> set[int] | None:
         """Return the ids of what the optimizer trains that the pairs were claimed for."""
         claimant = self._claimant()
         if claimant is None:
@@ -301,7 +301,7 @@ def _is_gathered(now: Tensor, known: Tensor) -> bool:
 def _was_swapped(perturbation: weakref.ref[ClaimedFactors], factor: PerturbedFactor) -> bool:
     """Return whether another parameter was put into the optimizer, as when a model is sharded."""
     found = perturbation()
-    trained = None if found is None else found._trained()
+    trained = None if found is None else found._trained_ids()
     return trained is not None and id(factor.parameter) not in trained
 
 

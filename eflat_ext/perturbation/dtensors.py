@@ -1,7 +1,7 @@
-"""What the optimizers need of torch's sharded tensors and of FSDP2: local shards, equal layouts.
+"""Read torch's sharded tensors and FSDP2's modules: local shards, layouts, resharding.
 
-Nothing here imports ``torch.distributed.tensor``, which takes long: whoever has a DTensor has
-imported it already.
+``torch.distributed.tensor`` takes long to import, so nothing here does: a program that has a
+DTensor has imported it already.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
+    """Return True for a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: its own memory, without a gradient."""
+    """Return the shard of a tensor on this rank, without a gradient; the tensor if it is plain."""
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
@@ -29,9 +29,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def laid_out_as(tensor: Tensor, like: Any) -> Tensor:
-    """A tensor that is whole on every rank, or a DTensor, in the layout of ``like``.
+    """Return a tensor in the layout of ``like``; it is a DTensor, or whole on every rank.
 
-    Only a DTensor of another layout needs communication.
+    Communicates only for a DTensor of another layout.
     """
     if not is_dtensor(like):
         return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ def laid_out_as(tensor: Tensor, like: Any) -> Tensor:
 
 
 def same_layout(tensor: Tensor, like: Any) -> bool:
-    """Whether two tensors are both plain, or DTensors of the same mesh and placements."""
+    """Return True for two plain tensors, or two DTensors of the same mesh and placements."""
     if not (is_dtensor(tensor) and is_dtensor(like)):
         return is_dtensor(tensor) == is_dtensor(like)
     given: Any = tensor
@@ -55,14 +55,14 @@ def same_layout(tensor: Tensor, like: Any) -> bool:
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
-    """The modules to which ``fully_shard`` was applied."""
+    """Return the modules to which ``fully_shard`` was applied."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     cls = getattr(fsdp, "FSDPModule", None)
     return [] if cls is None else [module for module in model.modules() if isinstance(module, cls)]
 
 
 def reshard(modules: Iterable[Any]) -> None:
-    """Let modules hold their shards, and forget what they gathered from values that change now.
+    """Make modules hold their shards and drop what they gathered, which changes now.
 
     FSDP2 keeps the parameters of its root module gathered from a forward pass to its backward
     pass, and after an evaluation even to the next forward pass.
@@ -72,13 +72,13 @@ def reshard(modules: Iterable[Any]) -> None:
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:
-    """NotImplementedError for the older FSDP, which flattens many parameters into one."""
+    """Raise NotImplementedError for the older FSDP, which flattens many parameters into one."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     cls = getattr(fsdp, "FullyShardedDataParallel", None)
     names = [] if cls is None else [n for n, m in model.named_modules() if isinstance(m, cls)]
     if names:
         raise NotImplementedError(
-            "model: FullyShardedDataParallel flattens parameters, so that no factor of a LoRA pair "
-            f"is left to perturb (in {names[0] or 'the model itself'}); expected a model sharded "
-            "by torch.distributed.fsdp.fully_shard"
+            "model must be sharded by torch.distributed.fsdp.fully_shard, got "
+            f"FullyShardedDataParallel in {names[0] or 'the model itself'}, which flattens "
+            "parameters, so that no factor of a LoRA pair is left to perturb"
         )

@@ -29,7 +29,7 @@ class TransferredPerturbation(Perturbation):
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         carriers = perturbed(settings.onto, ["A"], ["B"])
-        super().__init__(model, settings, carriers, together=settings.onto == "both")
+        super().__init__(model, settings, carriers, whole_pairs=settings.onto == "both")
 
     @property
     def onto(self) -> str:

@@ -82,9 +82,9 @@ class PerturbedFactor:
         """
         return self.ran_clean and not self.ran_perturbed
 
-    def runs(self, layer: nn.Module, again: bool) -> bool:
+    def runs(self, layer: nn.Module, recomputed: bool) -> bool:
         """Return whether a pass of a layer is perturbed; recomputed passes follow the original."""
-        if again:
+        if recomputed:
             return self.ran_perturbed
         return layer.training and self.switch.on and not self.switch.cleaned
 
@@ -190,9 +190,9 @@ class LayerForward:
             for claim in perturbed.waiting[:]:
                 claim()
         # A pass that is computed again is perturbed as it was, whatever mode the layer is in now.
-        again = not compiling and recomputing()
+        recomputed = not compiling and recomputing()
         for factor, module, name, _ in perturbed.rows:
-            if not factor.runs(layer, again):
+            if not factor.runs(layer, recomputed):
                 factor.ran_clean |= torch.is_grad_enabled()
                 continue
             own, held = module.__dict__, module._parameters.get(name)
@@ -201,7 +201,7 @@ class LayerForward:
                 continue
             if not factor.is_own(held):  # but a caller's own, in torch.func.functional_call
                 continue
-            if factor.refresh is not None and not compiling and not again:
+            if factor.refresh is not None and not compiling and not recomputed:
                 factor.refresh(factor)
             value = factor.point(held)
             placed.append((module, name))
@@ -232,10 +232,10 @@ class _Replicate:
         inner = getattr(inner, "__func__", inner).__get__(replica)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            again, replaced = recomputing(), []
+            recomputed, replaced = recomputing(), []
             for factor, _, name, path in rows:
                 own = replica.get_submodule(path).__dict__
-                if not (layer.disable_adapters or layer.merged) and factor.runs(layer, again):
+                if not (layer.disable_adapters or layer.merged) and factor.runs(layer, recomputed):
                     replaced.append((own, name, own[name]))
                     own[name] = factor.point(own[name])
                     factor.ran_perturbed = True

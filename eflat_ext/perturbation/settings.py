@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from eflat_ext.ops.checks import check_options
 
+RHO = "perturbation_rho"  # the name of the coming step's radius in an optimizer's groups
 Rho: TypeAlias = float | Callable[[int], float]
 
 

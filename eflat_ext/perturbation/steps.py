@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -15,10 +15,7 @@ from eflat_ext.stacklevel import stacklevel_of_user
 
 from .targets import parameters_of
 
-if TYPE_CHECKING:
-    from .claims import ClaimedFactors
-
-living: weakref.WeakSet[ClaimedFactors] = weakref.WeakSet()
+living: weakref.WeakSet[Any] = weakref.WeakSet()  # of ClaimedFactors
 _watching: list[Any] = []
 
 

@@ -17,7 +17,7 @@ def parameters_of(groups: Iterable[dict[str, Any]]) -> list[Any]:
 
 
 def choose_targets(
-    pairs: list[LoraPair], trained: Iterable[Any] | None, carriers: Sequence[str], together: bool
+    pairs: list[LoraPair], trained: Iterable[Any] | None, carriers: Sequence[str], whole_pairs: bool
 ) -> list[tuple[LoraPair, dict[str, Slot]]]:
     """Return the pairs that are perturbed, each with where its perturbed factors are held.
 
@@ -27,7 +27,7 @@ def choose_targets(
         pairs: all pairs of a model.
         trained: the parameters of an optimizer; None for those of ``carriers`` in all pairs.
         carriers: the factors to perturb, "A", "B" or both.
-        together: leave out pairs of which not all carriers can be perturbed.
+        whole_pairs: leave out pairs of which not all carriers can be perturbed.
 
     Raises:
         ValueError: no pair is left.
@@ -45,8 +45,8 @@ def choose_targets(
             for factor, slot in own.items()
             if owner.get(id(held(slot)), pair.group) == pair.group
         }
-        if len(free) < (len(carriers) if together else 1):
-            if together or not own:
+        if len(free) < (len(carriers) if whole_pairs else 1):
+            if whole_pairs or not own:
                 left_out.append(pair.group)
             continue
         owner.update((id(held(slot)), pair.group) for slot in free.values())
@@ -54,7 +54,7 @@ def choose_targets(
     target = " or ".join(carriers)
     if not chosen:
         none = f"none of {named} is factor {target} of a pair that requires a gradient"
-        if together:
+        if whole_pairs:
             none = f'{named} hold both factors of no pair, as onto="both" needs'
         raise ValueError(
             f"the optimizer must train LoRA factors, but {none}"
@@ -62,7 +62,7 @@ def choose_targets(
             else f"model must have trainable LoRA factors, but {none}"
         )
     if left_out:
-        tied = "tied to another's, " if together else ""
+        tied = "tied to another's, " if whole_pairs else ""
         warnings.warn(
             f"factor {target} of these pairs is frozen, {tied}or not among {named}, "
             f"they train without a perturbation: {', '.join(dict.fromkeys(left_out))}",

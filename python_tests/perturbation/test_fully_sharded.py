@@ -141,7 +141,7 @@ def test_replicated_dtensors() -> None:
         ),
         ("mixed", ["factor A of base_model.model.down.default is no DTensor while others are"]),
         ("two meshes", ["others are on DeviceMesh"]),
-        ("FSDP", ["FullyShardedDataParallel flattens parameters", "fully_shard"]),
+        ("FSDP", ["FullyShardedDataParallel", "flattens parameters", "fully_shard"]),
     ],
 )
 def test_unsupported_layouts(kind: str, words: list[str]) -> None:
