@@ -17,11 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .ops.checks import perturbed
+T = TypeVar("T")
+
+
+def perturbed_factors(onto: str, A: Sequence[T], B: Sequence[T]) -> list[T]:
+    """Return the entries for the perturbed factors: those of all A, then those of all B."""
+    return [*(A if onto != "B" else ()), *(B if onto != "A" else ())]
 
 
 def default_rtol(A: Tensor, B: Tensor) -> float:
@@ -204,7 +210,7 @@ def _gradient(factor: Tensor) -> Tensor:
 
 def _targets(pairs: Pairs, onto: str) -> list[Tensor]:
     A, B, _ = zip(*pairs, strict=True)
-    return perturbed(onto, A, B)
+    return perturbed_factors(onto, A, B)
 
 
 def _perturbations(

@@ -147,3 +147,9 @@ def setup(ctx, inputs, output):
 
 def backward(ctx, grad_E, grad_norm):
     return *_gradients(ctx, [grad_E], grad_norm.reshape(1)), None, None, None, None
+
+
+torch.library.register_autograd("eflat::perturb", backward, setup_context=setup)
+torch.library.register_autograd(
+    "eflat::foreach_perturb", backward_foreach, setup_context=setup_foreach
+)

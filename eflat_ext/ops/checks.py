@@ -1,51 +1,109 @@
-"""The operators' arguments, checked in Python: the exceptions that the dispatcher cannot raise.
+"""Check the operators' arguments in Python, for errors of the types that users expect.
 
-``csrc/arguments.h`` checks the same before a kernel runs, and can raise RuntimeError only. Messages
-name the argument, what was given and what was expected.
+``csrc/bindings/arguments.h`` checks the same in front of every kernel, but can raise RuntimeError
+alone. The checks of options are also those of perturbations and optimizers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 _FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 256
 MIN_RTOL = 1e-7
 
 
-def check_options(rho: float, onto: str, norm_scope: str, rtol: float | None) -> None:
-    """TypeError or ValueError unless these are what every operator takes."""
-    for name, value in (("rho", rho), ("rtol", rtol)):
-        if not (isinstance(value, (int, float)) or (name == "rtol" and value is None)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (_is_finite(rho) and rho >= 0):
-        raise ValueError(f"rho must be finite and at least 0, got {rho}")
-    if onto not in ("A", "B", "both"):
+# Options. Numbers are what the dispatcher takes for one: what float() does, strings excepted.
+
+
+def as_number(name: str, value: Any) -> float:
+    """Return a real number as a float, NaN for an integer beyond all floats.
+
+    Raises:
+        TypeError: the value is no number.
+    """
+    try:
+        if not isinstance(value, (str, bytes, bytearray)):
+            return float(value)
+    except OverflowError:
+        return math.nan
+    except (TypeError, ValueError, RuntimeError):  # the last of tensors
+        pass
+    raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_rho(rho: Any, name: str = "rho") -> float:
+    """Return the radius as a float; raise ValueError unless it is finite and at least 0."""
+    radius = as_number(name, rho)
+    if not 0 <= radius < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {rho}")
+    return radius
+
+
+def check_onto(onto: str) -> None:
+    """Raise ValueError unless the perturbation is to go onto "B", "A" or "both"."""
+    if onto not in ("B", "A", "both"):
         raise ValueError(f"onto must be 'B', 'A' or 'both', got {onto!r}")
-    if norm_scope not in ("layer", "global"):
-        raise ValueError(f"norm_scope must be 'layer' or 'global', got {norm_scope!r}")
-    if rtol is not None and not MIN_RTOL <= rtol < 1:
-        raise ValueError(f"rtol must be None or in [{MIN_RTOL}, 1), got {rtol}")
 
 
 def check_one_factor(onto: str) -> None:
-    """ValueError for "both", where there are two perturbations."""
+    """Raise ValueError for "both", where there are two perturbations."""
     if onto == "both":
         raise ValueError(
             "onto must be 'B' or 'A', got 'both', which has two E: see foreach_perturb"
         )
 
 
-def perturbed(onto: str, A: Sequence[T], B: Sequence[T]) -> list[T]:
-    """Of what goes with all A and with all B, that for the factors that are perturbed."""
-    return [*(A if onto != "B" else ()), *(B if onto != "A" else ())]
+def check_norm_scope(norm_scope: str) -> None:
+    """Raise ValueError unless the scope of the norm is "layer" or "global"."""
+    if norm_scope not in ("layer", "global"):
+        raise ValueError(f"norm_scope must be 'layer' or 'global', got {norm_scope!r}")
+
+
+def check_rtol(rtol: Any) -> None:
+    """Raise ValueError unless the cutoff is None or in [1e-7, 1)."""
+    if rtol is not None and not MIN_RTOL <= as_number("rtol", rtol) < 1:
+        raise ValueError(f"rtol must be None or in [{MIN_RTOL}, 1), got {rtol}")
+
+
+def check_beta(beta: Any, *, positive: bool = False) -> None:
+    """Raise ValueError unless the weight of the moving average is in [0, 1]; (0, 1] if positive."""
+    value = as_number("beta", beta)
+    if not 0 <= value <= 1 or (positive and value == 0):
+        raise ValueError(f"beta must be in {'(' if positive else '['}0, 1], got {beta}")
+
+
+def check_options(rho: float, onto: str, norm_scope: str, rtol: float | None) -> None:
+    """Raise TypeError or ValueError unless all of these are right, see the checks of each."""
+    check_rho(rho)
+    check_onto(onto)
+    check_norm_scope(norm_scope)
+    check_rtol(rtol)
+
+
+# Tensors and lists.
+
+
+def named_tensors(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield what arguments hold under the names of error messages: "A", "B[0]", "B[1]"."""
+    for name, value in named:
+        if isinstance(value, (list, tuple)):
+            yield from ((f"{name}[{i}]", entry) for i, entry in enumerate(value))
+        else:
+            yield name, value
+
+
+def check_length(
+    name: str, values: Sequence[Any], expected: int, entries: str = "one entry per pair"
+) -> None:
+    """Raise ValueError unless a list has the expected number of entries."""
+    if len(values) != expected:
+        raise ValueError(f"{name} must have {entries}, {expected}, got {len(values)}")
 
 
 def check_pairs(
@@ -55,13 +113,12 @@ def check_pairs(
     grad_B: Sequence[Tensor],
     scaling: Sequence[float],
 ) -> None:
-    """TypeError or ValueError unless the lists are pairs of one device."""
+    """Raise TypeError or ValueError unless the lists are pairs of factors on one device."""
     lists = {"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B, "scaling": scaling}
     for name, values in lists.items():
         if not isinstance(values, (list, tuple)):
             raise TypeError(f"{name} must be a list, got {type(values).__name__}")
-        if len(values) != len(A):
-            raise ValueError(f"{name} must have one entry per pair, {len(A)}, got {len(values)}")
+        check_length(name, values, len(A))
     for i, pair in enumerate(zip(A, B, grad_A, grad_B, scaling, strict=True)):
         check_pair(*pair, f"[{i}]")
         if pair[0].device != A[0].device:
@@ -73,7 +130,7 @@ def check_pairs(
 def check_pair(
     A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: float, index: str
 ) -> None:
-    """As :func:`check_pairs` for one pair; ``index`` is "[3]" in a list, else ""."""
+    """Check one pair as :func:`check_pairs` does; ``index`` is "[3]" in a list, else ""."""
     named = {f"A{index}": A, f"B{index}": B, f"grad_A{index}": grad_A, f"grad_B{index}": grad_B}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
@@ -115,31 +172,19 @@ def check_pair(
             f"A{index} and B{index} must not be empty, got shapes {tuple(A.shape)} and "
             f"{tuple(B.shape)}"
         )
-    if not isinstance(scaling, (int, float)):
-        raise TypeError(f"scaling{index} must be a number, got {type(scaling).__name__}")
-    if not _is_finite(scaling) or scaling == 0:
+    number = as_number(f"scaling{index}", scaling)
+    if number == 0 or not math.isfinite(number):
         raise ValueError(f"scaling{index} must be finite and not 0, got {scaling}")
 
 
 def check_memory(named: dict[str, Tensor | Sequence[Tensor]]) -> None:
-    """ValueError if the storage of a tensor no longer holds it: somebody has freed it, say."""
-    for name, value in named.items():
-        for i, t in enumerate([value] if isinstance(value, Tensor) else value):
-            steps = zip(t.stride(), t.shape, strict=True)
-            last = t.storage_offset() + sum(stride * (size - 1) for stride, size in steps)
-            there = t.untyped_storage().nbytes()
-            if t.numel() > 0 and (last + 1) * t.element_size() > there:
-                index = "" if isinstance(value, Tensor) else f"[{i}]"
-                raise ValueError(
-                    f"{name}{index} must lie within its storage, got a storage of {there} bytes"
-                )
-
-
-def _is_finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # an int beyond all floats
-        return False
+    """Raise ValueError if a tensor's storage no longer holds it: somebody has freed it, say."""
+    for name, t in named_tensors(named.items()):
+        steps = zip(t.stride(), t.shape, strict=True)
+        last = t.storage_offset() + sum(stride * (size - 1) for stride, size in steps)
+        there = t.untyped_storage().nbytes()
+        if t.numel() > 0 and (last + 1) * t.element_size() > there:
+            raise ValueError(f"{name} must lie within its storage, got a storage of {there} bytes")
 
 
 def check_averages(
@@ -149,9 +194,9 @@ def check_averages(
     targets: Sequence[Tensor],
     beta: float,
 ) -> None:
-    """ValueError unless what was added, averages, counter and their weight suit the targets."""
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    """Raise ValueError unless the moving averages, what was added, and the counter suit the
+    perturbed factors."""
+    check_beta(beta)
     check_alike("ema", ema, targets)
     if E:  # an empty list: nothing was added
         check_alike("E", E, targets)
@@ -162,14 +207,14 @@ def check_averages(
 
 
 def check_alike(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
-    """ValueError unless the tensors have the shapes and the device of the others."""
+    """Raise ValueError unless the tensors have the shapes and the device of the others."""
     check_shapes(name, tensors, [t.shape for t in like])
     for one in like[:1]:
         check_devices(name, tensors, one.device)
 
 
 def check_devices(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
-    """ValueError unless all are on the device."""
+    """Raise ValueError unless all are on the device."""
     # A call with one tensor on meta among others comes here too, and would seem to succeed.
     for i, t in enumerate(tensors):
         if t.device != device:
@@ -177,7 +222,7 @@ def check_devices(name: str, tensors: Sequence[Tensor], device: torch.device) ->
 
 
 def check_shapes(name: str, tensors: Sequence[Tensor], expected: Sequence[torch.Size]) -> None:
-    """ValueError unless the shapes are the expected ones."""
+    """Raise ValueError unless the shapes are the expected ones."""
     if [t.shape for t in tensors] != list(expected):
         raise ValueError(
             f"{name} must have the shapes {[tuple(shape) for shape in expected]}, "

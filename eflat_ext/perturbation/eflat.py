@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eflat_ext.lora import LoraPair
-from eflat_ext.ops.checks import perturbed
+from eflat_ext.reference import perturbed_factors
 
 from .base import Gradients, Perturbation
 from .bound import Bound
@@ -28,7 +28,7 @@ class TransferredPerturbation(Perturbation):
     """Perturb in the full space of weights, by the factor ``onto`` or both, with the operators."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        carriers = perturbed(settings.onto, ["A"], ["B"])
+        carriers = perturbed_factors(settings.onto, ["A"], ["B"])
         super().__init__(model, settings, carriers, whole_pairs=settings.onto == "both")
 
     @property

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from eflat_ext.ops.checks import check_options
+from eflat_ext.ops.checks import check_beta, check_norm_scope, check_onto, check_rho, check_rtol
 
 RHO = "perturbation_rho"  # the name of the coming step's radius in an optimizer's groups
 Rho: TypeAlias = float | Callable[[int], float]
@@ -38,37 +37,19 @@ class Settings:
     beta: float = 0.9
 
     def __post_init__(self) -> None:
-        rho = 0.0 if callable(self.rho) else _number(self.rho)
-        rtol = None if self.rtol is None else _number(self.rtol)
-        check_options(rho, self.onto, self.norm_scope, rtol)
-        beta = _number(self.beta)
-        if not isinstance(beta, float):
-            raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-        if not 0 < beta <= 1:
-            raise ValueError(f"beta must be in (0, 1], got {beta}")
-        rho = self.rho if callable(self.rho) else rho
-        for name, value in (("rho", rho), ("rtol", rtol), ("beta", beta)):
+        rho = self.rho if callable(self.rho) else check_rho(self.rho)
+        check_onto(self.onto)
+        check_norm_scope(self.norm_scope)
+        check_rtol(self.rtol)
+        check_beta(self.beta, positive=True)
+        rtol = None if self.rtol is None else float(self.rtol)
+        for name, value in (("rho", rho), ("rtol", rtol), ("beta", float(self.beta))):
             object.__setattr__(self, name, value)
 
     def radius(self, steps: int) -> float:
         """Return rho for the step after ``steps`` completed ones.
 
         Raises:
-            ValueError: a callable rho returns anything but a finite number >= 0.
+            TypeError, ValueError: a callable rho returns anything but a finite number >= 0.
         """
-        if not callable(self.rho):
-            return self.rho
-        radius = _number(self.rho(steps))
-        if not (isinstance(radius, float) and math.isfinite(radius) and radius >= 0):
-            raise ValueError(
-                f"rho must be a callable that returns a finite number >= 0, got {radius!r}"
-            )
-        return radius
-
-
-def _number(value: Any) -> Any:
-    """Return numbers of all libraries as floats, anything else as it is."""
-    try:
-        return value if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return value
+        return check_rho(self.rho(steps)) if callable(self.rho) else self.rho
