@@ -9,7 +9,7 @@ from torch import Tensor
 
 import eflat_ext._C  # noqa: F401  (registers the operators; before what adds to them)
 
-from . import autograd, fake, in_place  # noqa: F401  (add to the operators)
+from . import autograd, fake, in_place, no_kernel  # noqa: F401  (add to the operators)
 from .checks import check_memory, check_one_factor, check_options, check_pair, check_pairs
 
 
