@@ -1,14 +1,14 @@
-"""How good EFlat-LoRA's estimate of the full-space gradient is, layer by layer.
+"""Compare EFlat-LoRA's estimate of the full-space gradient with the true gradient, by layer.
 
-The true gradient G of ``W = W0 + s B A`` is at hand here, so each of these is compared with it:
+With G the true gradient of ``W = W0 + s B A``, the estimates are
 
-    "term A"    G_B (A^T)^+ / s, the part of G in the row space of A
-    "term B"    (B^T)^+ G_A / s, the part of G in the column space of B
-    "mean"      half their sum: the paper's equation (1)
-    "tangent"   both parts, what they share counted once: the projection of G on the tangent space
-                of the matrices of rank r, exact for LoRA's gradients
-    "onto B"    s E_B A, what equation (3) makes of the mean at radius 1
-    "onto A"    s B E_A, the same onto the other factor
+    "term A"    G_B (A^T)^+ / s, the projection of G on the row space of A
+    "term B"    (B^T)^+ G_A / s, the projection of G on the column space of B
+    "mean"      half the sum of both: equation (1) of EFlat-LoRA (arXiv 2508.00522)
+    "tangent"   the projection of G on the tangent space of the matrices of rank r: the sum of both
+                terms, less the part that they share
+    "onto B"    s E_B A, the perturbation of radius 1 along the mean after equation (3)
+    "onto A"    s B E_A, the same with the transfer onto A
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ ESTIMATES = ("term A", "term B", "mean", "tangent", "onto B", "onto A")
 
 @dataclass(frozen=True)
 class Quality:
-    """One estimate in one layer.
+    """One estimate of the gradient of one layer, compared with the true gradient G.
 
     Attributes:
-        layer: its name. estimate: one of ``ESTIMATES``.
-        rtol: the cutoff of the pseudo-inverses.
-        cosine: between the estimate and G; 0 for an estimate that is zero, NaN if G is, or if G or
-            a factor is not finite.
-        norm_ratio: its norm over that of G; over the radius for "onto B" and "onto A".
-        gradient_norm: ||G||.
-        top_share: the part of ||G||^2 in the largest singular value of G.
+        layer: Name of the layer.
+        estimate: One of ``ESTIMATES``.
+        rtol: Relative cutoff of the pseudo-inverses.
+        cosine: Cosine between the estimate and G. 0 if the estimate is zero; NaN if G is zero, or
+            if G or a factor is not finite.
+        norm_ratio: Norm of the estimate over ``||G||``; for "onto B" and "onto A" over the radius.
+        gradient_norm: ``||G||``, the Frobenius norm.
+        top_share: Share of the largest singular value in ``||G||^2``.
     """
 
     layer: str
@@ -65,23 +66,29 @@ def estimate_quality(
     memory: int = MEMORY,
     on_pass: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Quality]:
-    """Every estimate in every layer at every cutoff, against the true gradient.
+    """Compare every estimate with the true gradient, in every layer and at every cutoff.
 
     Args:
-        model: a PEFT model; one adapter for each layer.
-        loss_fn, batches, layers, memory: as for :func:`eflat_ext.sharpness.worst_case`.
-        rtols: cutoffs of the pseudo-inverses, None for the default of the layer's type and shape.
-        on_pass: as for :func:`eflat_ext.full_space.gradients`.
+        model: A PEFT model with one adapter on each layer.
+        loss_fn, batches, layers, memory: As for :func:`eflat_ext.sharpness.worst_case`.
+        rtols: Relative cutoffs of the pseudo-inverses; None for the default of the layer's dtype
+            and shape.
+        on_pass: As for :func:`eflat_ext.full_space.gradients`.
+
+    Returns:
+        A row for every layer, cutoff and estimate, in this order.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: an argument is not as said here.
+        ValueError: An argument is out of its range, or a layer has more than one adapter.
+        TypeError: ``batches`` has no length, or ``layers`` is a string.
+        NotImplementedError: The weight of a layer cannot be shifted.
     """
     for rtol in rtols:
         check_options(0.0, "B", "layer", rtol)
     found = adapted_layers(model, layers)
     for layer in found:
         if len(layer.pairs) != 1:
-            raise ValueError(f"model: expected one adapter on {layer.name}, got {len(layer.pairs)}")
+            raise ValueError(f"model must have one adapter on {layer.name}, got {len(layer.pairs)}")
     pairs = [layer.pairs[0] for layer in found]
     whole, factors = gradients(
         model, loss_fn, batches, found, pairs, memory=memory, on_pass=on_pass
@@ -107,9 +114,15 @@ def estimate_quality(
 
 
 def mean_over_layers(rows: Sequence[Quality]) -> list[Mapping[str, Any]]:
-    """Means of cosine and norm ratio over the layers, for each estimate and place of its rtol.
+    """Average cosine, norm ratio and top share over the layers, for each estimate and cutoff.
 
-    Rows that share layer and estimate differ by rtol and come in the order of ``rtols``.
+    Args:
+        rows: From :func:`estimate_quality`. Cutoffs are matched by their position in ``rtols``,
+            since the default differs between layers.
+
+    Returns:
+        A dictionary with the keys estimate, rtol, cosine, norm_ratio and top_share for each
+        cutoff and estimate.
     """
     seen: dict[tuple[str, str], int] = {}
     groups: dict[tuple[int, str], list[Quality]] = {}
@@ -129,7 +142,7 @@ def mean_over_layers(rows: Sequence[Quality]) -> list[Mapping[str, Any]]:
 
 
 def _estimates(pair: LoraPair, grad_A: Tensor, grad_B: Tensor, rtol: float) -> dict[str, Tensor]:
-    """The estimates by name, (n, m) each, float64."""
+    """Return the estimates by name, each (n, m) in float64."""
     s = pair.scaling
     A, B = pair.A.detach(), pair.B.detach()
     pinv_At = torch.linalg.pinv(A.double().T, rtol=rtol)

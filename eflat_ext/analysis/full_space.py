@@ -1,10 +1,10 @@
-"""The full weight space of a model's adapted layers: gradients and losses there.
+"""Compute losses and gradients in the full weight space of a model's adapted layers.
 
-A shift D of ``W = W0 + s B A`` is a term of its own that a hook adds to the layer's output: nothing
-is written to a weight, so weights stay as they were bit for bit, quantised bases work like all
-others, and a shift below the rounding of W is not lost. Its effect is, where the layer's output is
-rounded: measure small rises in a model that computes in float32. Shifts are made one layer at a
-time, when that layer runs, on its device.
+The effect of a shift D of ``W = W0 + s B A`` is added to the layer's output by a forward hook. No
+weight is written, so weights keep their bits, quantised bases need no special treatment, and a
+shift smaller than the rounding of W still counts. The layer's output is rounded to its own dtype:
+measure small rises of the loss in a model that computes in float32. Each shift is created when its
+layer runs, on the layer's device, so that one shift exists at a time.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from torch.nn import functional
 from eflat_ext.lora import CONVOLUTIONS, LoraPair, find_pairs
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-"""The mean loss, a scalar, of a model on one batch."""
+"""Returns the mean loss of a model on one batch, a scalar tensor."""
 Shift = Callable[[], Tensor]
-"""Makes the (n, m) shift of one layer."""
+"""Returns the shift of one layer's weight, a tensor of shape (n, m)."""
 
 _PEFT_PREFIX = "base_model.model."
-_KERNELS = ("MultiheadAttention", "ParamWrapper")  # their weights are no module's of their own
+# Layers whose LoRA weight belongs to no submodule, so that no hook can add a term for it.
+_WITHOUT_MODULE = ("MultiheadAttention", "ParamWrapper")
 MEMORY = 2**30
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer whose whole weight is looked at.
+    """A layer and the whole weight ``W = W0 + s B A`` that it computes with.
 
     Attributes:
-        name: the layer's qualified name in the model that PEFT wraps.
-        module: the layer without its adapters.
-        shape: (n, m) of its weight as a matrix, as LoRA sees it: an embedding's table transposed,
-            a convolution's kernel flattened.
-        pairs: its adapters; none in a model without PEFT.
+        name: Qualified name of the layer in the model that PEFT wraps.
+        module: The layer without its adapters.
+        shape: (n, m), the shape of the weight as LoRA sees it: the table of an embedding is
+            transposed, the kernel of a convolution flattened to (out, in * kernel size).
+        pairs: LoRA pairs of the layer; empty in a model without PEFT.
     """
 
     name: str
@@ -50,12 +51,12 @@ class Layer:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes."""
+        """Return the device that the layer computes on."""
         return self._like.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of shifts and gradients: float64 in a float64 model, else float32."""
+        """Return the dtype of shifts and gradients: float64 in a float64 model, else float32."""
         return torch.float64 if self._like.dtype == torch.float64 else torch.float32
 
     @property
@@ -63,10 +64,10 @@ class Layer:
         return self.pairs[0].parameter_B if self.pairs else self.module.weight
 
     def weight(self) -> Tensor:
-        """``W0 + s B A``, (n, m), a copy; a quantised W0 is dequantised.
+        """Return a copy of ``W0 + s B A`` of shape (n, m); a quantised W0 is dequantised.
 
         Raises:
-            NotImplementedError: W0 is quantised in a way that PEFT cannot undo.
+            NotImplementedError: PEFT cannot dequantise W0.
         """
         W = _base_weight(self).detach().to(self.device, self.dtype)
         if isinstance(self.module, nn.Embedding) or _is_transposed(self.module):
@@ -78,7 +79,7 @@ class Layer:
         return W
 
     def term(self, x: Tensor, D: Tensor) -> Tensor:
-        """What a shift D of the weight adds to the layer's output."""
+        """Return the term that a shift D of the weight, (n, m), adds to the layer's output."""
         if isinstance(self.module, nn.Embedding):
             return functional.embedding(x, D.T, padding_idx=self.module.padding_idx)
         x = x.to(D.dtype)
@@ -89,20 +90,21 @@ class Layer:
 
 
 def adapted_layers(model: nn.Module, names: Sequence[str] | None = None) -> list[Layer]:
-    """The layers that carry an active LoRA adapter, in module order.
+    """Return the layers with an active LoRA adapter, in module order.
 
     Args:
-        model: a PEFT model, or any other if ``names`` is given.
-        names: keep the layers whose qualified name ends with one of these. In a model without
-            LoRA they are linear layers.
+        model: A PEFT model; any other model if ``names`` is given.
+        names: Keep the layers whose qualified name ends with one of these, None for all. In a
+            model without LoRA, linear layers are searched.
 
     Raises:
-        ValueError: no such layer.
-        NotImplementedError: a layer's weight cannot be shifted (``nn.MultiheadAttention``, stacked
-            experts); leave it out through ``names``.
+        TypeError: ``names`` is a string.
+        ValueError: No layer is left.
+        NotImplementedError: The weight of a layer cannot be shifted (``nn.MultiheadAttention``,
+            stacked experts); leave such layers out by ``names``.
     """
     if isinstance(names, str):
-        raise TypeError(f"names: expected a list of names, got the string {names!r}")
+        raise TypeError(f"layers must be a list of names, got the string {names!r}")
 
     def wanted(name: str) -> bool:
         return names is None or any(f".{name}".endswith(f".{end}") for end in names)
@@ -123,12 +125,12 @@ def adapted_layers(model: nn.Module, names: Sequence[str] | None = None) -> list
         layers = [_layer_of(name, pairs) for name, pairs in groups.items() if wanted(name)]
     if not layers:
         some = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "")
-        raise ValueError(f"layers: none ends with one of {list(names or [])}; there are {some}")
+        raise ValueError(f"layers must name layers of the model ({some}), got {list(names or [])}")
     return layers
 
 
 def constant(D: Tensor) -> Shift:
-    """The shift that is always D."""
+    """Return a shift that always returns D."""
     return lambda: D
 
 
@@ -139,14 +141,19 @@ def mean_loss(
     layers: Sequence[Layer] = (),
     shifts: Mapping[str, Shift] | None = None,
 ) -> float:
-    """Mean over the batches of the loss, with the layers' weights shifted, in eval mode.
+    """Return the mean loss over the batches, in eval mode, with the layers' weights shifted.
 
     Args:
-        model: its weights, mode and gradients are the same afterwards.
-        loss_fn: called with ``model`` and a batch, returns the batch's mean loss.
-        batches: each counts the same; anything that can be walked through again and again.
-        layers: from :func:`adapted_layers`.
-        shifts: by the layer's name; the layers left out keep their weights.
+        model: The model. Its weights, modes and gradients are left as they were.
+        loss_fn: Called with ``model`` and a batch; returns the mean loss of the batch, a scalar.
+        batches: Batches of equal weight, a list or a loader with a length.
+        layers: From :func:`adapted_layers`.
+        shifts: Shifts by the name of the layer. Layers without one keep their weights.
+
+    Raises:
+        TypeError: ``batches`` has no length.
+        ValueError: ``batches`` is empty, or ``shifts`` names a layer that is not in ``layers`` or
+            returns another shape than the layer's.
     """
     check_batches(batches)
     with torch.no_grad(), evaluating(model), shifted(layers, shifts or {}):
@@ -165,22 +172,28 @@ def gradients(
     store: torch.device | str = "cpu",
     on_pass: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """Gradients of the mean loss by whole weights and by factors; ``.grad`` is left alone.
+    """Compute the gradients of the mean loss by whole weights and by factors.
 
-    As many layers at a time as ``memory`` allows, at least one; each group of them costs a pass
-    over the batches.
+    The layers are taken in groups that fit in ``memory``, at least one layer in each; every group
+    costs a pass over the batches. ``parameter.grad`` is neither read nor written.
 
     Args:
-        model, loss_fn, batches: as for :func:`mean_loss`.
-        layers: from :func:`adapted_layers`.
-        pairs: whose factors' gradients are wanted, frozen ones too; they come with the first pass.
-        memory: bytes on the model's device for shifts and gradients.
-        store: the device that keeps the whole weights' gradients, 4 bytes for each weight.
-        on_pass: called after every pass with the number of passes done and their total.
+        model, loss_fn, batches: As for :func:`mean_loss`.
+        layers: From :func:`adapted_layers`.
+        pairs: Pairs whose factors' gradients to return too, frozen factors included. They are
+            computed in the first pass.
+        memory: Bytes on the model's device for shifts and gradients of whole weights.
+        store: Device for the gradients of whole weights, which take 4 bytes for each weight (8 in
+            a float64 model).
+        on_pass: Called after every pass with the number of passes done and their total.
 
     Returns:
-        The (n, m) gradient of every layer's weight by its name, and ``(G_A, G_B)`` of shape (r, m)
-        and (n, r) for every pair.
+        The gradients of the layers' weights, (n, m), by the name of the layer; and
+        ``(G_A, G_B)``, of shapes (r, m) and (n, r), for every pair.
+
+    Raises:
+        TypeError: ``batches`` has no length.
+        ValueError: ``batches`` is empty.
     """
     check_batches(batches)
     factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
@@ -221,25 +234,25 @@ def gradients(
     ]
 
 
-# --- for a while -------------------------------------------------------------------------
+# --- context managers --------------------------------------------------------------------
 
 
 @contextmanager
 def shifted(layers: Sequence[Layer], shifts: Mapping[str, Shift]) -> Iterator[None]:
-    """Within, the layers named in ``shifts`` compute with ``W + D``."""
+    """Let the layers named in ``shifts`` compute with ``W + D`` within the context."""
 
     def hook(layer: Layer, shift: Shift, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         D = shift()
         if D.shape != layer.shape:
             raise ValueError(
-                f"shifts: expected shape {layer.shape} for {layer.name}, got {tuple(D.shape)}"
+                f"shifts must return shape {layer.shape} for {layer.name}, got {tuple(D.shape)}"
             )
         term = layer.term(args[0], D.to(layer.device))
         return output + term.to(output.dtype)
 
     named = {layer.name: layer for layer in layers}
     if unknown := shifts.keys() - named.keys():
-        raise ValueError(f"shifts: no such layer: {', '.join(sorted(unknown))}")
+        raise ValueError(f"shifts must name some of the layers, got {', '.join(sorted(unknown))}")
     handles = [
         named[name].module.register_forward_hook(partial(hook, named[name], shift))
         for name, shift in shifts.items()
@@ -253,13 +266,13 @@ def shifted(layers: Sequence[Layer], shifts: Mapping[str, Shift]) -> Iterator[No
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in eval mode; afterwards every module is in its own mode again."""
+    """Put the model in eval mode within the context, then every module back in its own mode."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     for module in training:
-        # In eval mode on a CPU bitsandbytes lays the weights out anew, for good, and rounds their
-        # scales; nothing else of these layers depends on their mode. PEFT's layers around them have
-        # the same name and must not be in training mode: they would run perturbed.
+        # In eval mode on a CPU, bitsandbytes repacks the weights permanently and rounds their
+        # scales; nothing else in these layers depends on the mode. PEFT's wrappers of the same
+        # class name must stay in eval mode: in training mode they run perturbed.
         if _is_linear_4bit(module):
             module.training = True
     try:
@@ -271,7 +284,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Within, these parameters require gradients."""
+    """Let these parameters require gradients within the context."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -282,34 +295,35 @@ def requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-# --- inner parts -------------------------------------------------------------------------
+# --- helpers -----------------------------------------------------------------------------
 
 
 def check_batches(batches: Any) -> None:
-    """TypeError or ValueError unless these can be walked through more than once."""
+    """Raise TypeError or ValueError unless ``batches`` can be iterated over more than once."""
     if not hasattr(batches, "__len__") or not hasattr(batches, "__iter__"):
         raise TypeError(
-            "batches: expected a list or a loader with a length, which can be walked through "
-            f"again and again, got {type(batches).__name__}"
+            "batches must be a list or a loader with a length, to be iterated over more than "
+            f"once, got {type(batches).__name__}"
         )
     if len(batches) == 0:
-        raise ValueError("batches: expected at least one batch, got none")
+        raise ValueError("batches must hold at least one batch, got none")
 
 
 def _layer_of(name: str, pairs: list[LoraPair]) -> Layer:
     pair = pairs[0]
-    kind = next((k for k in _KERNELS if k in {c.__name__ for c in type(pair.layer).mro()}), None)
+    classes = {cls.__name__ for cls in type(pair.layer).mro()}
+    kind = next((name for name in _WITHOUT_MODULE if name in classes), None)
     if kind is not None:
         raise NotImplementedError(
-            f"layers: the whole weight of {name} cannot be shifted, it is a {kind}; name the "
-            "other layers"
+            f"the whole weight of {name}, a {kind}, cannot be shifted: name the other layers in "
+            "`layers`"
         )
     shape = (pair.B.shape[0], pair.A.shape[1])
     return Layer(name.removeprefix(_PEFT_PREFIX), pair.layer.get_base_layer(), shape, tuple(pairs))
 
 
 def _is_linear_4bit(module: nn.Module) -> bool:
-    """Whether it is bitsandbytes' layer, or of a class that is derived from it."""
+    """Return True for instances of bitsandbytes' Linear4bit and of its subclasses."""
     return any(
         cls.__name__ == "Linear4bit" and cls.__module__.split(".")[0] == "bitsandbytes"
         for cls in type(module).mro()
@@ -321,16 +335,16 @@ def _base_weight(layer: Layer) -> Tensor:
     weight: Any = getattr(module, "weight", None)
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return weight
-    if type(weight).__name__ == "Int8Params":  # PEFT's way leaves the layer without its scales
+    if type(weight).__name__ == "Int8Params":  # PEFT's function removes the scales of the layer
         scale = weight.SCB if module.state.SCB is None else module.state.SCB
         return weight.data.float() * (scale.view(-1, 1) / 127)
     from peft.utils.integrations import dequantize_module_weight
 
     try:
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise RuntimeError("bitsandbytes has packed it for the CPU in eval mode")
+            raise RuntimeError("bitsandbytes has repacked it for the CPU in eval mode")
         return dequantize_module_weight(module)
-    except Exception as error:  # each library has its own
+    except Exception as error:  # every library raises its own type
         raise NotImplementedError(
             f"the weight of {layer.name} ({type(module).__name__}) cannot be dequantised, so "
             f"radius must be 'absolute': {error}"
@@ -342,7 +356,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def _groups(layers: Sequence[Layer], memory: int) -> list[list[Layer]]:
-    """Layers in runs whose shifts and gradients fit in ``memory`` bytes, at least one in each."""
+    """Split the layers into groups whose shifts and gradients fit in ``memory`` bytes."""
     groups: list[list[Layer]] = []
     used = 0
     for layer in layers:

@@ -1,4 +1,7 @@
-"""The Hessian's largest eigenvalues and trace: Lanczos and Hutch++ of hessian-eigenthings."""
+"""Compute the largest eigenvalues and the trace of the Hessian, with hessian-eigenthings.
+
+Eigenvalues come from the Lanczos method, the trace from Hutch++ (Meyer et al., 2021).
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,16 @@ Product = Literal["exact", "finite-difference"]
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """What :func:`hessian` found.
+    """Largest eigenvalues and trace of a Hessian, returned by :func:`hessian`.
 
     Attributes:
         size: N, the number of weights.
-        eigenvalues: the largest, in falling order.
-        residuals: ``||H v - lambda v||`` of each.
-        vectors: (k, N), their eigenvectors: one row holds the layers' (n, m) shifts one after the
-            other for the full space, and A and B of pair after pair for the factors.
-        trace: of the Hessian; NaN if not asked for.
-        trace_standard_error: of the trace; NaN with fewer than 6 products.
+        eigenvalues: The k largest eigenvalues, in descending order.
+        residuals: ``||H v - lambda v||`` of each eigenvalue.
+        vectors: Eigenvectors, (k, N). A row holds the flattened (n, m) shifts of the layers one
+            after another with ``space="full"``, and A and B of each pair with ``space="lora"``.
+        trace: Trace of the Hessian; NaN if ``trace_products`` was 0.
+        trace_standard_error: Standard error of the trace; NaN with fewer than 6 products.
     """
 
     size: int
@@ -65,25 +68,28 @@ def hessian(
     layers: Sequence[str] | None = None,
     on_product: Callable[[], None] = lambda: None,
 ) -> Spectrum:
-    """The largest eigenvalues and the trace of the Hessian of the mean loss, in eval mode.
+    """Compute the largest eigenvalues and the trace of the Hessian of the mean loss, in eval mode.
 
-    It keeps one vector of N float32 numbers for each iteration or a third of the products. A loss
-    that is not finite gives NaN.
+    Memory is one vector of N numbers for each Lanczos iteration, then one for every three products
+    of the trace. Every result is NaN if the loss is not finite.
 
     Args:
-        model, loss_fn, batches, layers: as for :func:`eflat_ext.sharpness.worst_case`.
-        space: "full", the adapted layers' whole weights, or "lora", their factors A and B.
-        eigenvalues: how many, at least 1 and at most N.
-        iterations: of Lanczos; by default four for each eigenvalue and at least 20.
-        trace_products: Hessian-vector products for the trace, 0 to leave it out.
-        product: "exact" differentiates twice, with attention in its plain form; "finite-difference"
-            takes two gradients and works with every kernel, to about four digits in float32.
-        seed: of the start vector and of the trace's samples.
-        on_product: called after each product.
+        model, loss_fn, batches, layers: As for :func:`eflat_ext.sharpness.worst_case`.
+        space: "full" for the whole weights of the adapted layers, "lora" for their factors A and B.
+        eigenvalues: Number of eigenvalues, 1 to N.
+        iterations: Number of Lanczos iterations; by default four for each eigenvalue, at least 20.
+        trace_products: Number of Hessian-vector products for the trace, at least 3; 0 to skip it.
+        product: "exact" differentiates twice and runs attention by torch's math kernel, the only
+            one with second derivatives; "finite-difference" takes two gradients, works with every
+            kernel, and is accurate to about four digits in float32.
+        seed: Seed of the start vector and of the trace's samples.
+        on_product: Called after each product.
 
     Raises:
         ImportError: hessian-eigenthings is not installed.
-        ValueError, TypeError, NotImplementedError: an argument is not as said here.
+        ValueError: An argument is out of its range, or no layer is left.
+        TypeError: ``batches`` has no length, or ``layers`` is a string.
+        NotImplementedError: The weight of a layer cannot be shifted.
     """
     check_batches(batches)
     if space not in ("full", "lora"):
@@ -92,18 +98,18 @@ def hessian(
         raise ValueError(f"product must be 'exact' or 'finite-difference', got {product!r}")
     found = adapted_layers(model, layers)
     if space == "lora" and not all(layer.pairs for layer in found):
-        raise ValueError("model: expected LoRA layers for space='lora'")
+        raise ValueError("model must have LoRA layers for space='lora', got none")
     parameters = _factors(found) if space == "lora" else _zeros(found)
     size = sum(parameter.numel() for parameter in parameters)
     if not 1 <= eigenvalues <= size:
-        raise ValueError(f"eigenvalues must lie in 1 to {size}, got {eigenvalues}")
+        raise ValueError(f"eigenvalues must be 1 to {size}, got {eigenvalues}")
     if trace_products != 0 and trace_products < 3:
         raise ValueError(f"trace_products must be 0 or at least 3, got {trace_products}")
     steps = min(size, iterations or max(20, 4 * eigenvalues))
     if steps < eigenvalues:
         raise ValueError(f"iterations must be at least {eigenvalues}, got {iterations}")
     things = _library()
-    if not math.isfinite(mean_loss(model, loss_fn, batches)):  # no decomposition takes NaN
+    if not math.isfinite(mean_loss(model, loss_fn, batches)):  # the decompositions raise on NaN
         none = [math.nan] * eigenvalues
         vectors = parameters[0].new_full((eigenvalues, size), math.nan)
         return Spectrum(size, none, none, vectors, math.nan, math.nan)
@@ -125,7 +131,7 @@ def hessian(
         )
 
         def multiply(v: Tensor) -> Tensor:
-            # The library's difference takes a step of fixed size times v, meant for unit vectors.
+            # The library's finite difference takes a step of fixed size for a v of norm 1.
             norm = v.norm() if product == "finite-difference" else torch.ones_like(v[0])
             if norm == 0:
                 return torch.zeros_like(v)
@@ -162,7 +168,7 @@ def _library() -> Any:
 
 
 def _factors(layers: Sequence[Layer]) -> list[nn.Parameter]:
-    """A and B of every pair, each parameter once."""
+    """Return A and B of every pair, tied parameters once."""
     pairs = [pair for layer in layers for pair in layer.pairs]
     factors: list[Any] = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
     return list({id(factor): factor for factor in factors}.values())

@@ -1,7 +1,7 @@
-"""Slices of the loss around a minimum, in the full space of the adapted layers.
+"""Compute slices of the loss around a minimum, in the full space of the adapted layers.
 
-A direction gives every layer a shift of its whole weight; a slice is the loss at multiples of one
-direction, or at the points of a grid that two span. Weights are the same afterwards, bit for bit.
+A direction maps the names of layers to shifts of their whole weights. A slice is the loss along one
+direction, or on the grid that two directions span. Weights keep their bits.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ Direction = Mapping[str, Shift]
 
 
 def random_direction(layers: Sequence[Layer], seed: int = 0) -> dict[str, Shift]:
-    """A random direction whose every row has the norm of the weight's row (Li et al., 2018).
+    """Return a Gaussian direction whose rows have the norms of the weight's rows.
 
-    So a step along it means the same in every layer, and in models whose weights differ in size.
-    The same seed gives models of one shape the same Gaussian numbers.
+    This is the filter normalisation of Li et al., 2018 (arXiv 1712.09913), by which slices of
+    models whose weights differ in scale can be compared. Models with layers of the same shapes get
+    the same Gaussian numbers from the same seed.
 
     Args:
-        layers: from :func:`eflat_ext.full_space.adapted_layers`. seed: of the noise.
+        layers: From :func:`eflat_ext.full_space.adapted_layers`.
+        seed: Seed of the Gaussian numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     direction: dict[str, Shift] = {}
@@ -51,10 +53,12 @@ def hessian_directions(
     seed: int = 0,
     on_product: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Shift]]:
-    """The Hessian's eigenvectors of largest eigenvalue, each of norm 1 over all layers.
+    """Return the Hessian's eigenvectors of largest eigenvalue, each of norm 1 over all layers.
 
     Args:
-        count: how many; the others as for :func:`eflat_ext.hessian.hessian`.
+        count: Number of eigenvectors.
+        model, loss_fn, batches, layers, product, seed, on_product: As for
+            :func:`eflat_ext.hessian.hessian`, which raises the same errors.
     """
     spectrum = hessian(
         model,
@@ -89,11 +93,14 @@ def slice_1d(
     layers: Sequence[str] | None = None,
     on_point: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """The loss at ``W + x D`` for each x.
+    """Return the loss at ``W + x D`` for each x.
 
     Args:
-        model, loss_fn, batches, layers: as for :func:`eflat_ext.sharpness.worst_case`.
-        direction: D, by the layer's name. xs: the coordinates. on_point: called after each.
+        model, loss_fn, batches, layers: As for :func:`eflat_ext.sharpness.worst_case`, which
+            raises the same errors.
+        direction: D, shifts by the name of the layer.
+        xs: The coordinates.
+        on_point: Called after each point.
     """
     grid = slice_2d(
         model, loss_fn, batches, (direction, {}), xs, [0.0], layers=layers, on_point=on_point
@@ -112,10 +119,12 @@ def slice_2d(
     layers: Sequence[str] | None = None,
     on_point: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:
-    """The loss at ``W + x D1 + y D2``: a list for each y, with a number for each x.
+    """Return the loss at ``W + x D1 + y D2``, one list for each y with one number for each x.
 
     Args:
-        directions: D1 and D2; the others as for :func:`slice_1d`.
+        directions: D1 and D2.
+        xs, ys: The coordinates.
+        model, loss_fn, batches, layers, on_point: As for :func:`slice_1d`.
     """
     found = adapted_layers(model, layers)
     rows = []
@@ -142,29 +151,31 @@ def line(
     layers: Sequence[str] | None = None,
     on_point: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """The loss on the line from ``model`` (x = 0) to ``other`` (x = 1), two models of one base.
+    """Return the loss on the line from ``model`` (x = 0) to ``other`` (x = 1).
 
-    The adapted layers' whole weights move, and so does everything else in which the models differ,
-    such as a head that was trained whole, or the statistics of a batch norm.
+    Both are fine-tuned from one base. The whole weights of the adapted layers are interpolated, and
+    so are all other floating-point parameters and buffers in which the models differ, such as a
+    classification head or the statistics of a batch norm.
 
     Args:
-        model, other: with adapters on the same layers; the factors may differ in rank.
-        loss_fn, batches, layers, on_point: as for :func:`slice_1d`. xs: the coordinates.
+        model, other: Models with adapters on the same layers; ranks may differ.
+        loss_fn, batches, layers, on_point: As for :func:`slice_1d`.
+        xs: The coordinates.
 
     Raises:
-        ValueError: the models differ in their layers, in the names of their parameters and buffers,
-            or in the shapes of those outside of the layers.
+        ValueError: The models differ in their adapted layers, in the names of their parameters and
+            buffers, or in the shapes of those outside the adapted layers.
     """
     found, others = adapted_layers(model, layers), adapted_layers(other, layers)
     if [(x.name, x.shape) for x in found] != [(x.name, x.shape) for x in others]:
-        raise ValueError("other: expected a model with adapters on the same layers")
+        raise ValueError("other must have adapters on the same layers as model")
     theirs = {name: value.detach() for name, value in _state(other)}
     if {name for name, _ in _state(model)} != theirs.keys():
-        raise ValueError("other: expected a model with the same parameters and buffers")
+        raise ValueError("other must have the same parameters and buffers as model")
     for name, p in _outside(model, found).items():
         if (shape := theirs[name].shape) != p.shape:
             raise ValueError(
-                f"other: expected {name} of shape {tuple(p.shape)}, got {tuple(shape)}"
+                f"{name} of other must have shape {tuple(p.shape)}, got {tuple(shape)}"
             )
     check_batches(batches)
     direction: dict[str, Shift] = {}
@@ -179,7 +190,7 @@ def line(
     return losses
 
 
-# --- inner parts -------------------------------------------------------------------------
+# --- helpers -----------------------------------------------------------------------------
 
 
 def _on(D: Tensor, device: torch.device) -> Tensor:
@@ -192,12 +203,12 @@ def _combination(terms: Sequence[tuple[float, Direction]], name: str) -> Tensor:
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers."""
+    """Return the parameters and buffers with their names."""
     return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 def _outside(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """What is floating-point, and neither the layers' weights nor their factors."""
+    """Return the floating-point parameters and buffers outside the layers' weights and factors."""
     pairs = [pair for layer in layers for pair in layer.pairs]
     factors = [p for pair in pairs for p in (pair.parameter_A, pair.parameter_B)]
     weights = [getattr(layer.module, "weight", None) for layer in layers]
@@ -209,7 +220,7 @@ def _outside(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
 def _blended(
     model: nn.Module, theirs: Mapping[str, Tensor], x: float, layers: Sequence[Layer]
 ) -> Iterator[None]:
-    """Within, all but the layers' weights is ``(1 - x)`` of the model's, x of the other's."""
+    """Interpolate everything outside the layers within the context: x = 0 is the model's value."""
     moving = [
         (p, theirs[name].to(p))
         for name, p in _outside(model, layers).items()

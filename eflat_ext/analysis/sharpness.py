@@ -1,17 +1,17 @@
-"""How sharp a minimum is, in the full space of the adapted layers or of the factors.
+"""Measure the sharpness of a minimum in the full weight space of the adapted layers.
 
-Every function takes a model, ``loss_fn(model, batch)`` (the batch's mean loss) and batches that can
-be walked through again and again; each batch counts the same. Losses are taken in eval mode, and
-weights, gradients and modes are the same afterwards, bit for bit.
+Every function takes a model, ``loss_fn(model, batch)``, which returns the mean loss of the batch,
+and batches of equal weight, a list or a loader that can be iterated over more than once. Losses are
+taken in eval mode. Weights, gradients and modes are left as they were, bit for bit.
 
-``radius`` says what the radius rho of a perturbation E of the weights W is measured in:
+``radius`` is the unit of the radius rho of a perturbation E of the weights W:
 
-    "absolute"   ||E|| = rho
-    "layer"      ||E_l|| = rho ||W_l|| in every layer l
-    "filter"     ||e_i|| = rho ||w_i|| in every row i of every layer
+    "absolute"   ||E_l|| = rho for every layer l
+    "layer"      ||E_l|| = rho ||W_l|| for every layer l
+    "filter"     ||e_i|| = rho ||w_i|| for every row i of every layer
 
-With ``norm_scope="layer"`` each layer (each row for "filter") moves by a radius of its own. With
-"global" all layers share one: rho is then the norm, over the whole model, of E, of all
+This is for ``norm_scope="layer"``, where every layer (every row for "filter") has a radius of its
+own. With ``norm_scope="global"`` rho is one norm over the whole model: that of all ``E_l``, of all
 ``E_l / ||W_l||`` or of all ``e_i / ||w_i||``.
 """
 
@@ -37,7 +37,7 @@ RADII = ("absolute", "layer", "filter")
 
 
 class Average(NamedTuple):
-    """A mean over samples and its standard error."""
+    """Mean over samples and its standard error."""
 
     mean: float
     standard_error: float
@@ -56,24 +56,33 @@ def worst_case(
     rtol: float | None = None,
     memory: int = MEMORY,
 ) -> float:
-    """``L(W + E) - L(W)`` at the worst E of radius rho to first order.
+    """Return ``L(W + E) - L(W)`` for the E of radius rho that is worst to first order.
 
-    E lies along the true gradient of W. With H the Hessian and ``norm_scope="global"``, the worst
-    point of the whole ball is higher by no more than ``rho^2 (lambda_max - lambda_min) / 2``, and
-    terms of order rho^3; never lower. A loss that is not finite gives NaN.
+    E is a multiple of the true gradient of W, as in SAM (Foret et al., 2021). With
+    ``norm_scope="global"`` and H the Hessian, the maximum over the ball is higher by at most
+    ``rho^2 (lambda_max - lambda_min) / 2``, up to terms of order ``rho^3``. The result is NaN if a
+    loss is not finite.
 
     Args:
-        model: a PEFT model, or any other if ``layers`` is given.
-        loss_fn, batches: see the module.
-        rho: the radius, at least 0. norm_scope, radius: see the module.
-        layers: names of the layers, their ends suffice; by default all with an adapter.
-        transfer: perturb this factor by EFlat-LoRA's transfer instead, which sees the gradients
-            of A and B alone; radius may not be "filter".
-        rtol: cutoff of the transfer's pseudo-inverses.
-        memory: bytes on the model's device for gradients of whole weights at a time.
+        model: A PEFT model; any other model if ``layers`` is given.
+        loss_fn: Called with ``model`` and a batch; returns the mean loss of the batch, a scalar.
+        batches: A list or a loader with a length, of at least one batch.
+        rho: The radius, at least 0.
+        norm_scope: "layer" or "global"; see the module.
+        radius: "absolute", "layer" or "filter"; see the module.
+        layers: Measure the layers whose qualified name ends with one of these; None for all layers
+            with an adapter.
+        transfer: Perturb this factor, "A" or "B", by EFlat-LoRA's transfer of the gradient that it
+            estimates from those of A and B. ``radius`` must not be "filter".
+        rtol: Relative cutoff of the transfer's pseudo-inverses; None for the default.
+        memory: Bytes on the model's device for shifts and gradients of whole weights. With less
+            than all layers need, the gradient takes several passes over the batches.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: an argument is not as said here.
+        ValueError: An argument is out of its range, ``batches`` is empty, or no layer is left.
+        TypeError: ``batches`` has no length, or ``layers`` is a string.
+        NotImplementedError: The weight of a layer cannot be shifted, or ``radius`` needs a
+            quantised weight that PEFT cannot dequantise.
     """
     check_options(rho, transfer or "B", norm_scope, rtol)
     found = adapted_layers(model, layers)
@@ -108,19 +117,21 @@ def average_case(
     clean_loss: float | None = None,
     on_sample: Callable[[], None] = lambda: None,
 ) -> Average:
-    """``L(W + E) - L(W)`` for random E of radius rho in the full space, its mean over samples.
+    """Return the mean of ``L(W + E) - L(W)`` over random Gaussian directions E of radius rho.
 
-    A sample is the mean of the rises at E and -E, which have the same distribution: so the odd
-    orders, which average to nothing, add no noise. To second order the mean is
-    ``rho^2 tr(H) / 2N`` for N weights (``norm_scope="global"``).
+    Every sample averages the rises at E and at -E, which removes the terms of odd order. To second
+    order the mean is ``rho^2 tr(H) / 2N`` for N weights (``norm_scope="global"``).
 
     Args:
-        model, loss_fn, batches, rho, norm_scope, radius, layers: as for :func:`worst_case`.
-        samples: at least 2, for the standard error. seed: of the noise.
-        clean_loss: L(W), if known. on_sample: called after each sample.
+        model, loss_fn, batches, rho, norm_scope, radius, layers: As for :func:`worst_case`, which
+            raises the same errors.
+        samples: Number of samples, at least 2.
+        seed: Seed of the random directions.
+        clean_loss: ``L(W)`` if it is known, else it is computed.
+        on_sample: Called after each sample.
 
     Returns:
-        Both NaN where a loss is not finite.
+        Mean and standard error over the samples; both NaN if a loss is not finite.
     """
     check_options(rho, "B", norm_scope, None)
     _check_count("samples", samples, 2)
@@ -138,12 +149,12 @@ def average_case(
         ]
         rises.append(statistics.fmean(both))
         on_sample()
-    if not all(math.isfinite(value) for value in rises):  # statistics.stdev takes none of these
+    if not all(math.isfinite(value) for value in rises):  # statistics.stdev raises on NaN
         return Average(math.nan, math.nan)
     return Average(statistics.fmean(rises), statistics.stdev(rises) / math.sqrt(samples))
 
 
-# --- the same in steps, for several radii ------------------------------------------------
+# --- parts of the above, to measure several radii with one gradient -----------------------
 
 
 def worst_direction(
@@ -153,11 +164,15 @@ def worst_direction(
     norm_scope: Scope = "layer",
     radius: Radius = "absolute",
 ) -> dict[str, Shift]:
-    """The shifts of radius 1 that raise the loss most, given the gradient of every layer's weight.
+    """Return the shifts of radius 1 that raise the loss most, to first order.
 
     Args:
-        layers: from :func:`adapted_layers`. gradient: from :func:`gradients`.
-        norm_scope, radius: see the module.
+        layers: From :func:`eflat_ext.full_space.adapted_layers`.
+        gradient: Gradients of the layers' weights, from :func:`eflat_ext.full_space.gradients`.
+        norm_scope, radius: See the module.
+
+    Raises:
+        ValueError: ``radius`` is none of the three.
     """
     return _of_unit_radius(layers, gradient, _scales(layers, radius), norm_scope, radius, power=2)
 
@@ -173,14 +188,25 @@ def transferred_direction(
     radius: Radius = "absolute",
     rtol: float | None = None,
 ) -> dict[str, Shift]:
-    """What ``rho = 1`` becomes of the transfer onto one factor: ``s E_B A`` or ``s B E_A``.
+    """Return the shifts ``s E_B A`` or ``s B E_A`` that EFlat-LoRA's transfer makes at rho = 1.
 
-    Its own radius is less than 1: the transfer keeps a part of the perturbation.
+    Their radius is at most 1, since the transfer projects the full-space perturbation.
+
+    Args:
+        model, loss_fn, batches: As for :func:`worst_case`.
+        layers: LoRA layers, from :func:`eflat_ext.full_space.adapted_layers`.
+        onto: The factor to perturb.
+        norm_scope: See the module.
+        radius: "absolute" or "layer".
+        rtol: Relative cutoff of the pseudo-inverses; None for the default.
+
+    Raises:
+        ValueError: ``radius`` is "filter", or a layer has no LoRA pair.
     """
     if radius == "filter":
         raise ValueError("radius must be 'absolute' or 'layer' for a transfer, got 'filter'")
     if not all(layer.pairs for layer in layers):
-        raise ValueError("model: expected LoRA layers, a transfer needs their factors")
+        raise ValueError("layers must be LoRA layers for a transfer, got one without factors")
     pairs = [pair for layer in layers for pair in layer.pairs]
     _, of_factors = gradients(model, loss_fn, batches, pairs=pairs)
     A, B = [pair.A.detach() for pair in pairs], [pair.B.detach() for pair in pairs]
@@ -214,12 +240,13 @@ def rise(
     rho: float,
     clean_loss: float | None = None,
 ) -> float:
-    """``L(W + rho D) - L(W)`` for given shifts D of radius 1.
+    """Return ``L(W + rho D) - L(W)`` for given shifts D of radius 1.
 
     Args:
-        model, loss_fn, batches, layers: as for :func:`mean_loss`.
-        unit: from :func:`worst_direction` or :func:`transferred_direction`. rho: of any sign.
-        clean_loss: L(W), if known.
+        model, loss_fn, batches, layers: As for :func:`eflat_ext.full_space.mean_loss`.
+        unit: D, from :func:`worst_direction` or :func:`transferred_direction`.
+        rho: The radius, of either sign.
+        clean_loss: ``L(W)`` if it is known, else it is computed.
     """
     if clean_loss is None:
         clean_loss = mean_loss(model, loss_fn, batches)
@@ -227,11 +254,11 @@ def rise(
     return mean_loss(model, loss_fn, batches, layers, shifts) - clean_loss
 
 
-# --- inner parts -------------------------------------------------------------------------
+# --- helpers -----------------------------------------------------------------------------
 
 
 def _scales(layers: Sequence[Layer], radius: str) -> dict[str, Tensor]:
-    """What rho is multiplied with in each layer: (1, 1), or (n, 1) for "filter"; float64."""
+    """Return the factor of rho in each layer, (1, 1) or (n, 1) for "filter", in float64."""
     if radius not in RADII:
         raise ValueError(f"radius must be 'absolute', 'layer' or 'filter', got {radius!r}")
     scales = {}
@@ -252,9 +279,9 @@ def _of_unit_radius(
     radius: str,
     power: int,
 ) -> dict[str, Shift]:
-    """The shifts ``T^power X / ||T^(power - 1) X||``, T the scales: 2 for gradients, 1 for noise.
+    """Return the shifts ``T^power X / ||T^(power - 1) X||`` with T the scales; 0 for a norm of 0.
 
-    For T the identity both are X over its norm. Where the norm is 0 the shift is.
+    ``power`` is 2 for gradients and 1 for noise. With "absolute" T is the identity.
     """
     rows = {
         name: torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).cpu()
@@ -296,4 +323,4 @@ def _low_rank(terms: Sequence[tuple[float, float, Tensor, Tensor, Tensor]], onto
 
 def _check_count(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

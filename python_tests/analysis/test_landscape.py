@@ -170,12 +170,12 @@ def test_models_that_no_line_joins():
     for count in (1, 2, 5):
         model, other = lora_mlp(), with_classes(count)
         before = weights(model)
-        shapes = rf"other: expected .*head.*weight of shape \(3, 10\), got \({count}, 10\)"
+        shapes = rf"head.*weight of other must have shape \(3, 10\), got \({count}, 10\)"
         with pytest.raises(ValueError, match=shapes):
             line(model, other, loss_of, DATA, [0.0])
         assert_same_bits(weights(model), before)
     with pytest.raises(
-        ValueError, match=r"other: expected .*down\.lora_A.* \(4, 16\), got \(3, 16\)"
+        ValueError, match=r".*down\.lora_A.* of other must have shape \(4, 16\), got \(3, 16\)"
     ):
         line(lora_mlp(), lora_mlp(r=3), loss_of, DATA, [0.0], layers=["up"])
     odd = lora_mlp()
