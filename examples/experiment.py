@@ -1,4 +1,4 @@
-"""A small experiment: LoRA, EFlat-LoRA and a method of one's own, tuned on the validation part.
+"""Compare LoRA, EFlat-LoRA and a custom method, tuned on the validation part.
 
 python examples/experiment.py [--steps 8]
 """
@@ -37,15 +37,15 @@ seeds: [0, 1]
 
 
 def sgd(config: FinetuneConfig, model: Any, steps: int) -> torch.optim.Optimizer:
-    """The method of one's own: plain gradient descent on what LoRA trains."""
+    """Return the custom method's optimizer: SGD over the trainable parameters."""
     return torch.optim.SGD(trainable_parameters(model), lr=config.lr)
 
 
 def main(steps: int = 8) -> None:
-    """Run all methods, then EFlat-LoRA alone, of which nothing is left to do.
+    """Run all methods, then EFlat-LoRA again, whose rows exist already.
 
     Args:
-        steps: of each run, 8 sentences each.
+        steps: Optimizer steps of a run, 8 sentences each.
     """
     with tempfile.TemporaryDirectory() as name:
         file = Path(name, "movies.yaml")

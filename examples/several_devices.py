@@ -1,10 +1,10 @@
-"""EFlat-LoRA on several devices: DistributedDataParallel, then FSDP2 with a checkpoint.
+"""Train on several devices: DistributedDataParallel, then FSDP2 with a checkpoint.
 
-Started by itself it runs two processes on the CPU; on GPUs start it with torchrun:
+Run by Python it starts two processes on the CPU; on GPUs run it by torchrun:
 
     torchrun --nproc-per-node 8 examples/several_devices.py
 
-The model is small and random; the data are 10,072 sentences of movie reviews, as counts of words.
+The model is small, with random weights; the data are word counts of 10,072 movie-review sentences.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEST = 2000  # sentences
 
 
 def make_model(device: torch.device) -> nn.Module:
-    """A perceptron with LoRA on two of its layers; the same on every rank."""
+    """Return a perceptron with LoRA on two layers, the same on every rank."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1024, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
     model.append(nn.Linear(64, 2))
@@ -45,7 +45,7 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
-    """Each rank takes its own rows of every batch."""
+    """Train; each rank takes its own rows of every batch."""
     counts, labels = sentences(next(model.parameters()).device)
     generator = torch.Generator().manual_seed(seed)
     model.train()
@@ -59,7 +59,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """Of the test sentences, at the clean weights."""
+    """Return the accuracy on the test sentences, at the unperturbed weights."""
     counts, labels = sentences(next(model.parameters()).device)
     model.eval()
     return float((model(counts[:TEST]).argmax(1) == labels[:TEST]).float().mean())
@@ -67,7 +67,7 @@ def accuracy(model: nn.Module) -> float:
 
 @functools.cache
 def sentences(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Counts of words in 1024 bins, and whether the sentence is positive; shuffled."""
+    """Return word counts in 1024 bins and labels, 1 for positive, shuffled."""
     table = movie_reviews()
     counts = torch.zeros(len(table), 1024)
     for row, text in zip(counts, table.texts, strict=True):
@@ -110,7 +110,7 @@ def say(text: str) -> None:
 
 
 def main(rank: int, world: int, store: str) -> None:
-    """One process of ``world``; both methods one after the other."""
+    """Run one of ``world`` processes: DDP, then FSDP2."""
     place = int(os.environ.get("LOCAL_RANK", rank))
     cuda = torch.cuda.device_count() > int(os.environ.get("LOCAL_WORLD_SIZE", world)) - 1
     device = torch.device("cuda", place) if cuda else torch.device("cpu")
@@ -122,7 +122,7 @@ def main(rank: int, world: int, store: str) -> None:
     address = f"file://{store}" if store else "env://"
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
     if rank == 0:
-        movie_reviews()  # downloads them at the first time
+        movie_reviews()  # downloads the data at first use
     dist.barrier()
     with_ddp(device)
     folder = [tempfile.mkdtemp() if rank == 0 else ""]

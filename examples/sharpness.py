@@ -1,4 +1,4 @@
-"""Is the minimum flatter? Plain LoRA and EFlat-LoRA on a few movie reviews, measured.
+"""Measure the sharpness that LoRA and EFlat-LoRA reach on a few movie reviews.
 
 python examples/sharpness.py [--steps 20]
 """
@@ -16,7 +16,8 @@ def main(steps: int = 20, rho: float = 0.2) -> None:
     """Train with both methods from the same start, then measure on the training sentences.
 
     Args:
-        steps: of training, 8 sentences each. rho: radius of the perturbations.
+        steps: Optimizer steps, 8 sentences each.
+        rho: Radius of the perturbations.
     """
     config = FinetuneConfig(
         train_size=64,

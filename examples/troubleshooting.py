@@ -1,4 +1,4 @@
-"""Provokes the errors and warnings of the optimizers, and prints each beside what to do.
+"""Provoke the errors and warnings of the optimizers, and print each with its remedy.
 
 python examples/troubleshooting.py
 """
@@ -244,7 +244,7 @@ REMEDIES: dict[Callable[[], None], str] = {
 
 
 def provoke(mistake: Callable[[], None]) -> str:
-    """The error or the warning that a mistake leads to."""
+    """Make a mistake and return the error or the warning that follows."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -1,6 +1,6 @@
-"""A vision-language model fine-tuned on questions about images: LoRA beside EFlat-LoRA.
+"""Fine-tune a vision-language model on questions about images, with LoRA and with EFlat-LoRA.
 
-Without arguments it trains a small Qwen2-VL of random weights, in less than a minute on one core.
+Without arguments it trains a small Qwen2-VL with random weights, in less than a minute on one core.
 With --model, a folder or a name on the hub, it fine-tunes that Qwen2-VL checkpoint.
 """
 
@@ -38,7 +38,7 @@ BOTH_TOWERS = (
     r".*\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
     r"|.*\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 )
-# Trained whole where no checkpoint has learnt them.
+# Trained in full if the weights are random.
 NOT_PRETRAINED = ["merger", "embed_tokens", "lm_head"]
 
 SPECIAL_TOKENS = [
@@ -67,7 +67,7 @@ You are a helpful assistant.<|im_end|>
 
 
 class Processor(Qwen2VLProcessor):
-    """Qwen2-VL's without its video processor, the one part that needs torchvision."""
+    """Qwen2-VL's processor without its video processor, which needs torchvision."""
 
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
@@ -76,7 +76,7 @@ class Processor(Qwen2VLProcessor):
 
 
 def small_processor(texts: Sequence[str]) -> Processor:
-    """Qwen2-VL's image processor, chat and special tokens; a tokenizer trained on ``texts``."""
+    """Return a processor with Qwen2-VL's special tokens and a tokenizer trained on ``texts``."""
     words = ["system user assistant You are a helpful assistant."] * len(texts)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         [*texts, *words], vocab_size=400, new_special_tokens=SPECIAL_TOKENS, show_progress=False
@@ -85,7 +85,7 @@ def small_processor(texts: Sequence[str]) -> Processor:
 
 
 def small_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGeneration:
-    """Two vision blocks, two language layers, 64 wide, random weights."""
+    """Return a model of two vision blocks and two language layers of width 64, random weights."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
     model = Qwen2VLForConditionalGeneration(
         Qwen2VLConfig(
@@ -116,13 +116,13 @@ def small_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGene
             vision_end_token_id=ids["<|vision_end|>"],
         )
     )
-    # The sum over a patch's 1176 numbers would drown what the blocks add to it.
+    # A patch has 1176 numbers: their sum would be far larger than the outputs of the blocks.
     model.model.visual.patch_embed.proj.weight.data /= 20
     return model
 
 
 def with_lora(model: Qwen2VLForConditionalGeneration, whole: list[str] | None) -> PeftModel:
-    """LoRA on both towers; the modules named in ``whole`` are trained as they are."""
+    """Add LoRA to both towers; the modules named in ``whole`` are trained in full."""
     config = LoraConfig(
         r=8,
         lora_alpha=16,
@@ -134,14 +134,14 @@ def with_lora(model: Qwen2VLForConditionalGeneration, whole: list[str] | None) -
 
 
 def load(model: str | None, processor: Qwen2VLProcessor, dtype: torch.dtype) -> PeftModel:
-    """The checkpoint with LoRA, its own weights in ``dtype``; or the small random model."""
+    """Load a checkpoint in ``dtype`` and add LoRA; the small random model for None."""
     if model is None:
         return with_lora(small_model(processor.tokenizer), NOT_PRETRAINED)
     return with_lora(Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=dtype), None)
 
 
 class Questions(torch.utils.data.Dataset):
-    """The first ``count`` questions of easy-vqa whose answer is a shape or a colour."""
+    """Data set of the first ``count`` questions of easy-vqa about a shape or a colour."""
 
     def __init__(self, part: str, count: int) -> None:
         texts, answers, images = getattr(easy_vqa, f"get_{part}_questions")()
@@ -159,7 +159,7 @@ class Questions(torch.utils.data.Dataset):
 
 
 class Collator:
-    """Rows to a batch of the processor, with labels for the answer alone."""
+    """Collate rows into a batch of the processor, with labels for the answer only."""
 
     def __init__(self, processor: Qwen2VLProcessor) -> None:
         self.processor = processor
@@ -180,7 +180,7 @@ class Collator:
         return {**batch, "labels": labels}
 
     def chat(self, question: str, answer: str) -> str:
-        """The template's text up to the end of the answer."""
+        """Return the text of the chat template up to the end of the answer."""
         asked = [{"type": "image"}, {"type": "text", "text": question}]
         answered = [{"type": "text", "text": answer}]
         text = self.processor.apply_chat_template(
@@ -194,13 +194,13 @@ def best_tokens(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def exact_match(prediction: EvalPrediction) -> dict[str, float]:
-    """Whether every token of the answer is the likeliest one: then greedy decoding gives it."""
+    """Return the share of answers that greedy decoding reproduces exactly."""
     tokens, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
     return {"accuracy": float(((tokens == labels) | (labels == -100)).all(-1).mean())}
 
 
 def without_images(train: Questions, test: Questions) -> float:
-    """Accuracy of the most frequent answer to each question."""
+    """Return the accuracy of the most frequent answer to each question."""
     answers: dict[str, Counter[str]] = {}
     for row in train.rows:
         answers.setdefault(row["question"], Counter())[row["answer"]] += 1
@@ -216,7 +216,7 @@ def make_trainer(
     arguments: TrainingArguments,
     rho: float | None,
 ) -> Trainer:
-    """A Trainer with EFlat-LoRA of that radius; with Trainer's own optimizer for None."""
+    """Return a Trainer with EFlat-LoRA of radius ``rho``, or with its own optimizer for None."""
     return Trainer(
         model=model,
         args=arguments,
@@ -244,19 +244,19 @@ def main(
     """Fine-tune with LoRA, then with EFlat-LoRA, and print held-out loss and accuracy.
 
     Args:
-        model: a Qwen2-VL checkpoint, a folder or a name on the hub; a small random one if absent.
-        train_questions: how many to train on, at most.
-        test_questions: how many held-out ones to answer, at most.
-        steps: optimizer steps.
-        batch_size: questions per step.
-        learning_rate: 3e-3 for the small model and 1e-4 for a checkpoint, if absent.
-        rho: EFlat-LoRA's radius.
-        seed: of random weights and the order of the questions.
-        output: a folder for the two adapters.
+        model: Qwen2-VL checkpoint, a folder or a name on the hub; by default a small random model.
+        train_questions: Maximum number of training questions.
+        test_questions: Maximum number of held-out questions.
+        steps: Optimizer steps.
+        batch_size: Questions per step.
+        learning_rate: By default 3e-3 for the small model and 1e-4 for a checkpoint.
+        rho: Radius of EFlat-LoRA's perturbation.
+        seed: Seed of random weights and of the order of the questions.
+        output: Folder for the two adapters.
     """
     train, test = Questions("train", train_questions), Questions("test", test_questions)
     if model is None:
-        torch.set_num_threads(1)  # more would wait for each other in a model this small
+        torch.set_num_threads(1)  # more threads are slower in a model this small
         processor = small_processor([r[key] for r in train.rows for key in ("question", "answer")])
     else:
         processor = Processor.from_pretrained(model)
