@@ -1,1 +1,1 @@
-"""Measure eflat_ext: kernels, training steps, methods; experiments and their report."""
+"""Benchmarks of kernels, training steps and methods; experiments and their report."""

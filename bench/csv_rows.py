@@ -1,4 +1,4 @@
-"""CSV files of rows, one dictionary each, for the instruments that keep what they measured."""
+"""Read and write CSV files of rows, one dictionary each, and measure the rows that are missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, all words; none if there is no such file."""
+    """Read the rows of a file, all values as strings; no rows if there is no such file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -17,7 +17,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of the same names, numbers to four digits; all of them or nothing."""
+    """Write rows with the same keys atomically, floats to four digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
@@ -36,16 +36,16 @@ def complete(
     rows_of: Callable[..., Iterable[dict[str, Any]]],
     again: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure the runs that a file lacks, writing it after each.
+    """Measure the runs that are missing in a file, and write it after each.
 
     Args:
-        columns: those that tell one run from another.
-        runs: their values.
-        rows_of: measures one, given these.
-        again: measure those, too, that the file holds.
+        columns: Columns that identify a run.
+        runs: Values of these columns.
+        rows_of: Measures a run, given its values; returns its rows.
+        again: Measure runs that the file holds, too.
 
     Returns:
-        The file's rows.
+        All rows of the file.
     """
     for run in runs:
         rows, values = read(path), [str(value) for value in run]

@@ -1,9 +1,9 @@
-"""`eflat experiment` with the rivals and variants of bench/ among the methods.
+"""Run `eflat experiment` with the methods of bench/methods added.
 
     python -m bench.experiment bench/experiments/movies_256.yaml --jobs 2
 
-It can be stopped at any time; the same command goes on where it was. bench/report makes the
-report of all results.
+It can be stopped at any time; the same command resumes it. `python -m bench.report bench/results`
+writes the report of all results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every benchmark shares: interleaved timing, tables, and where results go.
+"""Shared parts of the benchmarks: interleaved timing, tables, JSON files and plots.
 
-Ratios are taken within one run. The contenders take turns, in a new random order each round, so
-that a busy moment of the machine hits all of them; the median over the rounds is reported.
+Ratios are taken within one run. The contenders take turns, in a new random order in each round, so
+that other load on the machine affects all of them; the median over the rounds is reported.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ import torch
 def interleaved(
     contenders: dict[str, Callable[[], object]], rounds: int = 7, at_least: float = 0.02
 ) -> dict[str, float]:
-    """Median seconds per call of each contender.
+    """Return the median seconds per call of each contender.
 
     Args:
-        at_least: seconds that one measurement takes: fast contenders are repeated within it.
+        contenders: Functions to time, by name.
+        rounds: Number of measurements of each.
+        at_least: Seconds of one measurement; fast contenders are repeated within it.
     """
     repeats = {}
     for name, function in contenders.items():
-        function()  # warm: allocations, thread pools
+        function()  # warm-up: allocations, thread pools
         begin = time.perf_counter()
         function()
         repeats[name] = max(1, round(at_least / (time.perf_counter() - begin)))
@@ -43,14 +45,14 @@ def interleaved(
 
 
 def copy_of(total_bytes: int) -> Callable[[], object]:
-    """A copy that reads half of ``total_bytes`` and writes the other half."""
+    """Return a copy that reads half of ``total_bytes`` and writes the other half."""
     source = torch.ones(total_bytes // 8, dtype=torch.float32)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def matrix_product(size: int = 1024) -> tuple[Callable[[], object], float]:
-    """A float64 matrix product, the practical limit of float64 multiply-adds, and their number."""
+    """Return a float64 matrix product, the practical peak of multiply-adds, and their number."""
     x, y = (torch.randn(size, size, dtype=torch.float64) for _ in range(2))
     return lambda: x @ y, float(size) ** 3
 
@@ -65,7 +67,7 @@ def machine() -> str:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """First column to the left, the others to the right."""
+    """Print a table, the first column left-aligned, the others right-aligned."""
     table = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     table.insert(1, ["-" * width for width in widths])

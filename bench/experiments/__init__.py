@@ -1,1 +1,1 @@
-"""Experiments: grids in YAML, and scripts that measure what no grid does."""
+"""Experiments: grids of runs in YAML files, and scripts for other measurements."""

@@ -1,22 +1,22 @@
-"""How much of a batch's own rise other gradients find: what a SAM step of one gradient misses.
+"""Measure how much of the loss rise along a batch's own gradient other gradients find.
 
     python -m bench.experiments.batch_rise [--csv bench/results/batch_rise.csv] [--again]
 
 SAM perturbs the factors along the gradient of the batch that it then trains on, which takes two
-gradients a step. Methods of one gradient perturb along what they have at hand. Here plain LoRA
-trains MiniLM on few movie-review sentences, and at every fourth step the batch's loss is taken at
-LoRA-SAM's radius along each of
+gradients per step. Methods with one gradient perturb along gradients that they have already. Here
+plain LoRA trains MiniLM on few movie-review sentences, and at every fourth step the batch's loss is
+taken at LoRA-SAM's radius along each of
 
-"another batch"   the gradient of another batch at the same weights: other data, no age
-"four batches"    the sum of four such
-"last step"       the gradient of the step before: other data, one step old
-"average"         the moving average of those, with EFlat-LoRA's beta
-"remembered"      the sum of what the batch's own examples left when they were last seen: the same
-                  data, an epoch old (bench/methods/remembered.py)
+"another batch"   the gradient of another batch at the same weights
+"four batches"    the sum over four other batches
+"last step"       the gradient of the step before, of another batch
+"average"         the moving average of these, with EFlat-LoRA's beta
+"remembered"      the sum of the gradients that the batch's examples had an epoch before
+                  (bench/methods/remembered.py)
 
-against the rise along the batch's own gradient now, without dropout. The tables give the share of
-that rise and the cosine, over quarters of the training and over all of it: sums of rises, so that
-batches which rise much count most. A minute on one core for each run.
+and compared with the rise along the batch's current gradient, without dropout. The tables give the
+share of that rise (ratio of sums over batches) and the cosine, over quarters of the training and
+over all of it. A run takes a minute on one core.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CONFIG = FinetuneConfig(steps=STEPS, batch_size=8, lr=LR, test_size=64, device="
 
 
 def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterator[dict[str, Any]]:
-    """One training run, on two batches or more: rows of all directions at each measured step."""
+    """Train on at least two batches; yield rows of all directions at each measured step."""
     task = draw(comparison.prepare(config), examples, 0.0, seed)
     model, optimizer = comparison.build(config, task, "lora", seed)
     rate = comparison.warmup_then_linear(config, task.steps)
@@ -60,7 +60,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
     generator = torch.Generator().manual_seed(seed)
 
     def backward(batch: Any) -> Tensor:
-        """The gradient of the factors, flattened; the loss is not kept."""
+        """Return the gradient of the factors, flattened."""
         optimizer.zero_grad()
         cross_entropy(comparison.logits_of(config, model, batch[0]), batch[1]).backward()
         return torch.cat([p.grad.flatten() for p in factors if p.grad is not None])
@@ -75,7 +75,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
         return float(cross_entropy(comparison.logits_of(config, there, batch[0]), batch[1]))
 
     def fresh(batch: Any) -> Any:
-        """Another batch that shares no example with this one."""
+        """Return a batch that shares no example with this one."""
         taken = set(examples_of(batch[0]))
         order = torch.randperm(len(task.train), generator=generator).tolist()
         free = [i for i in order if tuple(task.train.inputs[i]["input_ids"]) not in taken]
@@ -97,7 +97,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
                 "average": average,
                 "remembered": torch.zeros_like(last) if remembered is None else remembered,
             }
-            # Dropout would hide the rises; the gradients that methods have at hand are with it.
+            # Dropout would hide the rises; methods have gradients with dropout.
             model.eval()
             own = backward(batch)
             loss = loss_at(batch, torch.zeros_like(own))
@@ -122,7 +122,7 @@ def rows_of(examples: int, seed: int, config: FinetuneConfig = CONFIG) -> Iterat
 
 
 def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and rows of each table: shares of the rise and cosines, by part of training."""
+    """Yield title, header and rows of each table: shares of the rise and cosines."""
     size = STEPS // QUARTERS
     parts = [range(k * size + 1, (k + 1) * size + 1) for k in range(QUARTERS)]
     head = [f"steps {part[0]} to {part[-1]}" for part in parts] + ["all steps"]

@@ -1,14 +1,14 @@
-"""How good EFlat-LoRA's estimate of the full-space gradient is over training.
+"""Compare EFlat-LoRA's estimate of the full-space gradient with the true one over training.
 
     python -m bench.experiments.estimate_quality [--csv FILE] [--again]
 
-LoRA of rank 8 by plain LoRA and by EFlat-LoRA: MiniLM on 256 sentences of the movie reviews, and
-256 openings of news articles, with the settings of the main job; the language model SmolLM2-135M on
-answers to 64 word problems. At steps 0, 1, 20, 60 and 120 the true gradient of every adapted
-layer's whole weight, on the same texts, is compared with what the factors' gradients tell of it.
-The tables give means over layers of cosines and ratios of norms (analysis/estimate.py says of
-what), the file every layer's own. Runs that the file holds are not repeated, without --again. Half
-an hour on one core for each seed.
+Adapters of rank 8 are trained with LoRA and with EFlat-LoRA: MiniLM on 256 sentences of movie
+reviews and on 256 openings of news articles, with the settings of the main job, and the language
+model SmolLM2-135M on answers to 64 word problems. At steps 0, 1, 20, 60 and 120 the estimates from
+the factors' gradients (eflat_ext/analysis/estimate.py) are compared with the true gradient of every
+adapted layer's whole weight on the same texts. The file has a row for every layer, the tables give
+means over layers. Runs that the file holds are repeated with --again only. A seed takes half an
+hour on one core.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ COLUMNS = [
 
 
 def rows_of(data: str, layers: str, method: str, seed: int) -> list[dict[str, Any]]:
-    """A run with adapters on ``layers``: rows for every cutoff and layer at each of the steps."""
+    """Train with adapters on ``layers``; return rows for every step, cutoff and layer."""
     from eflat_ext.analysis.estimate import ESTIMATES, estimate_quality
     from eflat_ext.lab.finetune import comparison
     from eflat_ext.lab.finetune.config import FinetuneConfig
@@ -110,7 +110,7 @@ def rows_of(data: str, layers: str, method: str, seed: int) -> list[dict[str, An
 
 
 def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and rows of each table of the file's rows: means over layers."""
+    """Yield title, header and rows of each table: means over layers."""
 
     def part(name: str, keys: tuple[str, ...], **only: str) -> Iterator[Any]:
         chosen = [row for row in rows if all(str(row[k]) == v for k, v in only.items())]

@@ -1,11 +1,11 @@
-"""The loss around what the methods of the main table have found, for the figure of the report.
+"""Compute the loss around the weights that the main table's methods find, for the report's figure.
 
     python -m bench.experiments.landscapes [--csv bench/results/landscapes.csv] [--again]
 
-One seed of each method is trained as in bench/experiments/movies_256.yaml, with the settings that
-were chosen there. Then the training loss is taken along three random directions in the full space
-of the adapted layers, every row of them as long as the weight's (eflat_ext.landscape). Three
-minutes on one core for each method.
+One seed of each method is trained as in bench/experiments/movies_256.yaml, with the settings chosen
+there. The training loss is then taken along three random directions in the full space of the
+adapted layers, whose rows have the norms of the weight's rows (eflat_ext.landscape). A method takes
+three minutes on one core.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ XS = [round(-1 + k / 7, 6) for k in range(15)]
 
 
 def rows_of(method: str, seed: int, file: Path = EXPERIMENT) -> Iterator[dict[str, Any]]:
-    """One training run: a row for each direction and point."""
+    """Train once; yield a row for each direction and point."""
     grid = plan.load(file, METHODS)
     tuned = Results(grid.results, columns_of(grid)).chosen(grid, grid.tasks[0], grid.method(method))
     if tuned is None:
@@ -62,7 +62,7 @@ def rows_of(method: str, seed: int, file: Path = EXPERIMENT) -> Iterator[dict[st
 
 
 def draw_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The rise of the loss over the middle, a curve for each method."""
+    """Draw the rise of the loss over its value at the centre, a curve for each method."""
     numbers = [
         {
             "run": title(row["method"]),
@@ -78,11 +78,11 @@ def draw_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(*, csv: Path = RESULTS, again: bool = False) -> None:
-    """Measure what the file lacks.
+    """Measure the runs that are missing in the file.
 
     Args:
-        csv: where the numbers are and go.
-        again: repeat the runs that the file holds.
+        csv: File of the results, read and written.
+        again: Repeat the runs that the file holds.
     """
     runs = [(method, seed) for seed in SEEDS for method in SHOWN]
     csv_rows.complete(csv, ("method", "seed"), runs, rows_of, again)

@@ -1,11 +1,11 @@
-"""A small pretrained vision-language model, and questions on images that are new to it.
+"""Pretrain a small vision-language model and write questions on images that are new to it.
 
     python -m bench.experiments.small_llava runs/small-llava
 
-No checkpoint of a vision-language model comes in a package. So a LLaVA of 64 x 64 pixels learns all
-of its weights on questions of easy-vqa: those to be answered by yes or no, and those on colours.
-bench/experiments/easy_vqa.yaml then asks it for the colours of what it sees in negatives: it has to
-learn what becomes of each. Fifteen minutes on one core.
+No Python package contains a checkpoint of a vision-language model, so a LLaVA for 64 x 64 pixels is
+pretrained on easy-vqa's questions about colours and those with the answers yes and no.
+bench/experiments/easy_vqa.yaml then fine-tunes it to name the colours in negatives of the images,
+where each colour is another one. It takes fifteen minutes on one core.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_processor(texts: list[str]) -> LlavaProcessor:
-    """Whole words of these texts, and the images as they are."""
+    """Return a processor whose tokens are the words of these texts; images keep their size."""
     split = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
@@ -76,7 +76,7 @@ def make_processor(texts: list[str]) -> LlavaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """Two layers each of vision and language, random."""
+    """Return a model of two vision and two language layers, random weights."""
     shape = {
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
@@ -105,7 +105,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
 
 
 def easy_vqa(part: str, topics: Collection[str]) -> Table:
-    """Questions on drawings, from the package easy-vqa 1.0.
+    """Return questions on drawings from the package easy-vqa 1.0.
 
     Args:
         part: "train", 4,000 drawings, or "test", 1,000 others.
@@ -120,7 +120,7 @@ def easy_vqa(part: str, topics: Collection[str]) -> Table:
 
 
 def write_negatives(folder: Path) -> None:
-    """The questions on colours as train.csv and test.csv, their drawings in negative."""
+    """Write questions on colours as train.csv and test.csv, with negatives of their drawings."""
     for part in ("train", "test"):
         table = easy_vqa(part, ["color"])
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -133,13 +133,13 @@ def write_negatives(folder: Path) -> None:
 
 
 def main(output: Path, *, steps: int = 4000, batch_size: int = 32, lr: float = 2e-3) -> None:
-    """Pretrain and save the model, and write the negatives, into its folders model and negatives.
+    """Pretrain and save the model, and write the negatives, in folders ``model`` and ``negatives``.
 
     Args:
-        output: the folder.
-        steps: of training.
-        batch_size: questions of a step.
-        lr: peak learning rate.
+        output: Parent of these folders.
+        steps: Optimizer steps.
+        batch_size: Questions per step.
+        lr: Peak learning rate.
     """
     write_negatives(output / "negatives")
     torch.manual_seed(0)

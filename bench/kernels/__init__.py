@@ -1,1 +1,1 @@
-"""Time the kernels, compare their errors, calculate their floors."""
+"""Benchmarks of the kernels: time, error, and lower bounds of the time."""

@@ -1,19 +1,18 @@
-"""Relative error of the perturbation over the condition number of both factors.
+"""Measure the relative error of the perturbation over the condition number of both factors.
 
-The truth is equations (1)-(3) in float64 with the same cutoff (eflat_ext.reference), for the same
-rounded inputs. Gradients are consistent, as back-propagation gives them: they are small along a
-factor's small singular directions, where its pseudo-inverse is large, which random gradients do not
-show. Each number is the worst over seeds and over transfers onto B and A, of the error in the
-Frobenius norm.
+The reference is equations (1)-(3) in float64 with the same cutoff (eflat_ext.reference), for the
+same rounded inputs. Gradients are consistent with one gradient of W, as in back-propagation: unlike
+random ones they are small along a factor's small singular directions, where its pseudo-inverse is
+large. Each number is the largest error in the Frobenius norm over seeds and transfers onto B and A.
 
     operator   torch.ops.eflat.perturb
     pinv       equations (1)-(3) with torch.linalg.pinv in float32 (float64 for float64)
-    Gram       the Gram form in plain torch, in float32 (float64 for float64): it squares the
-               condition number, so that it loses twice the digits
+    Gram       the Gram form in plain torch, in float32 (float64 for float64), which squares the
+               condition number
 
-bytes and flops as in perturb_cpu.py. The floor of every error is the rounding of E: 3e-8 relative
-for float32, 2e-3 for bfloat16, 2e-4 for float16. Beyond the cutoff, 1 / rtol = 8.2e3 at this size
-for types up to 32 bits, small directions are left out by all of them alike.
+The lower bound of every error is the rounding of E: 3e-8 relative for float32, 2e-3 for bfloat16,
+2e-4 for float16. Beyond the cutoff, 1 / rtol = 8.2e3 at this size for types up to 32 bits, all
+contenders and the reference drop the small directions.
 """
 
 from __future__ import annotations

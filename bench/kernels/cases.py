@@ -1,4 +1,4 @@
-"""LoRA pairs of models that people fine-tune, and what plain torch does with them."""
+"""LoRA pairs of common models, and contenders of the kernels in plain torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BETA, LR, BETA1, BETA2, EPS, WEIGHT_DECAY = 0.9, 1e-4, 0.9, 0.999, 1e-8, 0.01
 class Case(NamedTuple):
     name: str
     rank: int
-    layers: list[tuple[int, int, int]]  # how many, outputs n, inputs m
+    layers: list[tuple[int, int, int]]  # number of layers, outputs n, inputs m
 
     @property
     def count(self) -> int:
         return sum(count for count, _, _ in self.layers)
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Of device memory, onto B: both factors and gradients read once, E written once."""
+        """Return the device memory traffic onto B: factors and gradients read, E written, once."""
         elements = sum(c * self.rank * (3 * n + 2 * m) for c, n, m in self.layers)
         return elements * dtype.itemsize
 
@@ -71,7 +71,7 @@ def columns(pairs: list[Pair]) -> list[list[Tensor]]:
 
 
 def shapes(pairs: list[Pair]) -> list[tuple[Pair, int]]:
-    """One pair of each shape, and how many there are."""
+    """Return one pair of each shape with the number of pairs of that shape."""
     counts = Counter((p.A.shape, p.B.shape) for p in pairs)
     first = {(p.A.shape, p.B.shape): p for p in reversed(pairs)}
     return [(first[shape], count) for shape, count in counts.items()]
@@ -81,7 +81,7 @@ def shapes(pairs: list[Pair]) -> list[tuple[Pair, int]]:
 
 
 def pinv_form(*pair: Tensor) -> Tensor:
-    """Equations (1)-(3) in float32."""
+    """Compute equations (1)-(3) in float32."""
     A, B, grad_A, grad_B = (t.float() for t in pair)
     gradient = grad_B @ torch.linalg.pinv(A.T) + torch.linalg.pinv(B.T) @ grad_A
     gradient /= 2 * SCALING
@@ -90,7 +90,7 @@ def pinv_form(*pair: Tensor) -> Tensor:
 
 
 def gram_in(dtype: torch.dtype, rtol: float | None = None) -> Callable[..., Tensor]:
-    """The Gram form in plain torch, computed in a dtype; rtol by default that of the pair's own."""
+    """Return the Gram form in plain torch, computed in ``dtype``, by default at the pair's rtol."""
     from eflat_ext.ops.autograd import gram_form
     from eflat_ext.reference import default_rtol
 
@@ -107,7 +107,7 @@ def gram_in(dtype: torch.dtype, rtol: float | None = None) -> Callable[..., Tens
 
 
 def sam(pairs: list[Pair]) -> Callable[[], object]:
-    """SAM's perturbation of both factors, one norm for all of them: its fastest form."""
+    """Return SAM's perturbation of both factors with one norm, in its fastest form."""
     gradients = [p.grad_A for p in pairs] + [p.grad_B for p in pairs]
 
     def run():
@@ -118,7 +118,7 @@ def sam(pairs: list[Pair]) -> Callable[[], object]:
 
 
 def adamw(pairs: list[Pair]) -> Callable[[], object]:
-    """A step of torch's fused AdamW, of copies of the factors."""
+    """Return a step of torch's fused AdamW on copies of the factors."""
     parameters = []
     for p in pairs:
         for factor, gradient in ((p.A, p.grad_A), (p.B, p.grad_B)):
@@ -129,8 +129,10 @@ def adamw(pairs: list[Pair]) -> Callable[[], object]:
 
 
 def fused_step(pairs: list[Pair]) -> Callable[[], object]:
-    """Perturbation, average and AdamW in one operator, of copies of the factors: the forward pass
-    has added the averages."""
+    """Return perturbation, average and AdamW in one operator, on copies of the factors.
+
+    The forward pass is taken to have added the averages.
+    """
     A, B, grad_A, grad_B = columns(pairs)
     A, B = [t.clone() for t in A], [t.clone() for t in B]
     device, each = A[0].device, 2 * len(A)

@@ -1,4 +1,4 @@
-"""Times on a GPU: by CUDA events, eager and as a replayed graph, with warm and with cold caches."""
+"""Time functions on a GPU by CUDA events, eager and as a CUDA graph, with warm and cold caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-# More than any L2 holds (126 MB on the largest card today).
+# More than any L2 cache holds (126 MB on the largest card today).
 EVICTED_BYTES = 512 * 2**20
 
 
@@ -39,13 +39,15 @@ class Clock:
         budget: float = 0.3,
         most: int = 200,
     ) -> float:
-        """Median seconds of a call.
+        """Return the median seconds of a call.
 
         Args:
-            cold: the caches are filled with other data before each call.
-            budget: seconds that all calls together take; at least 3 and at most `most` are made.
+            function: The function to time.
+            cold: Fill the caches with other data before each call.
+            budget: Seconds for all calls together, of which there are 3 to ``most``.
+            most: Largest number of calls.
         """
-        function()  # warm: allocations, libraries, compilation
+        function()  # warm-up: allocations, libraries, compilation
         self.synchronize()
         begin = time.perf_counter()
         function()
@@ -64,7 +66,7 @@ class Clock:
         return statistics.median(b - a for a, b in marks)
 
     def graphed(self, function: Callable[[], object]) -> tuple[Callable[[], object] | None, str]:
-        """A replay of the function's CUDA graph, or None and why there is none."""
+        """Return a replay of the function's CUDA graph, or None and the reason."""
         if not self.cuda:
             return None, "no graphs on the CPU"
         try:
@@ -87,7 +89,7 @@ class Clock:
         return replay, ""
 
     def launches(self, function: Callable[[], object]) -> tuple[int, int]:
-        """Kernels of a call, and copies and fills besides."""
+        """Return the numbers of kernels and of copies and fills of a call."""
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
@@ -100,7 +102,7 @@ class Clock:
         return len(names) - copies, copies
 
     def copy_bandwidth(self) -> float:
-        """Bytes per second that a large copy within the device reads and writes."""
+        """Return the bytes per second that a large copy within the device reads and writes."""
         source = torch.ones(2**30 if self.cuda else 2**20, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.numel() / self.seconds(lambda: target.copy_(source))

@@ -1,23 +1,24 @@
-"""What the CUDA kernels cannot be faster than: bytes over bandwidth, multiply-adds over rate.
+"""Calculate lower bounds of the CUDA kernels' time: bytes over bandwidth, products over rate.
 
     python -m bench.kernels.floor [--json FILE]
 
-A calculation from the sources' tiles and the cards' data sheets, no measurement; gpu.py has
-those. Per pair, onto B, gradients like factors:
+The bounds follow from the tile sizes in the sources and the cards' data sheets; gpu.py measures.
+Per pair, onto B, with gradients of the factors' dtype:
 
-    bytes      (3 n + 2 m) r elements: factors and gradients read once, E written once
+    bytes      (3 n + 2 m) r elements: factors and gradients are read once, E is written once
     products   reduce: (n + m) 64 T (T + 1) / 2 with T = ceil(2r / 8) tiles, symmetric halves once;
                apply: n times 2r times r, r rounded up to 8
-    step       with AdamW: A 28 bytes an element, B 36 in float32 (its average is what the forward
-               pass added), where AdamW alone takes 28
+    step       with AdamW, float32: 28 bytes for an element of A, 36 for one of B with its average;
+               AdamW alone takes 28
 
-A product is one multiply-add of the float64 tensor cores (sm_80, 90, 100); elsewhere 10 float32
-instructions in reduce and 11 in apply, and 1.5 or 2 shuffles (arithmetic.cuh). The longer of the
-two times binds; apply's second reading of B and its gradient is taken to come from L2.
+A product is one multiply-add of the float64 tensor cores (sm_80, 90, 100); elsewhere it is 10
+float32 instructions in reduce and 11 in apply, and 1.5 or 2 shuffles (arithmetic.cuh). The longer
+of both times is the bound. The second reading of B and its gradient in apply is taken to hit L2.
 
-Split-precision schemes on other matrix units are left out: float32 accumulators lose what the rank
-cutoff needs (rtol^2 is 1e-8), also for bf16 inputs, whose products are exact in float32 but whose
-sums are not; integer units (Ozaki's scheme) would be about three times faster at rank 64.
+Split-precision schemes on other matrix units are not considered: float32 accumulators are too
+coarse for the rank cutoff (rtol^2 is 1e-8), also for bf16 inputs, whose products are exact in
+float32 but whose sums are not; integer units (Ozaki's scheme) would be about three times faster at
+rank 64.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bench.timing import arguments, print_table, write_json
 class Card(NamedTuple):
     name: str
     bandwidth: float  # bytes per second
-    products: float  # float64 multiply-adds per second, 0: in pairs of floats
+    products: float  # float64 multiply-adds per second; 0 for arithmetic in pairs of floats
     floats: float  # float32 instructions per second
 
 
@@ -46,11 +47,11 @@ CARDS = [
     Card("RTX 4090", 1.01e12, 0, 82.6e12 / 2),
     Card("L40S", 0.86e12, 0, 91.6e12 / 2),
 ]
-REDUCE_FLOATS, APPLY_FLOATS = 11.5, 13.0  # instructions issued per product, shuffles with them
+REDUCE_FLOATS, APPLY_FLOATS = 11.5, 13.0  # instructions per product, shuffles included
 
 
 def products(case: Case) -> tuple[float, float]:
-    """Of reduce and of apply."""
+    """Return the numbers of products of reduce and of apply."""
     r = case.rank
     tiles = math.ceil(2 * r / 8)
     reduce = sum(c * (n + m) * 64 * tiles * (tiles + 1) / 2 for c, n, m in case.layers)
@@ -59,7 +60,7 @@ def products(case: Case) -> tuple[float, float]:
 
 
 def step_bytes(case: Case) -> tuple[float, float]:
-    """Of the fused step in float32, and of AdamW alone."""
+    """Return the bytes of the fused step in float32, and of AdamW alone."""
     A = sum(c * m * case.rank for c, _, m in case.layers)
     B = sum(c * n * case.rank for c, n, _ in case.layers)
     return 28.0 * A + 36.0 * B, 28.0 * (A + B)

@@ -1,26 +1,25 @@
-"""Builds, tests and measures the CUDA kernels on this machine's GPU, in about ten minutes.
+"""Build, test and measure the CUDA kernels on this machine's GPU, in about ten minutes.
 
     python -m bench.kernels.gpu [--no-build] [--no-tests] [--minutes 9] [--json FILE] [--plot FILE]
     python -m bench.kernels.gpu --draw FILE.json --plot FILE
-    python -m bench.kernels.gpu --device cpu --tiny --no-build      all of it, without a GPU
+    python -m bench.kernels.gpu --device cpu --tiny --no-build      the same without a GPU
 
 Needs nvcc of the CUDA that torch was built with; setuptools, wheel and ninja to build; pytest,
 hypothesis and expecttest to test. The numbers go to bench/results/gpu-<card>.json.
 
-    us         median of many calls by CUDA events, with what it costs to launch them
+    us         median of many calls by CUDA events, launches included
     graph      the same call replayed as a CUDA graph
-    cold       with caches filled with other data before each call
+    cold       the same with caches filled with other data before each call
     of copy    bytes (both factors and gradients read once, E written once) over time, cold (the
                graph's where there is one), over the bandwidth of a 1 GiB copy within the card
-    launches   kernels, and copies and fills besides
+    launches   numbers of kernels + copies and fills
     pinv, Gram 64, Gram 32, compiled
-               how many times as long take equations (1)-(3) with torch.linalg.pinv in float32, the
-               Gram form in plain torch in float64 and in float32, and the latter under
-               torch.compile, pair after pair; ~ where one pair of each shape was timed, since all
-               of them take long
-    SAM        the perturbation of SAM, of all pairs at once: both factors along their gradients
+              time over that of the kernels of equations (1)-(3) with torch.linalg.pinv in
+               float32, of the Gram form in plain torch in float64 and in float32, and of the
+               latter under torch.compile, pair after pair; ~ if one pair of each shape was timed
+    SAM        the same for SAM's perturbation of all pairs at once
     step       microseconds of the fused step, perturbation and AdamW in one
-    of AdamW   the same, over torch.optim.AdamW(fused=True) on the same factors
+    of AdamW   its time over that of torch.optim.AdamW(fused=True) on the same factors
 """
 
 from __future__ import annotations
@@ -60,13 +59,13 @@ PEERS = ("pinv", "gram64", "gram32", "compiled")
 
 
 def build() -> None:
-    """Installs the package from source, against the torch that is here."""
+    """Install the package from source, against the installed torch."""
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "EFLAT_CUDA": "1"}, check=True)
 
 
 def run_tests(device: str, more: list[str], timeout: float) -> dict[str, object]:
-    """The operators' tests; the last line of what pytest says, and whether all passed."""
+    """Run the operators' tests; return pytest's last line, and True if all passed."""
     files = sorted(str(p) for p in ROOT.glob("python_tests/ops/test_operators*.py"))
     # The installed package is tested, not the folder of sources.
     command = [sys.executable, "-m", "pytest", "-q", "-o", "pythonpath=python_tests/support"]
@@ -109,7 +108,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def contenders(device: torch.device) -> dict[str, Callable[..., torch.Tensor]]:
-    """For one pair each."""
+    """Return the contenders for one pair."""
     rtol = 1e-3  # a constant, for torch.compile
     gram_32 = gram_in(torch.float32, rtol)
     backend = "inductor" if device.type == "cuda" else "aot_eager"
@@ -122,7 +121,7 @@ def contenders(device: torch.device) -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def peer_seconds(clock: Clock, function, pairs, limit: float = 3.0) -> dict[str, object]:
-    """Seconds for all pairs, one after another."""
+    """Time all pairs, one after another."""
     total = sum(
         count * clock.seconds(lambda pair=pair: function(*pair), budget=0.1, most=5)
         for pair, count in shapes(pairs)
@@ -134,7 +133,7 @@ def peer_seconds(clock: Clock, function, pairs, limit: float = 3.0) -> dict[str,
 
 
 def relative_error(E, pairs) -> float:
-    """The largest, against the Gram form in float64, of one pair of each shape."""
+    """Return the largest error against the Gram form in float64 over one pair of each shape."""
     index = {id(pair): i for i, pair in enumerate(pairs)}
     errors = []
     for pair, _ in shapes(pairs):
@@ -169,7 +168,7 @@ def measure(clock: Clock, case, dtype, peers, deadline: float) -> dict[str, obje
     row["step_seconds"], row["no_step"] = None, ""
     try:
         row["step_seconds"] = clock.seconds(fused_step(pairs))
-    except Exception as error:  # main counts it as a failure; the rest goes on
+    except Exception as error:  # main counts it as a failure
         reason = str(error).strip().split("\n")[0]
         row["no_step"] = f"{type(error).__name__}: {reason}"
     for name, function in peers.items():
@@ -178,7 +177,7 @@ def measure(clock: Clock, case, dtype, peers, deadline: float) -> dict[str, obje
             continue
         try:
             row["peers"][name] = peer_seconds(clock, function, pairs)
-        except Exception as error:  # a compiler or a library that is missing; the rest goes on
+        except Exception as error:  # a missing compiler or library
             row["peers"][name] = {"not_measured": str(error).strip().split("\n")[0]}
     return row
 
@@ -271,11 +270,11 @@ def draw(results, path: Path) -> None:
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes and few tests")
-    parser.add_argument("--no-build", action="store_true", help="the package is installed")
+    parser.add_argument("--tiny", action="store_true", help="use tiny shapes and few tests")
+    parser.add_argument("--no-build", action="store_true", help="use the installed package")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument(
-        "--minutes", type=float, default=9, help="after which slow contenders are left out"
+        "--minutes", type=float, default=9, help="time after which slow contenders are skipped"
     )
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw an earlier run's numbers")
     options = parser.parse_args()
@@ -288,14 +287,14 @@ def main() -> int:
         return 0
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device; --device cpu --tiny goes through the motions")
+        parser.error("torch finds no CUDA device; --device cpu --tiny runs the same on the CPU")
     begin = time.monotonic()
     deadline = begin + 60 * options.minutes
     results: dict[str, object] = {"environment": environment(device)}
     if not options.no_build:
         build()
     if not options.no_tests:
-        # cpu:0 goes through the same copies as cuda does
+        # cpu:0 makes the tests copy as cuda does
         where, few = ("cuda", []) if device.type == "cuda" else ("cpu:0", ["-k", "radius"])
         results["tests"] = run_tests(where, few, timeout=max(60, 30 * options.minutes))
         print("tests:", results["tests"]["summary"])

@@ -1,14 +1,14 @@
-"""Registers, shared memory, spills and theoretical occupancy of every CUDA kernel, by architecture.
+"""Print registers, shared memory, spills and occupancy of every CUDA kernel, by architecture.
 
     python -m bench.kernels.kernel_table [--arch 80 90a] [--sass] [--shared BYTES] [--json FILE]
 
-Needs nvcc, no GPU. The exit code is 1 where a kernel spills or keeps a stack in local memory, more
-than a few words, so that it shows up in review. Occupancy is warps per multiprocessor that
-registers, shared memory and barriers leave room for, out of those that the hardware can hold;
-launch bounds give the threads of a block. `--sass` counts instructions of the machine code: wide
-and narrow accesses to device memory, local memory (LDL, STL), arithmetic, conversions between types
-(F2F) and barriers. For that it needs nvdisasm: of the toolkit, of triton (which CUDA builds of
-torch bring along), or of the package nvidia-cuda-nvdisasm.
+Needs nvcc, no GPU. The exit code is 1 if a kernel spills or keeps more than a few words in local
+memory. Occupancy is the theoretical one: the warps per multiprocessor that registers, shared memory
+and barriers allow, over those that the hardware can hold; launch bounds give the threads of a
+block. `--sass` counts instructions of the machine code: wide and narrow accesses to device memory,
+local memory (LDL, STL), arithmetic, conversions between types (F2F) and barriers. It needs
+nvdisasm, from the toolkit, from triton (which CUDA builds of torch install), or from
+nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def round_up(x: int, multiple: int) -> int:
 def blocks_per_multiprocessor(
     arch: int, registers: int, threads: int, shared: int = 0, barriers: int = 0
 ) -> tuple[int, str]:
-    """Thread blocks that fit at once, and what limits them.
+    """Return the number of thread blocks that fit at once, and the resources that limit it.
 
     Args:
         arch: compute capability times ten, 90 for 9.0.
@@ -104,9 +104,9 @@ class Kernel:
 
 
 def parse_usage(text: str, arch: str) -> dict[str, Kernel]:
-    """Kernels by mangled name, from what `nvcc --resource-usage` says.
+    """Parse the output of `nvcc --resource-usage`; return kernels by mangled name.
 
-    Functions that were not inlined count with the kernel below which they are listed.
+    Functions that were not inlined count towards the kernel that they are listed under.
     """
     kernels: dict[str, Kernel] = {}
     kernel = None
@@ -129,8 +129,8 @@ def parse_usage(text: str, arch: str) -> dict[str, Kernel]:
 
 
 def parse_ptx(ptx: str) -> dict[str, tuple[int | None, bool]]:
-    """Per kernel: threads of a block by its launch bounds, and whether its shared memory is sized
-    at launch."""
+    """Return by kernel the threads of a block by its launch bounds, and True if its shared memory
+    is sized at launch."""
     arrays = set(re.findall(r"\.extern \.shared [^;]*?(\w+)\[\]", ptx))
     found = {}
     for function in re.split(r"^(?=\.visible |\.weak |\.func |\.entry )", ptx, flags=re.M):
@@ -148,7 +148,7 @@ COLUMNS = {
     "LDG.64": r"LDG\.(\w+\.)*64(\.|$)",
     "LDG <64": r"LDG(\.|$)",
     "LDGSTS": r"LDGSTS",  # cp.async
-    "LD": r"LD(\.|$)",  # generic: the compiler does not know whose memory it is
+    "LD": r"LD(\.|$)",  # generic: the compiler does not know which memory
     "STG.128": r"STG\.(\w+\.)*(128|256)(\.|$)",
     "STG": r"STG(\.|$)",
     "LDL": r"LDL(\.|$)",
@@ -162,8 +162,7 @@ COLUMNS = {
 
 
 def count_instructions(sass: str) -> dict[str, dict[str, int]]:
-    """Instructions of interest per kernel, from nvdisasm's text; 128-bit accesses and wider count
-    as .128."""
+    """Count instructions by kernel in nvdisasm's text; wider accesses count as .128, too."""
     counts: dict[str, dict[str, int]] = {}
     current: dict[str, int] = {}
     for line in sass.splitlines():
@@ -180,8 +179,7 @@ def count_instructions(sass: str) -> dict[str, dict[str, int]]:
 
 
 def short_names(mangled: list[str]) -> dict[str, str]:
-    """Names as the source spells them, with template arguments, without namespace and parameters;
-    as they are where there is no c++filt."""
+    """Demangle names, without namespace and parameters; unchanged if there is no c++filt."""
     filt = shutil.which("cu++filt") or shutil.which("c++filt")
     if not filt or not mangled:
         return {name: name for name in mangled}
@@ -218,8 +216,8 @@ def find_nvdisasm(nvcc: str) -> str | None:
 
 
 def shared_of(name: str) -> int | None:
-    """Dynamic shared memory that a kernel is launched with, from the sources: constants that they
-    check, for the templates' two widths (the last template argument)."""
+    """Return the dynamic shared memory that a kernel is launched with, from the sources' constants
+    for the two widths of the templates (the last template argument)."""
     width = "Wide" if re.search(r"Lb1EE|true>", name) else "Small"
     for source in sorted(CUDA.glob("*")):
         value = re.search(rf"constexpr int kSharedBytes{width} = (\d+);", source.read_text())
@@ -231,7 +229,7 @@ def shared_of(name: str) -> int | None:
 def compile_kernels(
     nvcc: str, source: Path, arch: str, folder: Path, shared: int | None
 ) -> tuple[list[Kernel], Path]:
-    """The kernels of one source for one architecture, and its cubin."""
+    """Compile one source for one architecture; return its kernels and the cubin."""
     cubin = folder / f"{source.stem}_{arch}.cubin"
     command = [nvcc, *FLAGS, f"-arch=sm_{arch}", "-cubin", "--keep", "--keep-dir", str(folder)]
     command += ["-o", str(cubin), str(source)]
@@ -268,15 +266,15 @@ def usage_row(kernel: Kernel, name: str) -> list[str]:
 def main() -> int:
     parser = arguments(__doc__, plot=False)
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, metavar="SM")
-    parser.add_argument("--sass", action="store_true", help="count instructions, too")
+    parser.add_argument("--sass", action="store_true", help="also count instructions")
     parser.add_argument("--nvdisasm", metavar="FILE", help="the disassembler")
     parser.add_argument(
         "--shared",
         type=int,
         metavar="BYTES",
-        help="of dynamic shared memory per block, in place of what the sources say",
+        help="dynamic shared memory per block, in place of the sources' constants",
     )
-    parser.add_argument("--allow-spills", action="store_true", help="exit code 0 all the same")
+    parser.add_argument("--allow-spills", action="store_true", help="exit with 0 despite spills")
     options = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
@@ -325,7 +323,7 @@ def main() -> int:
 
 
 def spills(kernel: Kernel) -> bool:
-    """More than a few words, which may be kept in local memory across a call."""
+    """Return True for more than the few words that a call may keep in local memory."""
     return max(kernel.stack, kernel.spill_stores, kernel.spill_loads) > TOLERATED
 
 

@@ -1,30 +1,28 @@
-"""foreach_perturb on the CPU against the same equations in plain torch, and against the machine.
+"""Time foreach_perturb on the CPU against plain torch and against the machine's lower bound.
 
 Per pair of factors (n, r) and (r, m), float32, onto B:
 
     bytes        4 (2 r m + 3 n r): A, B and their gradients are read, E is written. The second
-                 reading of B and its gradient comes out of the cache.
+                 reading of B and its gradient hits the cache.
     float64
     multiply-adds  (n + m) r (2r + 1) for the symmetric Gram matrices of [B | G_B] and [A | G_A]^T,
-                 and 2 n r^2 for E. The r x r mathematics is left out.
+                and 2 n r^2 for E. The r x r computations are not counted.
     floor        bytes over copy speed, or multiply-adds over the rate of a large float64 matrix
-                 product, whichever is longer; the table says which one binds.
+                product, whichever is longer; the table names it.
 
-Contenders, each as a user would write it:
+Contenders in plain torch:
 
     pinv         equations (1)-(3) in float32 with torch.linalg.pinv, pair after pair: O(n m r)
     Gram 64      the Gram form, pair after pair, sums in float64, which ill-conditioned factors need
     Gram 32      the Gram form in float32: wrong for ill-conditioned factors (see accuracy.py)
 
 For the 224 pairs of Llama-2-7B (every linear layer of 32) the pinv form is timed on the seven pairs
-of one layer. Then the same time over the size and over the number of pairs, each point interleaved
-with the others: beside it the time over that of half the size (2: linear, as all three stages are),
-and the slope of a straight line through the logarithms.
+of one layer. More tables give the time over the size and over the number of pairs, with its ratio
+to half the size (2 is linear), and the slope of a line through the logarithms.
 
-Factors are well conditioned, as trained ones mostly are, but for the case marked "ill", where the
-inverses need an eigendecomposition instead of a Cholesky factorisation. Contenders that wait for
-each other's threads suffer from other work on the machine: measure on an idle one, or with
-OMP_NUM_THREADS=1.
+Factors are well conditioned, as trained ones mostly are, except in the case marked "ill", where the
+inverses need an eigendecomposition instead of a Cholesky factorisation. Other load on the machine
+slows multi-threaded contenders most: measure on an idle machine, or with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ class Case(NamedTuple):
     shapes: list[tuple[int, int]]  # (n, m) of every pair
     r: int
     condition: float = 1  # of B
-    of_pinv: int | None = None  # so many pairs alone are timed in the pinv form
+    of_pinv: int | None = None  # number of pairs that are timed in the pinv form
 
 
 def same(count: int, size: int, r: int, condition: float = 1) -> Case:
@@ -129,7 +127,7 @@ def measure(case: Case, rounds: int) -> dict[str, float | str]:
 
 
 def scaling_table(title: str, points: dict[int, list], rounds: int) -> dict[str, object]:
-    """Time over size; ``points`` doubles its keys from one to the next."""
+    """Print and return the time over the size; each key of ``points`` is twice the one before."""
     seconds = interleaved({str(x): operator(pairs) for x, pairs in points.items()}, rounds)
     times = [seconds[str(x)] for x in points]
     rows = [
@@ -185,7 +183,7 @@ def draw(results, path) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--quick", action="store_true", help="the first two cases, and the scaling")
+    parser.add_argument("--quick", action="store_true", help="two cases and the scaling")
     options = parser.parse_args()
     torch.manual_seed(0)
     print(machine())

@@ -1,1 +1,1 @@
-"""Rivals and variants, for ``bench.experiment``."""
+"""Methods that ``bench.experiment`` compares EFlat-LoRA with."""

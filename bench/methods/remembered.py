@@ -1,17 +1,17 @@
-"""LoRA-SAM at one gradient a step: each example's gradient is kept until the example comes again.
+"""LoRA-SAM with one gradient per step, from the gradients that examples had an epoch before.
 
-SAM perturbs the weights along the gradient of the very batch that it then trains on. What one
-gradient a step offers instead, an average of past batches, catches a part of that batch's rise
-only, however fresh it is (batch_rise.py). But where an example comes back epoch after epoch,
-its own gradient of the last time can stand in for the one of now:
+SAM perturbs the weights along the gradient of the batch that it then trains on. An average of past
+batches, which costs no second gradient, finds only a part of that batch's rise, even if it is
+recent (bench/experiments/batch_rise.py). Where examples come back in every epoch, their gradients
+of the last epoch can replace the current ones:
 
-"lora-sam-memory"  the factors are perturbed by rho along the sum of what the batch's examples
-                   left when they were last seen; examples seen for the first time add nothing.
+"lora-sam-memory"  the factors are perturbed by rho along the sum of the gradients that the batch's
+                   examples had when they were last seen; new examples add nothing.
 
-An example is known by its tokens. Its gradient of the factors of a linear layer comes from what
-the layer's hooks see, input Z and output gradient D of A's and B's small products: D^T Z per
-example, the same flops as the batch's. It costs r (n + m) numbers of memory per example and layer,
-so it is for few examples and many epochs. A step is one forward and one backward pass.
+An example is identified by its tokens. Its gradient of the factors of a linear layer is D^T Z, with
+the input Z and the output gradient D of A's and B's modules from hooks, at the flops of the batch's
+gradient. It takes r (n + m) numbers of memory per example and layer, so it suits few examples and
+many epochs. A step is one forward and one backward pass.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Example = tuple[int, ...]  # its tokens
 
 
 def examples_of(inputs: dict[str, Tensor]) -> list[Example]:
-    """What a batch holds, without its padding.
+    """Return the tokens of every example of a batch, without padding.
 
     Raises:
-        InputError: it has images, which tokens do not tell apart.
+        InputError: The batch has images, which tokens do not identify.
     """
     if "pixel_values" in inputs:
         raise InputError("lora-sam-memory knows examples by their tokens, not by images")
@@ -47,7 +47,7 @@ def examples_of(inputs: dict[str, Tensor]) -> list[Example]:
 
 
 class FactorGradients:
-    """The gradients of one pair's factors, example by example, of the last backward pass."""
+    """Gradients of one pair's factors by example, of the last backward pass."""
 
     def __init__(self, pair: LoraPair) -> None:
         self._parts: dict[str, Tensor] = {}
@@ -55,7 +55,7 @@ class FactorGradients:
             module.register_forward_hook(functools.partial(self._watch, name))
 
     def rows(self) -> Tensor:
-        """A's and B's, flattened, one row for each example."""
+        """Return the gradients of A and of B, flattened, one row for each example."""
         return torch.cat([self._parts[name].flatten(1) for name in "AB"], dim=1)
 
     def _watch(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -66,7 +66,7 @@ class FactorGradients:
     def _keep(self, name: str, Z: Tensor, D: Tensor) -> None:
         dtype = torch.promote_types(Z.dtype, D.dtype)  # they differ under autocast
         Z, D = (x.reshape(len(x), -1, x.shape[-1]).to(dtype) for x in (Z, D))
-        # The thin matrix first: several times as fast as the other way round.
+        # Multiplying the thin matrix first is several times as fast.
         if name == "A":
             self._parts[name] = D.transpose(1, 2) @ Z
         else:
@@ -74,10 +74,10 @@ class FactorGradients:
 
 
 class Memory:
-    """The gradients of a model's factors by example, as each left them when it was last seen.
+    """Gradients of a model's factors by example, from when each was last seen.
 
     Args:
-        model: a PEFT model with adapters on linear layers only.
+        model: PEFT model with adapters on linear layers only.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,21 +87,21 @@ class Memory:
         self._rows: dict[Example, Tensor] = {}
 
     def keep(self, examples: list[Example]) -> None:
-        """Remember the last backward pass in training mode, which was of these examples."""
+        """Store the gradients of the last backward pass in training mode, by example."""
         rows = torch.cat([gradients.rows() for gradients in self._gradients], dim=1)
         finite = rows.sum(1).isfinite().tolist()
         found = zip(examples, rows.unbind(), finite, strict=True)
         self._rows.update((example, row) for example, row, ok in found if ok)
 
     def recall(self, examples: list[Example]) -> Tensor | None:
-        """The sum of what these examples left, flat; None if nothing is known of any."""
+        """Return the sum of these examples' stored gradients, flat; None if there is none."""
         rows = [self._rows[example] for example in examples if example in self._rows]
         return torch.stack(rows).sum(0) if rows else None
 
 
 @torch.no_grad()
 def moves(factors: list[Tensor], direction: Tensor, rho: float) -> dict[Tensor, Tensor]:
-    """Return what moves each pair's factors, A before B, by rho along its part of the direction."""
+    """Return the perturbation of each pair's factors by rho along its part of the direction."""
     parts = direction.split([factor.numel() for factor in factors])
     norms = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts)).view(-1, 2), dim=1)
     scales = torch.where(norms > 0, rho / norms, 0).repeat_interleave(2)
@@ -110,9 +110,9 @@ def moves(factors: list[Tensor], direction: Tensor, rho: float) -> dict[Tensor, 
 
 
 class RememberedLoRASAM(torch.optim.AdamW):
-    """AdamW with its gradient taken at factors perturbed along the batch's gradient of last time.
+    """AdamW at factors perturbed along the gradient that the batch's examples had an epoch before.
 
-    Training forward passes of the model see it, evaluation does not.
+    Training forward passes are perturbed, evaluation is not.
 
     Args:
         model: a PEFT model of linear layers, called with ``input_ids`` and ``attention_mask``.
@@ -130,7 +130,7 @@ class RememberedLoRASAM(torch.optim.AdamW):
         model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def step(self, closure: Callable[[], Any]) -> Any:
-        """One step; the closure runs at perturbed factors."""
+        """Take a step; the closure runs at perturbed factors."""
         loss = closure()
         self._memory.keep(self._examples)
         super().step()
@@ -145,7 +145,7 @@ class RememberedLoRASAM(torch.optim.AdamW):
 
 
 def lora_sam_memory(config: FinetuneConfig, model: Any, steps: int) -> RememberedLoRASAM:
-    """Its builder, for bench/experiment.py."""
+    """Create the optimizer, for bench/experiment.py."""
     for pair in find_pairs(model):
         if not isinstance(pair.layer.get_base_layer(), nn.Linear):
             raise InputError(f"lora-sam-memory: {pair.layer_name} is no linear layer")

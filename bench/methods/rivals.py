@@ -1,22 +1,22 @@
-"""Rivals of EFlat-LoRA that also take one gradient per step, written from their papers.
+"""Other methods with one gradient per step, implemented from their papers.
 
-Both are AdamW with something around its step, and take the factors of a model from eflat_ext.lora.
+Both wrap the step of AdamW and find the factors of a model by eflat_ext.lora.
 
 Flat-LoRA by random perturbation (Li et al., arXiv 2409.14396), here "random-flat": the gradient is
 taken at ``W + noise``, W = W0 + s B A, the noise of row i drawn from a normal distribution of
 standard deviation ``rho f(t) ||W_i|| / sqrt(m)``, m the row's length, with f(t) rising from 0 to 1
 as half a cosine over the training. As in the authors' code, only layers with an adapter are
-perturbed. Deviations: seeds come from the run's seed, not from the clock; ``W0 + noise`` stands in
-W0's place for a step, where the authors add the noise to W0, draw it again from its seed and take
-it out, which keeps no matrix and changes W0 by rounding.
+perturbed. Deviations: seeds come from the run's seed, not from the clock; ``W0 + noise`` replaces
+W0 for a step, where the authors add the noise to W0, draw it again from its seed and subtract it,
+which needs no matrix but changes W0 by rounding.
 
 Bi-LoRA (Liu et al., arXiv 2508.19564), here "bi-lora": beside the adapter (B1, A1), which descends,
-an auxiliary adapter (B2, A2) of the same rank ascends on the same gradient, taken at
-``W0 + s B1 A1 + s B2 A2``. After each step, where ``c = sqrt(sum_l ||s B2 A2||^2)`` over all layers
-exceeds rho, every B2 and A2 is multiplied by ``sqrt(rho / c)``. The auxiliary adapter starts as
-LoRA does (A2 random, B2 zero), has the learning rate of the main one (the paper's best) and is
-dropped at the end. Deviations: the paper gives no adapter scaling s, so that both have the same;
-gradient clipping sees the main adapter alone, since AdamW, used for both, hardly sees a factor.
+an auxiliary adapter (B2, A2) of the same rank ascends on the same gradient, taken at ``W0 + s B1 A1
++ s B2 A2``. After each step, where ``c = sqrt(sum_l ||s B2 A2||^2)`` over all layers exceeds rho,
+every B2 and A2 is multiplied by ``sqrt(rho / c)``. The auxiliary adapter starts as LoRA does (A2
+random, B2 zero), has the learning rate of the main one (the paper's best) and is dropped at the
+end. Deviations: the paper gives no adapter scaling s, so both adapters have the same; gradients of
+the main adapter alone are clipped, since AdamW is nearly invariant to a common factor.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RandomFlatLoRA(torch.optim.AdamW):
     Args:
         model: a PEFT model whose adapters are on linear layers.
         rho: the paper's sigma, standard deviation of the noise relative to the weights.
-        steps: of the whole training, for the schedule of the noise.
+        steps: number of steps of the training, for the schedule of the noise.
         adamw: settings of AdamW.
     """
 
@@ -52,7 +52,7 @@ class RandomFlatLoRA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:
-        """One step; the closure runs at perturbed weights."""
+        """Take a step; the closure runs at perturbed weights."""
         strength = self._rho * (1 - math.cos(math.pi * self._step / self._steps)) / 2
         with self._noise(strength), torch.enable_grad():
             loss = closure()
@@ -62,7 +62,7 @@ class RandomFlatLoRA(torch.optim.AdamW):
 
     @contextmanager
     def _noise(self, strength: float) -> Iterator[None]:
-        """Within, ``W0 + noise`` is found in W0's place; no weight is written."""
+        """Replace W0 by ``W0 + noise`` within the context; no weight is written."""
         layers = [pair.layer.get_base_layer() for pair in self._pairs]
         device = layers[0].weight.device
         generator = torch.Generator(device).manual_seed((self._seed << 20) + self._step)
@@ -78,7 +78,7 @@ class RandomFlatLoRA(torch.optim.AdamW):
 
 
 def deviation(pair: LoraPair) -> Tensor:
-    """Standard deviation of the noise in each row of a layer, for rho 1, shape (n, 1)."""
+    """Return the standard deviation of the noise in each row of a layer for rho 1, (n, 1)."""
     weight = pair.layer.get_base_layer().weight + pair.scaling * pair.B @ pair.A
     return weight.norm(dim=1, keepdim=True) / math.sqrt(weight.shape[1])
 
@@ -86,7 +86,7 @@ def deviation(pair: LoraPair) -> Tensor:
 class BiLoRA(torch.optim.AdamW):
     """AdamW that descends on the model's adapter and ascends on an auxiliary one.
 
-    Training forward passes of the model see both adapters, evaluation sees its own alone.
+    Training forward passes use both adapters, evaluation only the model's own.
 
     Args:
         model: a PEFT model whose adapters are on linear layers.
@@ -105,7 +105,7 @@ class BiLoRA(torch.optim.AdamW):
         super().__init__(groups, **adamw)
 
     def step(self, closure: Callable[[], Any]) -> Any:
-        """One step of both adapters on one gradient."""
+        """Take a step of both adapters on one gradient."""
         loss = closure()
         super().step()
         self._clip()
@@ -136,7 +136,7 @@ class _Auxiliary:
         return output + self._scaling * (inputs[0] @ self.A.T) @ self.B.T
 
     def squared_norm(self) -> Tensor:
-        """``||s B2 A2||^2``."""
+        """Return ``||s B2 A2||^2``."""
         return self._scaling**2 * ((self.B.T @ self.B) * (self.A @ self.A.T)).sum()
 
 

@@ -1,28 +1,28 @@
-"""Variants of EFlat-LoRA that keep the perturbation in the full space, to be compared with it.
+"""Variants of EFlat-LoRA whose perturbation stays in the full space.
 
-Equation (3) transfers the perturbation onto one factor, and what reaches W is then a part of it
-only. Here it is carried beside the adapter: training forward passes run at ``W0 + s B A + E``, E a
-product U V of a few columns and rows, at one gradient a step. Each variant is AdamW with another
-E, of norm rho in each layer, or in all together for ``norm_scope="global"``:
+Equation (3) transfers the perturbation onto one factor, which keeps only a part of it. Here
+training forward passes run at ``W0 + s B A + E`` with a low-rank product E = U V, at one gradient
+per step. Each variant is AdamW with another E, of norm rho in each layer, or in all layers together
+for ``norm_scope="global"``:
 
-"eflat-full"      the mean of equation (1) as it is
+"eflat-full"      the mean of equation (1)
 "eflat-tangent"   the projection of the gradient on the tangent space of the matrices of rank r,
                   G_B (A^T)^+ + (B^T)^+ (G_A - B^T G_B (A^T)^+), over s: exact for LoRA's gradients
-"eflat-restored"  equation (3)'s s E_B A, brought back to radius rho, averaged as EFlat-LoRA does
+"eflat-restored"  s E_B A of equation (3), averaged as in EFlat-LoRA and rescaled to radius rho
 "sketch-K"        the K leading singular directions of the moving average of the true gradient. The
                   average is never formed: a layer's input X and output gradient D give its products
                   with thin matrices, G_W V = D^T (X V), and one round of subspace iteration a step,
                   started from the last step's V, follows its leading directions (as PowerSGD does,
                   Vogels et al., arXiv 1905.13727).
 
-"lora-sam-ema" is none of these: LoRA-SAM's perturbation of both factors, each along its own
-gradient, averaged over steps as EFlat-LoRA averages its own, so that it takes one gradient, too.
+"lora-sam-ema" perturbs the factors as LoRA-SAM does, each along its own gradient, averaged over
+steps as in EFlat-LoRA, so that it takes one gradient per step.
 
-"full-sam" is what all of these stand in for, at two gradients: SAM (Foret et al., arXiv 2010.01412)
-on the weights W of the adapted layers, along their true gradient of the same batch. What it does
-not gain, a better estimate of the gradient will hardly gain.
+"full-sam" is the method that all of these approximate, at two gradients per step: SAM (Foret et
+al., arXiv 2010.01412) on the weights W of the adapted layers, along their true gradient of the same
+batch. Its result shows how much a better estimate of the gradient could gain.
 
-The first two take the newest gradient alone (beta 1): an average would have a higher rank.
+The first two use the newest gradient only (beta 1), since an average would have a higher rank.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from eflat_ext.reference import default_rtol
 
 
 class Carrier:
-    """A low-rank perturbation ``U V`` of one linear layer's weight, (n, k) and (k, m).
+    """Low-rank perturbation ``U V`` of one linear layer's weight, (n, k) and (k, m).
 
-    Training forward passes of the layer see it, evaluation does not.
+    Training forward passes of the layer are perturbed, evaluation is not.
     """
 
     def __init__(self, pair: LoraPair) -> None:
@@ -58,11 +58,11 @@ class Carrier:
         pair.layer.register_forward_hook(self._add)
 
     def update(self) -> None:
-        """Make U and V, of any norm, from the gradients of the factors."""
+        """Compute U and V, of any norm, from the gradients of the factors."""
         raise NotImplementedError  # abstract
 
     def norm(self) -> float:
-        """||U V||."""
+        """Return ``||U V||``."""
         assert self.U is not None and self.V is not None
         # Not from Gram matrices: where B is ill-conditioned, the columns of U nearly cancel.
         return float((torch.linalg.qr(self.U).R @ self.V).norm())
@@ -74,10 +74,10 @@ class Carrier:
 
 
 class FullCarrier(Carrier):
-    """The gradient's estimate by the factors' gradients.
+    """Perturbation along the estimate of the gradient from the factors' gradients.
 
     Args:
-        tangent: count what the two terms share once, rather than take their mean.
+        tangent: take the projection on the tangent space instead of the mean of both terms.
     """
 
     def __init__(self, pair: LoraPair, beta: float, *, tangent: bool) -> None:
@@ -98,7 +98,7 @@ class FullCarrier(Carrier):
 
 
 class RestoredCarrier(Carrier):
-    """The transfer onto B, averaged; its radius is restored when it is applied."""
+    """Averaged transfer onto B, rescaled to the radius rho."""
 
     def __init__(self, pair: LoraPair, beta: float) -> None:
         super().__init__(pair)
@@ -114,7 +114,7 @@ class RestoredCarrier(Carrier):
 
 
 class SketchCarrier(Carrier):
-    """Leading singular directions of the averaged gradient of the layer's weight."""
+    """Perturbation along the leading singular directions of the weight's averaged gradient."""
 
     def __init__(self, pair: LoraPair, beta: float, *, rank: int) -> None:
         super().__init__(pair)
@@ -134,7 +134,7 @@ class SketchCarrier(Carrier):
 
     @torch.no_grad()
     def _fold_in(self, X: Tensor, D: Tensor) -> None:
-        """One round of subspace iteration on (1 - beta) left right + beta D^T X."""
+        """Apply one round of subspace iteration to (1 - beta) left right + beta D^T X."""
         X, D = X.flatten(0, -2), D.flatten(0, -2)
         image = D.T @ (X @ self._right.T)
         if self._left is not None:
@@ -152,7 +152,7 @@ class FullSpaceEFlat(torch.optim.AdamW):
 
     Args:
         model: a PEFT model whose adapters are on linear layers.
-        carrier: makes the perturbation of a pair.
+        carrier: creates the perturbation of a pair.
         rho: its norm.
         norm_scope: "layer" for each layer, "global" for all together.
         adamw: settings of AdamW.
@@ -172,7 +172,7 @@ class FullSpaceEFlat(torch.optim.AdamW):
         self._rho, self._scope = rho, norm_scope
 
     def step(self, closure: Callable[[], Any]) -> Any:
-        """One step; the closure runs at perturbed weights."""
+        """Take a step; the closure runs at perturbed weights."""
         loss = closure()
         self._perturb()
         super().step()
@@ -180,7 +180,7 @@ class FullSpaceEFlat(torch.optim.AdamW):
 
     @torch.no_grad()
     def _perturb(self) -> None:
-        """Put the newest perturbations in place, scaled to rho."""
+        """Apply the newest perturbations, scaled to rho."""
         for carrier in self.carriers:
             carrier.update()
         norms = [carrier.norm() for carrier in self.carriers]
@@ -188,13 +188,13 @@ class FullSpaceEFlat(torch.optim.AdamW):
         for carrier, norm in zip(self.carriers, norms, strict=True):
             size = total if self._scope == "global" else norm
             assert carrier.U is not None and carrier.V is not None
-            # Both are copies from here on: AdamW changes the factors.
+            # Copies, since AdamW changes the factors.
             carrier.U = carrier.U * (self._rho / size if size else 0.0)
             carrier.V = carrier.V.clone()
 
 
 class TrueCarrier(Carrier):
-    """The true gradient of the layer's weight, formed whole."""
+    """Perturbation along the true gradient of the layer's weight, an (n, m) matrix."""
 
     def __init__(self, pair: LoraPair) -> None:
         super().__init__(pair)
@@ -222,7 +222,7 @@ class FullSAM(FullSpaceEFlat):
     carriers: list[TrueCarrier]
 
     def step(self, closure: Callable[[], Any]) -> Any:
-        """One step; the closure runs at the weights and at the worst point nearby."""
+        """Take a step; the closure runs at the weights and at the worst point nearby."""
         loss = closure()
         self._perturb()
         try:
@@ -243,7 +243,7 @@ def _full_sam(config: FinetuneConfig, model: Any, steps: int) -> FullSAM:
 class AveragedLoRASAM(torch.optim.AdamW):
     """AdamW with its gradient taken at factors perturbed by an average of LoRA-SAM's perturbation.
 
-    Training forward passes of the model see it, evaluation does not.
+    Training forward passes are perturbed, evaluation is not.
 
     Args:
         model: a PEFT model.
@@ -262,7 +262,7 @@ class AveragedLoRASAM(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:
-        """One step; the closure runs at perturbed factors."""
+        """Take a step; the closure runs at perturbed factors."""
         with torch.enable_grad():
             loss = closure()
         for pair in self._pairs:

@@ -1,7 +1,7 @@
 """Write bench/REPORT.md, its figures and the tables of README.md from the files of bench/results.
 
 python -m bench.report bench/results            write them
-python -m bench.report bench/results --check    fail if the texts are not what the files say
+python -m bench.report bench/results --check    fail if one differs from the files
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def report(
     times: Mapping[str, Mapping[str, float]] | None = None,
     slices: bool = False,
 ) -> str:
-    """The whole report as Markdown.
+    """Return the report as Markdown.
 
     Args:
-        tasks: from :func:`summary.load`.
-        times: from :func:`summary.step_times`.
-        estimates, rises: rows of the files of estimate_quality.py and batch_rise.py.
-        slices: whether there is a figure of landscapes.py.
+        tasks: From :func:`summary.load`.
+        times: From :func:`summary.step_times`.
+        estimates, rises: Rows of the files of estimate_quality.py and batch_rise.py.
+        slices: True if there is a figure of landscapes.py.
     """
     if not tasks:
         raise SystemExit("there is no CSV file of an experiment")
@@ -145,7 +145,7 @@ def report(
 
 
 def figure_paths(task: TaskResults) -> dict[str, str]:
-    """The figures of a task, by what they show, relative to the report."""
+    """Return the paths of a task's figures relative to the report, by kind."""
     name = f"figures/{task.experiment}-{task.name}"
     paths = {"Accuracy": f"{name}-accuracy.svg"}
     if any(task.tuning_curve(method, "rho") for method in task.methods):
@@ -155,7 +155,7 @@ def figure_paths(task: TaskResults) -> dict[str, str]:
     return paths
 
 
-# --- words -------------------------------------------------------------------------------
+# --- text --------------------------------------------------------------------------------
 
 
 KINDS = {
@@ -167,7 +167,7 @@ KINDS = {
 
 
 def _overview(tasks: Sequence[TaskResults]) -> list[str]:
-    """Verdicts on each method over all tuned tasks and test sets, and the tasks' means."""
+    """Return each method's verdicts over all tuned tasks and test sets, and the tasks' means."""
     tasks = [task for task in tasks if task.is_tuned()]
     counts: dict[str, dict[str, Counter[str]]] = {}
     for task in tasks:
@@ -191,7 +191,7 @@ def _overview(tasks: Sequence[TaskResults]) -> list[str]:
 
 
 def _pooled(tasks: Sequence[TaskResults], figure: str) -> list[str]:
-    """The table of all tasks' mean differences in a figure."""
+    """Return the table of all tasks' mean differences in a figure."""
     scale, digits, unit = (100, 2, ", points") if figure == "accuracy" else (1, 4, "")
     rows = []
     for method, found in pooled(tasks, figure).items():
@@ -204,7 +204,7 @@ def _pooled(tasks: Sequence[TaskResults], figure: str) -> list[str]:
 
 
 def _correlations(tasks: Sequence[TaskResults]) -> list[str]:
-    """How far sharpness tells the gap of the runs with an adapter, task by task."""
+    """Return the correlations of sharpness with the gap over runs with an adapter, by task."""
     rows = []
     for task in tasks:
         found = [
@@ -223,13 +223,13 @@ def _correlations(tasks: Sequence[TaskResults]) -> list[str]:
 
 
 def _compared(task: TaskResults) -> list[str]:
-    """The figures that methods are compared by."""
+    """Return the figures that methods are compared by."""
     also = [f"{figure}@{data}" for data in task.tests() for figure in ("accuracy", "loss")]
     return ["accuracy", "loss", *also, "gap", "sharpness_worst"]
 
 
 def _sentences(task: TaskResults) -> str:
-    """Who wins, ties and loses, in words."""
+    """Return a sentence that names the methods that win, tie and lose."""
     counts = [len(task.runs(method)) for method in task.methods]
     low, high = min(counts), max(counts)
     finished = str(low) if low == high else f"{low} to {high}"
@@ -246,7 +246,7 @@ def _sentences(task: TaskResults) -> str:
 
 
 def _shared(task: TaskResults, tasks: Sequence[TaskResults]) -> str:
-    """Whose runs are counted in another section, too."""
+    """Return a sentence on runs that are counted in another section, too."""
     return "\n".join(
         f"* The runs of {', '.join(map(title, methods))} are among those of {name}: some of its "
         "seeds, and no further evidence."
@@ -287,7 +287,7 @@ def _failures(task: TaskResults) -> str:
 
 
 def _section(heading: str, words: str, instrument: Any, rows: Sequence[Row]) -> list[str]:
-    """The tables of a module of bench/; nothing without rows."""
+    """Return the tables of a module of bench/experiments; nothing without rows."""
     if not rows:
         return []
     parts = [f"## {heading}", words]
@@ -370,9 +370,9 @@ def main(results: Path, *, output: Path | None = None, check: bool = False) -> N
     """Write the report, or check it; for bench/results the tables of README.md, too.
 
     Args:
-        results: folder of CSV files.
-        output: the report; by default REPORT.md beside the folder, and README.md.
-        check: write nothing, and fail if a text is not what the files say.
+        results: Folder of CSV files.
+        output: The report; by default REPORT.md next to the folder, and README.md.
+        check: Write nothing, and fail if a text differs from the one made from the files.
     """
     path = output or results.resolve().parent / "REPORT.md"
     tasks = load(results)

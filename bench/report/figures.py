@@ -1,4 +1,4 @@
-"""The figures of bench/report: the same bytes for the same CSV files."""
+"""Draw the figures of the report, with the same bytes for the same CSV files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MARKERS = "os^vD<>ph*"
 
 
 def draw_figures(task: TaskResults, paths: Mapping[str, Path], title: Title) -> None:
-    """Draw the figures of a task, by what they show."""
+    """Draw the figures of a task; return them by kind."""
     draw = {"Accuracy": _accuracy, "Tuning": _tuning, "Sharpness and gap": _sharpness}
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": task.name}):
         for kind, path in paths.items():
@@ -32,7 +32,7 @@ def draw_figures(task: TaskResults, paths: Mapping[str, Path], title: Title) -> 
 
 
 def _accuracy(axes: Axes, task: TaskResults, title: Title) -> None:
-    """Mean accuracy with its 95 % interval, and every seed's own."""
+    """Draw mean accuracy with its 95 % interval, and every seed's accuracy."""
     from scipy import stats
 
     shown = [method for method in task.methods if task.values(method, "accuracy")]
@@ -60,7 +60,7 @@ def _accuracy(axes: Axes, task: TaskResults, title: Title) -> None:
 
 
 def _tuning(axes: Axes, task: TaskResults, title: Title) -> None:
-    """Validation accuracy over the radius."""
+    """Draw validation accuracy over the radius."""
     for k, method in enumerate(task.methods):
         if curve := task.tuning_curve(method, "rho"):
             rho, accuracy = zip(*curve, strict=True)
@@ -85,7 +85,7 @@ def _tuning(axes: Axes, task: TaskResults, title: Title) -> None:
 
 
 def _sharpness(axes: Axes, task: TaskResults, title: Title) -> None:
-    """Gap over worst-case sharpness, one point for each run."""
+    """Draw the gap over worst-case sharpness, one point for each run."""
     points = task.points("sharpness_worst", "gap")
     for k, method in enumerate(task.methods):
         own = [(x, y) for name, x, y in points if name == method]

@@ -1,6 +1,6 @@
-"""The tables of figures in README.md, made from the files of bench/results.
+"""Make the tables of numbers in README.md from the files of bench/results.
 
-bench/report writes them with its report, or checks them. A table stands between the lines
+`python -m bench.report` writes or checks them with the report. A table stands between the lines
 ``<!-- table: NAME -->`` and ``<!-- table: end -->``, NAME being one of :data:`TABLES`.
 """
 
@@ -24,7 +24,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def _movies(results: Path) -> str:
-    """The main table in short."""
+    """Return the main table, abridged."""
     (task,) = [t for t in load(results) if t.experiment == "movies_256"]
     accuracy, loss = task.comparisons("accuracy"), task.comparisons("loss")
     times = step_times(results)
@@ -45,7 +45,7 @@ def _movies(results: Path) -> str:
 
 
 def _few(results: Path) -> str:
-    """The table of 64 examples in short."""
+    """Return the table of 64 examples, abridged."""
     (task,) = [t for t in load(results) if t.name == "movies-64-noise0"]
     accuracy, loss, typos = (task.comparisons(f) for f in ("accuracy", "loss", "loss@typos"))
 
@@ -63,7 +63,7 @@ def _few(results: Path) -> str:
 
 
 def _tasks(results: Path) -> str:
-    """EFlat-LoRA against LoRA on every task with tuning."""
+    """Return the comparison of EFlat-LoRA with LoRA on every task with tuning."""
     rows = []
     for task in load(results):
         if task.is_tuned() and "eflat" in task.methods:
@@ -119,7 +119,7 @@ def _step(results: Path) -> str:
 
 
 def _fused_step(results: Path) -> str:
-    """The fused step over the same in parts, by the implementation of AdamW in these."""
+    """Return the times of the fused step over the unfused one, by AdamW implementation."""
     rows = []
     for threads in (1, 2):
         found = {x["step"]: x["seconds"] for x in _json(results, f"fused_step_{threads}")}
@@ -153,7 +153,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 def renewed(readme: str, results: Path) -> str:
-    """The README's text with its tables as the files of ``results`` have them."""
+    """Return the README's text with its tables made from the files of ``results``."""
 
     def block(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]](results)}\n\n{match[3]}"

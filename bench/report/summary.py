@@ -1,9 +1,9 @@
-"""The numbers of bench/report: from the CSV files of experiments to means, tests and verdicts.
+"""Compute the means, tests and verdicts of the report from the CSV files of experiments.
 
-A method is compared with the baseline seed by seed, since both train on the same sentences in the
-same order from the same weights: a paired t-test of the differences. The tests of all methods on
-one task and figure are one family, corrected by Holm's method. Over several tasks a task counts
-once: runs of one task share their data, and tell little of another.
+A method is compared with the baseline by a paired t-test over seeds, since both train on the same
+sentences in the same order from the same weights. The tests of all methods on one task and figure
+are one family, corrected by Holm's method. Over several tasks every task counts once, since runs of
+one task share their data.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from eflat_ext.lab.experiment.results import KEY, Row
 BASELINE = "lora"
 PUBLISHED = "eflat"
 LEVEL = 0.05
-TASKS = 3  # the fewest that are compared together
+TASKS = 3  # fewest tasks that are compared together
 VERDICTS = ("wins", "ties", "loses")
-# Of these neither a small nor a large value is a merit in itself.
+# Neither small nor large values of these are better in themselves.
 NEUTRAL = {"gap": ("smaller", "ties", "larger")}
 NEUTRAL |= {f"sharpness_{kind}": NEUTRAL["gap"] for kind in ("worst", "random")}
 LOST = "incomplete"
@@ -34,7 +34,7 @@ LOST = "incomplete"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and its standard error (NaN for one seed)."""
+    """Mean over seeds and its standard error (NaN for one seed)."""
 
     mean: float
     error: float
@@ -43,14 +43,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against the baseline: the mean paired difference and what it means.
+    """Mean paired difference of a method from the baseline, and its verdict.
 
     Attributes:
-        difference: the method's figure less the baseline's.
-        low, high: its 95 % confidence interval, of this comparison alone.
-        p: two-sided, of the paired t-test, corrected by Holm's method.
-        verdict: one of :func:`verdicts` at the level :data:`LEVEL`; :data:`LOST` where runs failed
-            or have no finite value, since those that are left may be the easy ones.
+        difference: The method's figure minus the baseline's.
+        low, high: 95 % confidence interval of this comparison alone.
+        p: Two-sided p-value of the paired t-test, corrected by Holm's method.
+        verdict: One of :func:`verdicts` at the level :data:`LEVEL`; :data:`LOST` if runs failed or
+            have no finite value, since the others may be the easy ones.
     """
 
     difference: Estimate
@@ -62,12 +62,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A method against the baseline over several tasks, each of which counts once.
+    """Difference of a method from the baseline over several tasks of equal weight.
 
     Attributes:
-        comparison: of the tasks' mean differences.
-        runs: how many pairs of runs the tasks have.
-        published: the mean of EFlat-LoRA, as published, over the same tasks; None if it lacks one.
+        comparison: Comparison of the tasks' mean differences.
+        runs: Number of pairs of runs.
+        published: Mean of EFlat-LoRA, as published, over the same tasks; None if one is missing.
     """
 
     comparison: Comparison
@@ -77,7 +77,7 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Choice:
-    """What tuning chose: values, how many there were, and which lie at the edge of the grid."""
+    """Values that tuning chose, the number of candidates, and the values at the grid's edge."""
 
     tuned: dict[str, float]
     values: int
@@ -93,20 +93,20 @@ class TaskResults:
         self.methods = list(dict.fromkeys(row["method"] for row in rows))
 
     def runs(self, method: str, stage: str = "final", status: str = "ok") -> list[Row]:
-        """The rows of a method's runs."""
+        """Return the rows of a method's runs."""
         wanted = (method, stage, status)
         return [row for row in self._rows if (row["method"], row["stage"], row["status"]) == wanted]
 
     def is_tuned(self) -> bool:
-        """Whether methods were tuned for it, so that they compare on equal terms."""
+        """Return True if methods were tuned for the task, so that they compare on equal terms."""
         return any(row["stage"] == "tuning" for row in self._rows)
 
     def failures(self) -> list[Row]:
-        """The rows of the runs that failed."""
+        """Return the rows of the runs that failed."""
         return [row for row in self._rows if row["status"] != "ok"]
 
     def tests(self) -> list[str]:
-        """The names of the further test sets."""
+        """Return the names of the additional test sets."""
         final = [row for row in self._rows if row["stage"] == "final"]
         names = {
             name: None for row in final for name, value in row.items() if value and "@" in name
@@ -114,21 +114,21 @@ class TaskResults:
         return [n.removeprefix("accuracy@") for n in names if n.startswith("accuracy@")]
 
     def values(self, method: str, figure: str) -> dict[str, float]:
-        """A figure of a method's final runs by seed; "gap" is test less training loss."""
+        """Return a figure of a method's final runs by seed; "gap" is test minus training loss."""
         return {s: v for s, v in self._values(method, figure).items() if math.isfinite(v)}
 
     def estimate(self, method: str, figure: str) -> Estimate | None:
-        """Mean and standard error of a figure over the seeds; None without a value."""
+        """Return mean and standard error of a figure over the seeds; None without a value."""
         values = list(self.values(method, figure).values())
         return _estimate(values) if values else None
 
     def ratio(self, method: str, figure: str) -> float | None:
-        """Median over the seeds of a figure divided by the baseline's at the same seed."""
+        """Return the median over seeds of the ratio of a figure to the baseline's."""
         pairs = self._paired(method, figure)
         return statistics.median(a / b for a, b in pairs) if pairs else None
 
     def comparisons(self, figure: str) -> dict[str, Comparison]:
-        """Every other method against the baseline; those with two common seeds at least."""
+        """Compare with the baseline every other method that has two or more seeds in common."""
         found = _compare({m: self.differences(m, figure) for m in self.methods}, figure)
         lost = {m for m in self.methods if self._lost(m, figure)}
         return {
@@ -136,11 +136,11 @@ class TaskResults:
         }
 
     def differences(self, method: str, figure: str) -> list[float]:
-        """A method's figure less the baseline's, for each seed that both have."""
+        """Return a method's figure minus the baseline's, for each seed that both have."""
         return [a - b for a, b in self._paired(method, figure)]
 
     def choice(self, method: str) -> Choice | None:
-        """What was chosen for a method; None before its first final run."""
+        """Return the choice of a method's tuning; None before its first final run."""
         final = [row for row in self._rows if (row["method"], row["stage"]) == (method, "final")]
         if not final:
             return None
@@ -151,13 +151,13 @@ class TaskResults:
         for name, value in tuned.items():
             values = [row[name] for row in grid]
             if not all(isinstance(one, (int, float)) for one in values):
-                continue  # words have no edge
+                continue  # strings have no order
             if len(set(values)) > 1 and value in (min(values), max(values)):
                 at_edge.append(name)
         return Choice(tuned, len(grid), at_edge)
 
     def tuning_curve(self, method: str, setting: str) -> list[tuple[float, Estimate]]:
-        """Validation accuracy over a setting's values, of the runs that did not fail."""
+        """Return the validation accuracy over a setting's values, of runs that did not fail."""
         by_value: dict[float, list[float]] = {}
         for row in self.runs(method, "tuning"):
             tuned = json.loads(row["tuned"])
@@ -168,18 +168,18 @@ class TaskResults:
     def correlation(
         self, x: str, y: str, without: str | None = None, within: bool = False
     ) -> tuple[float, float, float, int] | None:
-        """Pearson's r of two figures over final runs, its 95 % interval, the number of runs.
+        """Return Pearson's r of two figures over final runs, its 95 % interval, and their number.
 
         Args:
-            without: a method whose runs are left out.
-            within: of the differences from each method's own means, so that what sets methods
-                apart does not count: the partial correlation, given the method.
+            without: Method whose runs are left out.
+            within: Correlate the differences from each method's means (the partial correlation
+                given the method).
         """
         points = [point for point in self.points(x, y) if point[0] != without]
         groups = [[p[1:] for p in points if p[0] == m] for m in dict.fromkeys(p[0] for p in points)]
         if not within:
             groups = [[pair for group in groups for pair in group]]
-        # Fisher's transformation; each mean taken off beyond the first costs a degree of freedom.
+        # Fisher's transformation; each subtracted mean after the first costs a degree of freedom.
         freedom = len(points) - len(groups) - 2
         if freedom < 1:
             return None
@@ -192,7 +192,7 @@ class TaskResults:
         return r, math.tanh(middle - half), math.tanh(middle + half), len(points)
 
     def points(self, x: str, y: str) -> list[tuple[str, float, float]]:
-        """Method, x and y of every final run that has both."""
+        """Return method, x and y of every final run that has both."""
         points = []
         for method in self.methods:
             xs, ys = self.values(method, x), self.values(method, y)
@@ -206,7 +206,7 @@ class TaskResults:
         return {row["seed"]: float(row[figure]) for row in self.runs(method) if row.get(figure)}
 
     def _lost(self, method: str, figure: str) -> bool:
-        """Whether a final run failed or has no finite value."""
+        """Return True if a final run failed or has no finite value."""
         final = [r for r in self._rows if (r["method"], r["stage"]) == (method, "final")]
         finite = all(map(math.isfinite, self._values(method, figure).values()))
         return not finite or any(row["status"] != "ok" for row in final)
@@ -217,7 +217,7 @@ class TaskResults:
 
 
 def shared(task: TaskResults, others: Sequence[TaskResults]) -> dict[str, list[str]]:
-    """By the name of another task, the methods of this one whose final runs are some of its own."""
+    """Return, by the name of another task, the methods whose final runs both tasks share."""
     figures = ("method", "seed", "accuracy", "loss", "train_loss")
 
     def final(one: TaskResults, method: str) -> set[tuple[str, ...]]:
@@ -232,7 +232,7 @@ def shared(task: TaskResults, others: Sequence[TaskResults]) -> dict[str, list[s
 
 
 def pooled(tasks: Sequence[TaskResults], figure: str) -> dict[str, Pooled]:
-    """Every other method against the baseline over the tasks that have both, if there are three."""
+    """Compare the methods with the baseline over the tasks that have both, at least three."""
     differences: dict[str, dict[str, list[float]]] = {}
     lost = set()
     for task in tasks:
@@ -261,7 +261,7 @@ def pooled(tasks: Sequence[TaskResults], figure: str) -> dict[str, Pooled]:
 
 
 def verdicts(figure: str) -> tuple[str, str, str]:
-    """The words for a difference in a figure's better or smaller sense, none, and the other."""
+    """Return the words for a figure that is better (smaller), not different, worse (larger)."""
     return NEUTRAL.get(figure, VERDICTS)
 
 
@@ -275,9 +275,9 @@ def step_times(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def load(folder: Path) -> list[TaskResults]:
-    """The tasks of all experiments' CSV files of a folder; other CSV files are left out.
+    """Load the tasks of all experiments' CSV files of a folder; other CSV files are skipped.
 
-    Of a run that was tried again, the last row counts.
+    If a run was repeated, its last row counts.
     """
     tasks = []
     for path in sorted(folder.glob("*.csv")):
@@ -292,7 +292,7 @@ def load(folder: Path) -> list[TaskResults]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given."""
+    """Return Holm's adjusted p-values, in the order given."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -302,7 +302,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _compare(differences: dict[str, list[float]], figure: str) -> dict[str, Comparison]:
-    """Differences from the baseline by method, as one family of tests."""
+    """Compare differences from the baseline by method, as one family of tests."""
     larger_is_better = figure.startswith("accuracy")
     found = {m: d for m, d in differences.items() if m != BASELINE and len(d) > 1}
     p_values = holm([_p(values) for values in found.values()])
@@ -325,6 +325,6 @@ def _estimate(values: Iterable[float]) -> Estimate:
 
 
 def _p(differences: Sequence[float]) -> float:
-    if len(set(differences)) == 1:  # no variance, and no t: the sign test's
+    if len(set(differences)) == 1:  # no variance, so no t: p of the sign test
         return 1.0 if differences[0] == 0 else 0.5 ** (len(differences) - 1)
     return float(stats.ttest_1samp(differences, 0.0).pvalue)

@@ -1,4 +1,4 @@
-"""Words, cells and Markdown tables of bench/report and bench/report/readme_tables.py."""
+"""Titles, cells and Markdown tables of the report and of README.md."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TITLES = {
 
 
 def title(method: str) -> str:
-    """What the report calls a method."""
+    """Return the name of a method in the report."""
     return TITLES.get(method, method)
 
 
@@ -67,7 +67,7 @@ STEP = ["", "time of a step over LoRA's", "least to largest run", "peak memory, 
 
 
 def step_rows(times: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """Rows below :data:`STEP`, from :func:`summary.step_times`."""
+    """Return the rows below :data:`STEP`, from :func:`summary.step_times`."""
     return [
         [
             title(method),
@@ -87,7 +87,7 @@ def _with_error(estimate: Estimate | None, scale: float, digits: int) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; columns without a cell are left out."""
+    """Return a Markdown table; columns without a cell are left out."""
     used = [k for k in range(len(head)) if k == 0 or any(row[k] for row in rows)]
     lines = [[head[k] for k in used], ["---"] * len(used), *[[r[k] for k in used] for r in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,1 +1,1 @@
-"""Time optimizer steps and whole training steps."""
+"""Benchmarks of optimizer steps and whole training steps."""

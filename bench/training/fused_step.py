@@ -1,28 +1,28 @@
-"""An optimizer step of EFlat-LoRA, fused and unfused, against AdamW alone on equal parameters.
+"""Time an optimizer step of EFlat-LoRA, fused and unfused, against AdamW on the same parameters.
 
     python -m bench.training.fused_step [--layers 4] [--rank 16] [--device cpu] [--json FILE]
 
 The 7 linear modules of each layer of Llama-2-7B: four of 4096 x 4096, two of 11008 x 4096 and one
-of 4096 x 11008; 32 layers make 224 pairs. float32, gradients are there, no forward pass runs.
+of 4096 x 11008; 32 layers make 224 pairs. float32, given gradients, no forward pass.
 
-    AdamW foreach, fused   ``torch.optim.AdamW.step``, the same as the base of the next two
+    AdamW foreach, fused   ``torch.optim.AdamW.step``, the base optimizer of the next two
     unfused, foreach       ``EFlatLoRA.step`` with fused_step=False around it: perturbation and
     unfused, fused         average, AdamW
     fused                  ``EFlatLoRA.step``: one operator
-    perturb                ``foreach_perturb_ema_`` alone: what EFlat-LoRA computes beyond AdamW
-    operator               ``foreach_adamw_step_`` alone, without the Python around it
+    perturb                ``foreach_perturb_ema_`` alone: EFlat-LoRA's work beyond AdamW
+    operator               ``foreach_adamw_step_`` alone, without Python code around it
 
-Bytes per element of a factor, float32, when all that is read twice comes out of a cache:
+Bytes per element of a factor, float32, if second readings hit a cache:
 
     AdamW        28: weight, gradient and two moments read; weight and moments written (foreach
                  makes a pass per operation and moves several times that)
-    fused        28, and for the target 8 of its average, which is what the forward pass added
-    unfused      perturbation 8, and for the target 8 of its average; AdamW 28
+    fused        28, and for the perturbed factor 8 of its average
+    unfused      perturbation 8, and for the perturbed factor 8 of its average; AdamW 28
 
-Adding the perturbation in the next forward pass costs another 12 per element of the target (read
-the weight and the average, write their sum); it is part of neither. The floor is the bytes of the
-fused step over the speed of a copy; on a CPU the multiply-adds of perturb_cpu.py take longer than
-that.
+Adding the perturbation in the next forward pass takes another 12 per element of the perturbed
+factor (read the weight and the average, write their sum) and is not included. The floor is the
+bytes of the fused step over the speed of a copy; on a CPU the multiply-adds of perturb_cpu.py take
+longer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHAPES = {  # name: inputs, outputs
 
 
 def lora_model(layers: int, rank: int, device: str) -> nn.Module:
-    """The pairs alone: base weights on the meta device take no memory."""
+    """Return a model of LoRA pairs whose base weights are on the meta device."""
     with torch.device("meta"):
         model = nn.ModuleList(
             nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in SHAPES.items()})
@@ -69,12 +69,12 @@ def eflat(layers: int, rank: int, device: str, fused_step: bool, **kind: bool) -
     parameters = [p for p in model.parameters() if p.requires_grad]
     base = torch.optim.AdamW(parameters, lr=1e-6, **kind)
     optimizer = EFlatLoRA(model, base, fused_step=fused_step)
-    optimizer.step()  # makes AdamW's state
+    optimizer.step()  # creates AdamW's state
     return optimizer
 
 
 def ran_perturbed(optimizer: EFlatLoRA) -> None:
-    """Let the gradients be those of a training forward pass, which is not timed."""
+    """Mark the gradients as those of a perturbed forward pass, which is not timed."""
     for factor in optimizer.perturbation.factors:
         factor.ran_perturbed = True
 
@@ -119,7 +119,7 @@ def operators(optimizer: EFlatLoRA) -> tuple[Callable[[], object], Callable[[], 
 
 
 def on_gpu(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """As ``timing.interleaved``, by the GPU's clock."""
+    """Time as ``timing.interleaved`` does, by CUDA events."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(-2, rounds):
         for name in random.sample(list(contenders), len(contenders)):

@@ -1,11 +1,11 @@
-"""What the forward passes of many tiny layers cost: the host's time for each layer.
+"""Time the forward passes of many tiny layers: the host's time for each layer.
 
     python -m bench.training.many_layers [--layers 200] [--runs 5] [--json FILE]
 
-200 linear layers of 32x32 with adapters of rank 4: next to nothing to compute, so what EFlat-LoRA
-adds to each layer's forward pass shows as much as it can. Whole steps of EFlat-LoRA and plain LoRA
-take turns; figures are ratios to plain LoRA's, of the step and of forward and backward alone. The
-floor: one addition for each layer and pass, about 2 us with its backward.
+200 linear layers of 32x32 with adapters of rank 4 have so little to compute that EFlat-LoRA's work
+in each layer's forward pass is most visible. Whole steps of EFlat-LoRA and plain LoRA take turns;
+figures are ratios to plain LoRA's, of the step and of forward and backward passes alone. The floor
+is one addition for each layer and pass, about 2 us with its backward.
 """
 
 import json
@@ -31,7 +31,7 @@ def model_of(layers):
 
 
 def contenders(layers):
-    """A whole step, and forward and backward alone, with and without EFlat-LoRA."""
+    """Return a step, and forward and backward alone, with and without EFlat-LoRA."""
     x = torch.randn(8, 32)
     found = {}
     for name in ("lora", "eflat"):
@@ -68,7 +68,7 @@ def main():
     args = parser.parse_args()
     if args.one:
         return print(json.dumps(measure(args.layers)))
-    # How a process happens to lie in memory shifts a ratio by percents: each run has its own.
+    # The memory layout of a process shifts ratios by percents, so each run is a process.
     command = [
         sys.executable,
         "-m",

@@ -1,18 +1,18 @@
-"""What a training step costs: every method of the main table against plain LoRA.
+"""Time a training step of every method of the main table against plain LoRA's.
 
     python -m bench.training.step [--runs 3] [--steps 40] [--methods NAME ...] [--json F]
 
 The methods are those of bench/experiments/movies_256.yaml, on the sentences and batches of the main
-job. Every method takes its step on the same batch, one after another, round by round, so that the
-machine's mood is the same for all of them; a run's figure is the median of the ratio to plain
-LoRA's step in the same round. How a process happens to lie in memory shifts that by several
-percent, so each run is a process of its own, and the table gives the median run, the least and the
-largest. Peak memory is the resident set of a process of its own per method.
+job. In each round all methods take a step on the same batch, one after another, so that other load
+on the machine affects all of them; the result of a run is the median ratio to plain LoRA's step in
+the same round. The memory layout of a process shifts it by several percent, so each run is a
+process of its own, and the table gives the median, least and largest run. Peak memory is the
+largest resident set of a process per method.
 
-The floor: EFlat-LoRA's extra work beyond LoRA's is one pass over the factors and gradients,
-O((n + m) r^2) multiply-adds per pair, beside the O(n m) per token of the layer itself; Flat-LoRA
-and LoRA-SAM take a second gradient. EFlat-LoRA's extra memory: the moving average in float32, and
-B + average, kept from a layer's forward pass to its backward pass.
+The floor: EFlat-LoRA adds one pass over the factors and gradients, O((n + m) r^2) multiply-adds per
+pair, to the O(n m) per token of the layer; Flat-LoRA and LoRA-SAM take a second gradient.
+EFlat-LoRA also keeps the moving average in float32, and B + average from a layer's forward to its
+backward pass.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CONFIG = FinetuneConfig(train_size=1000, test_size=100)
 
 
 def stepper(task, name, batches):
-    """A function that takes one training step of a method on batch number i."""
+    """Return a function that takes one training step of a method on batch number i."""
     method = METHODS[name]
     config = replace(CONFIG, **method.settings)
     model, optimizer = comparison.build(config, task, method.builder, 0, BUILDERS)
@@ -65,14 +65,14 @@ def first_batches(task, count):
 
 
 def measure(methods, steps):
-    """Median ratio of each method's step to LoRA's, and LoRA's median seconds."""
+    """Measure the median ratio of each method's step to LoRA's, and LoRA's median seconds."""
     task = comparison.prepare(CONFIG)
     batches = first_batches(task, 8)
     step_of = {method: stepper(task, method, batches) for method in methods}
     seconds = {method: [] for method in methods}
-    # The first rounds warm up, and leave a gradient of every example.
+    # The first rounds warm up and store a gradient of every example.
     for i in range(-len(batches), steps):
-        # A different one starts each round: none always runs with a cache warmed by the same.
+        # Rotate the order, so that no method always follows the same one.
         turn = i % len(methods)
         for method in methods[turn:] + methods[:turn]:
             start = time.perf_counter()
@@ -89,20 +89,20 @@ def measure(methods, steps):
 
 
 def in_a_process(*arguments):
-    """What this script's last line says when it is called so."""
+    """Run this script with these arguments; return the JSON of its last line."""
     command = [sys.executable, "-m", "bench.training.step", *arguments]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
 def peak_memory(method):
-    """MiB of the largest resident set of a process that takes some steps of `method`."""
+    """Return the largest resident set, in MiB, of a process that takes some steps of `method`."""
     task = comparison.prepare(CONFIG)
     batches = first_batches(task, 8)
     step = stepper(task, method, batches)
     for i in range(8):
         step(i)
-    # Not getrusage's maximum, which a new process takes over from its parent.
+    # Not getrusage's maximum, which a new process inherits from its parent.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
