@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -43,16 +41,8 @@ def test_pages_and_scripts_belong_together():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_of_pages_names_what_exists(page):
-    """Pages show the gist; their scripts are what is run."""
+def test_links_and_tests_of_pages_exist(page):
     text = page.read_text(encoding="utf-8")
-    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
-        tree = ast.parse(textwrap.dedent(block))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("eflat_ext"):
-                for name in (alias.name for alias in node.names):
-                    if not hasattr(importlib.import_module(node.module), name):
-                        importlib.import_module(f"{node.module}.{name}")
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (page.parent / link).exists(), link
     for test in re.findall(r"test_\w+\.py", text):
