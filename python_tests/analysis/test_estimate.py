@@ -1,4 +1,4 @@
-"""The estimates of the full-space gradient against the paper's equations, materialised."""
+"""Estimates of the full-space gradient equal the paper's equations with (n, m) matrices."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from eflat_ext import reference
 from eflat_ext.analysis.estimate import ESTIMATES, estimate_quality, mean_over_layers
 
 
-def test_estimates_are_the_papers():
+def test_estimates_equal_the_papers_equations():
     model = trained_mlp()
     layers, gradient = gradient_of(model)
     rows = estimate_quality(model, loss_of, DATA, rtols=[None, 0.3])
@@ -41,7 +41,7 @@ def test_estimates_are_the_papers():
             assert own["mean"].top_share == pytest.approx(float(share), rel=1e-9)
 
 
-def test_at_its_start_lora_knows_the_row_space_alone():
+def test_at_b_zero_only_the_row_space_of_a_is_estimated():
     rows = estimate_quality(lora_mlp(), loss_of, DATA)
     own = {row.estimate: row for row in rows if row.layer == "up"}
     assert own["term B"].cosine == 0 and own["term B"].norm_ratio == 0

@@ -1,4 +1,4 @@
-"""Eigenvalues and traces against the dense Hessian and against another library."""
+"""Eigenvalues and traces equal those of the dense Hessian and of another library."""
 
 import copy
 import importlib.util
@@ -24,7 +24,7 @@ needs_library = pytest.mark.skipif(
 @needs_library
 @pytest.mark.parametrize("product", ["exact", "finite-difference"])
 @pytest.mark.parametrize("space", ["full", "lora"])
-def test_eigenvalues_and_trace_against_the_dense_hessian(space, product):
+def test_eigenvalues_and_trace_equal_the_dense_hessians(space, product):
     model = trained_mlp()
     if space == "full":
         W, loss = merged(model)
@@ -66,7 +66,7 @@ def test_eigenvalues_and_trace_against_the_dense_hessian(space, product):
 
 @needs_library
 def test_eigenvalues_of_a_model_with_fused_attention():
-    """In float32, where the finite difference has to live with rounding."""
+    """In float32, both products agree up to the rounding of the finite difference."""
     model = lora_bert()
     tokens = torch.randint(1, 40, (8, 9))
 
@@ -82,7 +82,7 @@ def test_eigenvalues_of_a_model_with_fused_attention():
 
 
 @needs_library
-def test_the_hessian_against_curvlinops():
+def test_eigenvalues_equal_those_of_curvlinops():
     curvlinops = pytest.importorskip("curvlinops")
     from scipy.sparse.linalg import eigsh
 
@@ -104,7 +104,7 @@ def test_the_hessian_against_curvlinops():
 
 @needs_library
 @pytest.mark.parametrize("space", ["full", "lora"])
-def test_a_loss_that_is_not_finite_has_no_spectrum(space):
+def test_a_loss_that_is_not_finite_gives_nan(space):
     model = trained_mlp()
     found = hessian(model, lambda *_: torch.tensor(math.inf), DATA, space=space, eigenvalues=2)
     numbers = [*found.eigenvalues, *found.residuals, found.trace, found.trace_standard_error]

@@ -1,4 +1,4 @@
-"""Slices of the loss against the loss of a model whose weights were written, and the figure."""
+"""Slices equal the losses of a model with the shifts written into its weights; figures."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ DATA = batches(2)
 
 
 def random_model(seed, rank=4):
-    """A model with random factors and a head of its own, on the base weights of seed 0."""
+    """Return a model with random factors and its own head, on the base weights of seed 0."""
     model = lora_mlp(r=rank, lora_alpha=2 * rank)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def random_model(seed, rank=4):
 
 
 def loss_at(model, shifts):
-    """The loss of a copy whose base weights have the shifts written into them."""
+    """Return the loss of a copy with the shifts written into its base weights."""
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for name, D in shifts.items():
@@ -52,7 +52,7 @@ def loss_at(model, shifts):
     return mean_loss(moved, loss_of, DATA)
 
 
-def test_slices_are_losses_at_written_weights():
+def test_slices_equal_losses_at_written_weights():
     model = random_model(1)
     layers = adapted_layers(model)
     first, second = random_direction(layers, 3), random_direction(layers, 4)
@@ -72,7 +72,7 @@ def test_slices_are_losses_at_written_weights():
     assert_same_bits(weights(model), before)
 
 
-def test_random_directions_have_the_rows_norms_and_a_seed():
+def test_random_directions_have_the_norms_of_rows_and_follow_the_seed():
     model = random_model(1)
     layers = adapted_layers(model)
     one, same, other = (random_direction(layers, seed) for seed in (5, 5, 6))
@@ -83,7 +83,7 @@ def test_random_directions_have_the_rows_norms_and_a_seed():
         assert not torch.equal(D, other[layer.name]())
 
 
-def test_a_step_along_an_eigenvector_rises_by_its_eigenvalue():
+def test_the_loss_along_an_eigenvector_rises_by_its_eigenvalue():
     hessian = pytest.importorskip("eflat_ext.hessian")
     pytest.importorskip("hessian_eigenthings")
     model = random_model(2)
@@ -98,7 +98,7 @@ def test_a_step_along_an_eigenvector_rises_by_its_eigenvalue():
     assert (low + high - 2 * middle) / x**2 == pytest.approx(value, rel=1e-3)
 
 
-def test_a_line_joins_two_models_of_other_rank_and_head():
+def test_a_line_joins_models_that_differ_in_rank_and_head():
     model, other = random_model(1), random_model(2, rank=3)
     before, theirs = weights(model), weights(other)
     ends = line(model, other, loss_of, DATA, [0.0, 1.0])
@@ -107,7 +107,7 @@ def test_a_line_joins_two_models_of_other_rank_and_head():
     assert ends[0] != pytest.approx(ends[1], rel=1e-3)
     assert_same_bits(weights(model), before)
     assert_same_bits(weights(other), theirs)
-    # Half way, all that was trained is half way.
+    # At x = 0.5 everything that was trained is halfway between the models.
     plain, goal = (copy.deepcopy(m).merge_and_unload() for m in (model, other))
     with torch.no_grad():
         for p, q in zip(plain.parameters(), goal.parameters(), strict=True):
@@ -116,7 +116,7 @@ def test_a_line_joins_two_models_of_other_rank_and_head():
     assert half == pytest.approx([mean_loss(plain, loss_of, DATA)], rel=1e-10)
 
 
-def test_a_line_joins_the_statistics_of_batch_norms_too():
+def test_a_line_interpolates_the_statistics_of_batch_norm():
     class Normed(Mlp):
         def __init__(self):
             super().__init__()
@@ -136,8 +136,8 @@ def test_a_line_joins_the_statistics_of_batch_norms_too():
     assert_same_bits(other.state_dict(), theirs)
 
 
-def test_a_line_of_models_whose_optimizers_are_in_the_middle_of_a_step():
-    """Between clean weights, which are left behind, also of layers that the line has not."""
+def test_a_line_in_the_middle_of_an_optimizer_step_joins_clean_weights():
+    """The weights are clean afterwards, too, also those of layers that the line leaves out."""
     models = [random_model(seed) for seed in (1, 2)]
     optimizers = [create_eflat_optimizer(m, torch.optim.SGD, lr=0.1, rho=0.5) for m in models]
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -163,10 +163,10 @@ def with_classes(count):
     return get_peft_model(Other(), lora).double()
 
 
-def test_models_that_no_line_joins():
+def test_models_that_differ_otherwise_are_refused():
     with pytest.raises(ValueError, match="same layers"):
         line(lora_mlp(), lora_mlp(target_modules=["up"]), loss_of, DATA, [0.0])
-    # One of a single class would be broadcast.
+    # A head with one class would be broadcast.
     for count in (1, 2, 5):
         model, other = lora_mlp(), with_classes(count)
         before = weights(model)
@@ -187,7 +187,9 @@ def test_models_that_no_line_joins():
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 @pytest.mark.parametrize("directions", ["random", "hessian", "line"])
 @pytest.mark.parametrize("dimensions", [1, 2])
-def test_figures(tmp_path, directions, dimensions, suffix):
+def test_the_command_draws_figures_and_writes_their_numbers(
+    tmp_path, directions, dimensions, suffix
+):
     if (directions, dimensions) == ("line", 2):
         pytest.skip("a line has one dimension")
     path = tmp_path / f"figure.{suffix}"

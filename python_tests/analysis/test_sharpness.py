@@ -1,4 +1,4 @@
-"""Sharpness against brute force: models small enough to hold the Hessian and to search the ball."""
+"""Sharpness equals brute force, on models small enough to hold the Hessian and search the ball."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ from eflat_ext.analysis.sharpness import average_case, transferred_direction, wo
 
 
 @pytest.mark.parametrize("memory", [1, 2**30], ids=["one layer a pass", "all in one pass"])
-def test_the_gradient_is_that_of_the_merged_weights(memory):
+def test_the_gradient_equals_that_of_the_merged_weights(memory):
     model = trained_mlp()
     layers = adapted_layers(model)
     passes = []
@@ -44,7 +44,7 @@ def test_the_gradient_is_that_of_the_merged_weights(memory):
 
 
 @pytest.mark.parametrize("kind", lora_layers.KINDS)
-def test_every_kind_of_layer(kind):
+def test_gradient_weight_and_shift_are_right_for_every_kind_of_layer(kind):
     model = lora_layers.lora_around(kind, seed=3)
     batch = lora_layers.batch_of(model)
 
@@ -62,7 +62,7 @@ def test_every_kind_of_layer(kind):
     delta = lora.get_delta_weight("default")
     W = lora_layers.weight_matrix(lora, base.weight + delta)
     torch.testing.assert_close(layer.weight(), W, **close)
-    # A shift of the weight is a shift of the output, as if it had been written into the weight.
+    # The shift changes the loss as if it had been written into the weight.
     D = torch.randn(layer.shape, dtype=torch.float64)
     if getattr(base, "padding_idx", None) is not None:
         D[:, base.padding_idx] = 0
@@ -74,7 +74,7 @@ def test_every_kind_of_layer(kind):
 
 
 def test_factor_gradients_are_projections_of_the_gradient():
-    """G_A = s B^T G_W and G_B = s G_W A^T, in models with attention and transposed weights too."""
+    """G_A = s B^T G_W and G_B = s G_W A^T, also with attention and transposed weights."""
     tokens = torch.randint(1, 40, (6, 9))
     cases = [
         (lora_bert(), lambda model, x: model(x).logits.square().mean()),
@@ -110,7 +110,7 @@ def test_shifts_are_not_rounded_to_bfloat16_weights():
 
 
 def ascent(loss, W, rho, steps=400):
-    """The largest loss that projected gradient ascent finds in the ball, from several starts."""
+    """Return the largest loss in the ball by projected gradient ascent from several starts."""
     best = -math.inf
     gradient = torch.autograd.functional.jacobian(loss, W)
     for start in (gradient, -gradient, *torch.randn(3, *W.shape, dtype=W.dtype)):
@@ -125,7 +125,7 @@ def ascent(loss, W, rho, steps=400):
 
 
 @pytest.mark.parametrize("rho", [0.01, 0.1])
-def test_worst_case_against_a_search_of_the_ball(rho):
+def test_worst_case_is_within_its_bound_of_a_search_of_the_ball(rho):
     model = trained_mlp()
     W, loss = merged(model)
     found = worst_case(model, loss_of, DATA, rho, norm_scope="global")
@@ -135,15 +135,15 @@ def test_worst_case_against_a_search_of_the_ball(rho):
     stated = rho**2 * float(values[-1] - values[0]) / 2
     assert 0 < found <= best * (1 + 1e-6)
     assert best - found <= stated * 1.1
-    # It is the rise at that very point.
+    # It is the rise at exactly that point.
     g = torch.autograd.functional.jacobian(loss, W)
     assert found == pytest.approx(float(loss(W + rho * g / g.norm()) - loss(W)), rel=1e-8)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("radius", ["absolute", "layer", "filter"])
-def test_radii_are_what_they_are_said_to_be(scope, radius):
-    """No point of the same ball, however it is scaled, is worse to first order."""
+def test_no_point_of_a_ball_is_worse_to_first_order_for_any_radius(scope, radius):
+    """For every unit of the radius and both norm scopes."""
     model = trained_mlp()
     layers, gradient = gradient_of(model)
     rho = 1e-4
@@ -165,7 +165,7 @@ def test_radii_are_what_they_are_said_to_be(scope, radius):
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("onto", ["A", "B"])
-def test_the_transfer_is_the_papers(scope, onto):
+def test_the_transfer_equals_the_papers(scope, onto):
     model = trained_mlp()
     layers, gradient = gradient_of(model)
     pairs = [layer.pairs[0] for layer in layers]
@@ -183,7 +183,7 @@ def test_the_transfer_is_the_papers(scope, onto):
     assert found == pytest.approx(mean_loss(model, loss_of, DATA) - clean, rel=1e-6)
 
 
-def test_the_transfer_in_layer_radii():
+def test_the_transfer_scales_with_layer_radii():
     model = trained_mlp()
     layers = adapted_layers(model)
     plain = transferred_direction(model, loss_of, DATA, layers)
@@ -193,11 +193,11 @@ def test_the_transfer_in_layer_radii():
         torch.testing.assert_close(scaled[layer.name](), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_random_noise_rises_by_the_trace():
+def test_the_average_case_rises_by_the_trace():
     model = trained_mlp()
     W, loss = merged(model)
     trace = float(torch.autograd.functional.hessian(loss, W).trace())
-    rho = 0.01  # small enough for the slope to drown the curvature, but for opposite pairs
+    rho = 0.01  # so small that without opposite pairs the slope would hide the curvature
     found = average_case(model, loss_of, DATA, rho, samples=100, norm_scope="global", seed=5)
     expected = rho**2 * trace / (2 * W.numel())
     assert abs(found.mean - expected) < 4 * found.standard_error + 0.02 * abs(expected)
@@ -209,7 +209,7 @@ def test_random_noise_rises_by_the_trace():
     )
 
 
-def test_nothing_is_left_behind():
+def test_weights_modes_gradients_and_hooks_are_left_as_they_were():
     model = trained_mlp()
     model.train()
     model.base_model.model.head.eval()
@@ -250,7 +250,7 @@ INSTRUMENTS = {
 @pytest.mark.parametrize("instrument", INSTRUMENTS.values(), ids=INSTRUMENTS)
 @pytest.mark.parametrize("method", CREATE)
 def test_clean_weights_are_measured_in_the_middle_of_a_step(method, instrument):
-    """And the step is the same, bit for bit."""
+    """The step afterwards has the same bits as without measuring."""
 
     def trained(measuring):
         model = lora_mlp()
@@ -263,7 +263,7 @@ def test_clean_weights_are_measured_in_the_middle_of_a_step(method, instrument):
             optimizer.first_step()
             loss_of(model, DATA[0]).backward()
         assert_same_bits(weights(model), clean)
-        # In training mode, as the model is, it computes at the perturbed weights.
+        # The model is in training mode: its own passes are perturbed.
         assert abs(float(loss_of(model, DATA[0])) - mean_loss(model, loss_of, DATA[:1])) > 1e-3
         if measuring:
             assert instrument(model) == expected
@@ -273,7 +273,7 @@ def test_clean_weights_are_measured_in_the_middle_of_a_step(method, instrument):
     assert_same_bits(trained(True), trained(False))
 
 
-def test_zero_and_broken_gradients():
+def test_zero_gradients_rise_by_nothing_and_nan_losses_give_nan():
     model = trained_mlp()
 
     def constant(model, batch):
@@ -292,7 +292,7 @@ def test_zero_and_broken_gradients():
         assert all(math.isnan(row.cosine) for row in estimate_quality(model, loss_fn, DATA))
 
 
-def test_a_model_without_lora_by_names():
+def test_layers_of_a_model_without_lora_are_found_by_name():
     model = trained_mlp()
     plain = copy.deepcopy(model).merge_and_unload()
     whole = worst_case(plain, loss_of, DATA, 0.1, layers=["up", "down"])
@@ -300,7 +300,7 @@ def test_a_model_without_lora_by_names():
     assert worst_case(model, loss_of, DATA, 0.1, layers=["up"]) < whole
 
 
-# --- what goes wrong ---------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------
 
 WRONG = [
     ({"rho": -0.1}, ValueError, "rho"),
@@ -350,8 +350,8 @@ def test_other_wrong_arguments_are_named():
 
 
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
-def test_quantised_bases(kind):
-    """A shift of a quantised weight is that of its dequantised copy."""
+def test_quantised_bases_are_measured_as_their_dequantised_copies(kind):
+    """A shift has the effect that it has on the dequantised copy."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     options = {"Linear4bit": {"quant_type": "nf4"}, "Linear8bitLt": {"has_fp16_weights": False}}

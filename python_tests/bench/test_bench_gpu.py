@@ -1,4 +1,4 @@
-"""The benches that no experiment runs go through all of their motions, with tiny shapes."""
+"""bench.kernels.gpu and the benchmarks of optimizer steps run on the CPU, with tiny shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_everything_on_the_cpu(tmp_path):
+def test_the_command_runs_on_the_cpu(tmp_path):
     file, picture = tmp_path / "numbers.json", tmp_path / "picture.svg"
     command = ["--device", "cpu", "--tiny", "--no-build", "--json", str(file)]
     done = run(*command, "--plot", str(picture))
@@ -50,14 +50,14 @@ def test_everything_on_the_cpu(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_says_what_is_missing():
+def test_what_is_missing_is_named():
     done = run("--no-build")
     assert done.returncode == 2 and "torch finds no CUDA device" in done.stderr
     done = run("--draw", "numbers.json")
     assert done.returncode == 2 and "--draw needs --plot" in done.stderr
 
 
-def test_build_is_from_source_against_the_installed_torch(monkeypatch):
+def test_the_build_is_from_source_against_the_installed_torch(monkeypatch):
     calls = []
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **rest: calls.append(command))
     gpu.build()
@@ -116,7 +116,7 @@ def test_slow_contenders_are_timed_by_shape():
     assert not gpu.peer_seconds(on_cpu, lambda *pair: None, pairs)["by_shape"]
 
 
-def test_sizes_of_the_cases():
+def test_cases_have_the_sizes_of_their_models():
     by_name = {(case.name, case.rank): case for case in cases.CASES}
     llama = by_name["Llama-2-7B, all linear", 16]
     assert llama.count == 224

@@ -1,4 +1,4 @@
-"""kernels/kernel_table.py: what it reads out of nvcc's words, and the occupancy it computes."""
+"""bench.kernels.kernel_table parses nvcc's output and computes occupancy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ptxas info    : Function properties for _Z6calledv
 """
 
 
-def test_usage():
+def test_usage_is_parsed_by_kernel():
     found = kernels.parse_usage(USAGE, "90")
     assert list(found) == ["_Z4fastIfLi16EEvPT_", "_Z4slowPf"]
     fast, slow = found.values()
@@ -79,7 +79,7 @@ PTX = """\
 """
 
 
-def test_launch_bounds_and_dynamic_shared_memory():
+def test_launch_bounds_and_dynamic_shared_memory_are_parsed():
     assert kernels.parse_ptx(PTX) == {
         "_Z1aPf": (256, True),
         "_Z1bv": (128, False),
@@ -113,7 +113,7 @@ _Z1aPf:
 """
 
 
-def test_instructions():
+def test_instructions_are_counted_by_kernel():
     counts = kernels.count_instructions(SASS)
     nonzero = {name: {k: v for k, v in row.items() if v} for name, row in counts.items()}
     assert nonzero == {
@@ -125,7 +125,7 @@ def test_instructions():
     }
 
 
-def test_names():
+def test_names_are_demangled_without_parameters():
     for demangled, short in [
         ("eflat::cuda::apply_kernel(eflat::cuda::Tables, eflat::Update)", "apply_kernel"),
         ("void eflat::cuda::fused<float, 16>(eflat::cuda::Tables)", "fused<float, 16>"),
@@ -156,7 +156,9 @@ def test_names():
         (120, 32, 128, 100 * 1024, 0, 0, "shared"),
     ],
 )
-def test_occupancy(arch, registers, threads, shared, barriers, blocks, limit):
+def test_occupancy_has_the_expected_limits(
+    arch, registers, threads, shared, barriers, blocks, limit
+):
     assert kernels.blocks_per_multiprocessor(arch, registers, threads, shared, barriers) == (
         blocks,
         limit,
@@ -228,7 +230,7 @@ def test_occupancy_is_that_of_the_toolkits_own_header(tmp_path):
 
 
 @needs_nvcc
-def test_table_of_the_kernels(tmp_path):
+def test_the_command_prints_the_table_and_fails_on_spills(tmp_path):
     command = [sys.executable, "-m", "bench.kernels.kernel_table", "--arch", "90", "--allow-spills"]
     nvdisasm = kernels.find_nvdisasm(NVCC)
     command += ["--sass"] if nvdisasm else []

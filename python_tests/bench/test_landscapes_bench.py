@@ -1,4 +1,4 @@
-"""What experiments/landscapes.py promises: slices around an experiment's runs, and their figure."""
+"""bench.experiments.landscapes: slices around an experiment's runs, and their figure."""
 
 import pytest
 import yaml
@@ -43,7 +43,7 @@ def test_slices_around_a_run_of_the_experiment(tmp_path, monkeypatch):
             assert row["loss"] == pytest.approx(expected, rel=1e-5)
     assert len({row["loss"] for row in rows if row["x"] == 1}) == 2 * landscapes.DIRECTIONS
 
-    # As a file holds them, they are the same figure every time.
+    # Rows of a file give the same figure every time.
     csv_rows.write(tmp_path / "rows.csv", rows)
     for name in ("one.svg", "two.svg"):
         landscapes.draw_figure(csv_rows.read(tmp_path / "rows.csv"), tmp_path / name)

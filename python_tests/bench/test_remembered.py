@@ -1,4 +1,4 @@
-"""What methods/remembered.py and experiments/batch_rise.py promise, example by example."""
+"""bench.methods.remembered and bench.experiments.batch_rise, example by example."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ RHO = 0.3
 
 @pytest.fixture
 def model(tmp_path):
-    """A classifier with adapters whose B is not zero, without dropout."""
+    """Return a classifier with adapters whose B is not zero, without dropout."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -36,7 +36,7 @@ def model(tmp_path):
 
 
 def batch(*numbers):
-    """Examples of different lengths by their numbers; padding is token 0."""
+    """Return a batch of examples of different lengths by their numbers; padding is token 0."""
     rows = [[2 + (7 * n + k) % 80 for k in range(3 + n % 5)] for n in numbers]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}, torch.tensor(numbers) % 2
@@ -58,7 +58,7 @@ def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def test_examples_are_known_without_their_padding():
+def test_examples_are_identified_without_padding():
     assert examples_of(batch(1, 4)[0]) == [*examples_of(batch(1)[0]), *examples_of(batch(4)[0])]
 
 
@@ -72,7 +72,7 @@ def test_each_examples_gradient_is_its_own(model):
         torch.testing.assert_close(row, flat(f.grad for f in factors(model)) / 3)
 
 
-def test_a_step_is_perturbed_along_what_its_examples_left(model):
+def test_a_step_is_perturbed_along_its_examples_last_gradients(model):
     twin = copy.deepcopy(model)
     sizes = [f.numel() for f in factors(model)]
     optimizer = RememberedLoRASAM(model, rho=RHO, lr=0.01, weight_decay=0.0)
@@ -120,7 +120,7 @@ def test_a_second_pass_within_a_step_starts_from_clean_weights(model):
     optimizer.step(lambda: backward(model, [1, 2]))
     first, again, other = (model(**batch(*n)[0]).logits for n in ([1, 2], [1, 2], [3, 4]))
     assert torch.equal(first, again)
-    # Nothing is known of the others: they run at the clean weights.
+    # The others have no stored gradient: they run at the clean weights.
     assert torch.equal(other, model.eval()(**batch(3, 4)[0]).logits)
     assert not torch.equal(first, model(**batch(1, 2)[0]).logits)
 
@@ -165,7 +165,7 @@ def test_rises_of_a_batch_along_other_gradients(tmp_path, monkeypatch):
     rows = list(batch_rise.rows_of(32, 0, config))
     assert [row["step"] for row in rows[:: len(batch_rise.DIRECTIONS)]] == [4, 8, 12, 16, 20, 24]
     remembered = [row for row in rows if row["direction"] == "remembered"]
-    # Nothing is left of anything in the first epoch.
+    # In the first epoch no gradient is stored.
     assert remembered[0]["rise"] == 0 and all(row["rise"] != 0 for row in remembered[1:])
     assert list(batch_rise.rows_of(32, 0, config)) == rows
     # Close to the weights no direction of this radius rises faster than the batch's own.

@@ -1,4 +1,4 @@
-"""What bench/report promises: the numbers of the CSV files, tested and put into words."""
+"""bench.report: means, tests and verdicts of the CSV files, the report and README's tables."""
 
 import csv
 import json
@@ -74,7 +74,7 @@ def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     write(folder / "grid.csv", make_rows())
-    write(folder / "other.csv", [{"layer": "up", "cosine": "0.5"}])  # no experiment's
+    write(folder / "other.csv", [{"layer": "up", "cosine": "0.5"}])  # of no experiment
     return folder
 
 
@@ -84,7 +84,7 @@ def task(results):
     return task
 
 
-def test_means_and_standard_errors(task):
+def test_means_and_standard_errors_are_over_seeds(task):
     estimate = task.estimate("lora", "accuracy")
     assert estimate.mean == pytest.approx(0.71)
     assert estimate.error == pytest.approx(math.sqrt(0.001 / 4 / 5))
@@ -128,7 +128,7 @@ def test_tasks_that_were_tuned_count_once_together(results, task):
     write(results / "untuned.csv", [r | {"task": "un"} for r in more if r["stage"] == "final"])
     tasks = summary.load(results)
     assert [t.is_tuned() for t in tasks] == [True, True, True, False]
-    assert set(summary.pooled(tasks[:2], "accuracy")) == set()  # of two tasks nothing is said
+    assert set(summary.pooled(tasks[:2], "accuracy")) == set()  # two tasks are too few
     found = summary.pooled(tasks[:3], "accuracy")
     assert set(found) == {"eflat"}
     own = [a - b for a, b in zip(ACCURACY["eflat"], ACCURACY["lora"], strict=True)]
@@ -194,7 +194,7 @@ def test_pairing_is_by_seed_not_by_order(results):
         assert again[method].p == pytest.approx(comparison.p)
 
 
-def test_holm_on_a_textbook_case():
+def test_holm_equals_a_textbook_case():
     assert summary.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert summary.holm([0.9, 0.8]) == [1.0, 1.0]
     assert summary.holm([]) == []
@@ -218,7 +218,7 @@ def test_equal_figures_tie_and_one_seed_is_not_tested(results):
     assert "70.00" in report.report(summary.load(results))
 
 
-def test_cost_correlation_and_choice(task):
+def test_ratio_correlation_and_choice_are_computed(task):
     assert task.ratio("eflat", "peak_memory_mib") == 1.0
     r, low, high, count = task.correlation("sharpness_worst", "gap")
     assert low < r < high and count == 20 and r > 0.9
@@ -232,7 +232,7 @@ def test_cost_correlation_and_choice(task):
     ]
 
 
-def test_a_run_that_was_tried_again_counts_once(results):
+def test_a_repeated_run_counts_once(results):
     rows = make_rows()
     failed = [r for r in rows if r["status"] == "failed"]
     good = row("final", "flat", 5, {"rho": 0.5}, accuracy=0.7, loss=0.8, train_loss=0.25)
@@ -331,7 +331,7 @@ def test_correlations_within_methods_leave_out_what_sets_methods_apart():
     assert math.atanh(high) - math.atanh(low) == pytest.approx(2 * 1.959964 / math.sqrt(18 - 2 - 3))
 
 
-def test_words_may_be_tuned_as_numbers_are(results):
+def test_strings_may_be_tuned_as_numbers_are(results):
     rows = make_rows()
     for r in rows:
         r["tuned"] = json.dumps({"onto": "A", **json.loads(r["tuned"])})
@@ -373,7 +373,7 @@ def test_the_report_is_up_to_date():
     report.main(ROOT / "bench/results", check=True)
 
 
-def test_tables_of_the_readme_are_renewed_from_the_files():
+def test_tables_of_the_readme_are_made_from_the_files():
     readme = readme_tables.README.read_text(encoding="utf-8")
     names = re.findall(r"<!-- table: (\w+) -->", readme)
     assert set(names) == {*readme_tables.TABLES, "end"} and names.count("end") == len(names) // 2

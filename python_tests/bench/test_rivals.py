@@ -1,4 +1,4 @@
-"""What bench/methods/rivals.py promises: the steps of their papers, computed here in the open."""
+"""bench.methods.rivals take the steps of their papers, computed here independently."""
 
 import csv
 import math
@@ -44,14 +44,14 @@ def flat(pairs):
 
 
 def mlp(weights, biases, head, x):
-    """The forward pass of models.Mlp with these full weights of its first two layers."""
+    """Run the forward pass of models.Mlp with these full weights of its first two layers."""
     hidden = torch.tanh(x @ weights[0].T + biases[0])
     hidden = torch.tanh(hidden @ weights[1].T + biases[1])
     return hidden @ head[0].T + head[1]
 
 
 def parts_of(model):
-    """Copies that require gradients: factors by pair, the head; and the biases."""
+    """Return copies that require gradients: factors by pair, the head, and the biases."""
     pairs = find_pairs(model)
     factors = [[f.detach().clone().requires_grad_() for f in (p.A, p.B)] for p in pairs]
     head = [p.detach().clone().requires_grad_() for n, p in model.named_parameters() if "head" in n]
@@ -200,7 +200,7 @@ def test_bi_loras_auxiliary_adapter_is_no_part_of_the_model():
     assert (model.train()(x) - mlp(weights, biases, head, x)).abs().max() > 1e-3
 
 
-def test_they_run_as_methods_of_an_experiment(tmp_path):
+def test_rivals_run_as_methods_of_an_experiment(tmp_path):
     content = {
         "settings": {
             "model": save_tiny_model(tmp_path / "model"),

@@ -1,4 +1,4 @@
-"""What methods/variants.py promises: perturbations of the full weight, computed in the open."""
+"""bench.methods.variants: perturbations of the full weight, computed here independently."""
 
 import copy
 from functools import partial
@@ -31,7 +31,7 @@ def batch(seed):
 
 
 def make(carrier, seed, **options):
-    """A model whose base weights have gradients, too, and its optimizer."""
+    """Return a model whose base weights have gradients, too, and its optimizer."""
     model = lora_mlp(seed=seed)
     options = {"rho": 0.3, "norm_scope": "layer", **LR, **options}
     optimizer = FullSpaceEFlat(model, carrier, **options)
@@ -41,7 +41,7 @@ def make(carrier, seed, **options):
 
 
 def step(model, optimizer, seed):
-    """One step; factors, their gradients and the true gradients of the weights, where taken."""
+    """Step; return factors, their gradients and the true gradients of the weights at the point."""
     seen = []
 
     def closure():
@@ -207,7 +207,7 @@ def test_full_sam_steps_with_the_gradient_at_the_worst_point_of_its_batch(scope)
         expected = torch.autograd.grad(loss_of(), trained)
         for w, old in zip(weights, clean, strict=True):
             w.copy_(old)
-        # The reference's own passes went through the hooks, too.
+        # The reference's passes went through the hooks, too.
         for carrier in optimizer.carriers:
             carrier.clear()
         calls = []

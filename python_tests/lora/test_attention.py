@@ -1,4 +1,4 @@
-"""PEFT's attention modules, whose forward passes merge and unmerge, against the reference."""
+"""Attention modules of PEFT, whose forward passes merge and unmerge, equal the reference."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def batch() -> Tensor:
 
 
 def loss_at(model: nn.Module, x: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The loss by an attention module without LoRA that carries PEFT's weights.
+    """Return the loss of an attention module without LoRA that has PEFT's weights.
 
     PEFT 0.21 adds the delta of ``out_proj`` twice and takes its derivative once.
     """
@@ -127,21 +127,21 @@ def test_eflat_lora(onto: str, base: type[torch.optim.Optimizer]) -> None:
 
 
 def merged_by(model: nn.Module) -> dict[str, Any]:
-    """Whoever merges: PEFT's model, the module, and its output projection by itself."""
+    """Merge by PEFT's model, by the module, or by its output projection alone."""
     layer = model.base_model.model.attention
     return {"model": model.base_model, "layer": layer, "inner": layer.base_layer.out_proj}
 
 
 def base_weights(model: nn.Module) -> list[Tensor]:
-    """Those that merging changes."""
+    """Return the weights that merging changes."""
     base = model.base_model.model.attention.base_layer
     return [t.detach().clone() for t in (base.in_proj_weight, base.out_proj.base_layer.weight)]
 
 
 @pytest.mark.parametrize("who", ["model", "layer", "inner"])
 @pytest.mark.parametrize("method", CREATE)
-def test_whoever_merges_finds_clean_weights(method: str, who: str) -> None:
-    """Its own forward pass merges perturbed ones meanwhile."""
+def test_merging_finds_clean_weights(method: str, who: str) -> None:
+    """The layer's own forward pass merges perturbed weights meanwhile."""
     model = lora_attention()
     optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
 

@@ -24,7 +24,7 @@ def batch() -> Tensor:
 
 
 def slices(layer: Any, A: Tensor, B: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-    """One expert's part of two tensors shaped like the parameters, as PEFT lays them out."""
+    """Return one expert's part of two tensors with the parameters' shapes, in PEFT's layout."""
     return (
         A.detach().reshape(layer.num_experts, -1, A.shape[1])[expert].clone(),
         B.detach().reshape(len(B), -1, layer.num_experts)[:, :, expert].clone(),
@@ -106,7 +106,7 @@ def test_eflat_lora(onto: str, base: type[torch.optim.Optimizer], norm_scope: st
 
 
 @pytest.mark.parametrize("onto", ["A", "B", "both"])
-def test_two_gradients(onto: str) -> None:
+def test_two_gradients_of_experts_equal_the_reference(onto: str) -> None:
     model = lora_experts()
     method, options = ("lora-sam", {}) if onto == "both" else ("flat", {"onto": onto})
     optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=RHO, **options)
@@ -132,7 +132,7 @@ def test_two_gradients(onto: str) -> None:
 
 
 @pytest.mark.parametrize("onto", ["A", "B", "both"])
-def test_resume_and_merge(onto: str) -> None:
+def test_experts_resume_and_merge_clean(onto: str) -> None:
     options = {"lr": 0.05, "rho": RHO, "beta": BETA, "onto": onto}
     model = lora_experts()
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, **options)
@@ -183,7 +183,7 @@ def test_an_expert_without_gradient_keeps_its_average(onto: str) -> None:
 
 @pytest.mark.parametrize("onto", ["A", "B", "both"])
 def test_fused_steps_of_the_linear_layers_alone(onto: str) -> None:
-    """Experts without any gradient at a step leave the others to the fused operator."""
+    """If no expert has a gradient, the other layers' step is fused."""
     runs = []
     for fused_step in (True, False):
         torch.manual_seed(0)
@@ -213,7 +213,7 @@ def test_fused_steps_of_the_linear_layers_alone(onto: str) -> None:
 @pytest.mark.proves("LoRA layers", "a mixture of experts of transformers")
 @pytest.mark.parametrize("method", CREATE)
 def test_a_mixture_of_experts_of_transformers(method: str) -> None:
-    """Experts that no token went to are skipped; the others move, the model learns."""
+    """Experts without tokens are skipped, the others move, and the model learns."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     if int(transformers.__version__.split(".")[0]) < 5:

@@ -1,4 +1,4 @@
-"""Each kind of PEFT's LoRA layers against the reference: gradients, perturbation, life cycle."""
+"""Every kind of LoRA layer equals the reference: gradients, perturbation, life cycle."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def target(pair: Any, onto: str) -> Tensor:
 
 
 def delta(pair: Any) -> Tensor:
-    """Return what PEFT adds to the layer's weight for the adapter, as a matrix."""
+    """Return PEFT's delta of the layer's weight for the adapter, as a matrix."""
     with torch.no_grad():
         return weight_matrix(pair.layer, pair.layer.get_delta_weight(pair.adapter))
 
@@ -65,7 +65,7 @@ def test_factors_are_those_of_the_weight(kind: str) -> None:
 @pytest.mark.parametrize("onto", ["A", "B"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_eflat_lora(kind: str, onto: str, base: type[torch.optim.Optimizer]) -> None:
-    """Weights, averages and what is saved, over three steps."""
+    """Weights, averages and saved files over three steps."""
     model = lora_around(kind)
     optimizer = create_eflat_optimizer(model, base, lr=0.05, rho=RHO, beta=BETA, onto=onto)
     (pair,) = optimizer.pairs
@@ -164,7 +164,7 @@ def test_lora_sam_moves_both_factors(kind: str) -> None:
 @pytest.mark.parametrize("onto", ["A", "B", "both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_merge_and_resume(kind: str, onto: str) -> None:
-    """The state has the parameters' shapes, resumes bit for bit; merging finds clean weights."""
+    """The state has the parameters' shapes and resumes bit for bit; merging finds clean weights."""
     options = {"lr": 0.05, "rho": RHO, "beta": BETA, "onto": onto}
     model = lora_around(kind)
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, **options)
@@ -223,7 +223,7 @@ def test_options_of_other_layers(kind: str, config: dict[str, Any], onto: str) -
 
 
 def _step_as_the_reference(model: nn.Module, onto: str) -> Any:
-    """AdamW steps, fused after the first."""
+    """Take AdamW steps, fused after the first, and compare with the reference."""
     optimizer = create_eflat_optimizer(
         model, torch.optim.AdamW, lr=0.05, rho=RHO, beta=BETA, onto=onto
     )
@@ -233,7 +233,7 @@ def _step_as_the_reference(model: nn.Module, onto: str) -> Any:
 
 @pytest.mark.parametrize("frozen", ["A", "B"])
 @pytest.mark.parametrize("kind", ["conv2d", "embedding"])
-def test_one_factor_of_another_layer_frozen(kind: str, frozen: str) -> None:
+def test_a_frozen_factor_of_another_layer_leaves_the_other_term(kind: str, frozen: str) -> None:
     model = lora_around(kind)
     (pair,) = find_pairs(model)
     target(pair, frozen).requires_grad_(False)
@@ -272,8 +272,8 @@ def test_two_adapters_and_one_deleted(kind: str, onto: str) -> None:
 
 @pytest.mark.parametrize("method", CREATE)
 @pytest.mark.parametrize("kind", ["conv2d", "conv3d"])
-def test_channels_last(kind: str, method: str) -> None:
-    """Kernels whose memory is in another order give the same steps."""
+def test_channels_last_kernels_give_the_same_steps(kind: str, method: str) -> None:
+    """Kernels whose memory is in another order."""
     formats = {"conv2d": torch.channels_last, "conv3d": torch.channels_last_3d}
     models = [lora_around(kind), lora_around(kind).to(memory_format=formats[kind])]
     assert not find_pairs(models[1])[0].parameter_A.is_contiguous()
@@ -298,7 +298,7 @@ def test_channels_last(kind: str, method: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["conv2d", "embedding"])
-def test_other_dtypes(kind: str, dtype: torch.dtype) -> None:
+def test_layers_of_other_dtypes_equal_the_reference(kind: str, dtype: torch.dtype) -> None:
     model, exact = lora_around(kind).to(dtype), lora_around(kind)
     exact.load_state_dict(model.state_dict())
     x = batch_of(model)

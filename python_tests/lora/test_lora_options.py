@@ -1,4 +1,4 @@
-"""PEFT's initialisations, LoRA+ parameter groups and options, with EFlat-LoRA as they are."""
+"""PEFT's initialisations, LoRA+ parameter groups and other options work with EFlat-LoRA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eflat_ext.optim.eflat import EFlatLoRA, create_eflat_optimizer
 @pytest.mark.proves("LoRA layers", "LoRA+ parameter groups")
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_lora_plus_groups(ratio: float) -> None:
-    """A and B in groups of other learning rates: each factor moves by its own group's."""
+    """A and B are in groups of different learning rates; each moves by its own."""
     model, plain = lora_mlp(), lora_mlp()
     optimizer, unperturbed = (
         create_loraplus_optimizer(
@@ -96,8 +96,8 @@ def test_eva() -> None:
     step_as_the_reference(optimizer, lambda step: loss_of(model, data[step]))
 
 
-def test_mica_on_an_embedding() -> None:
-    """B is frozen there and holds singular vectors, A starts at zero and carries the average."""
+def test_mica_on_an_embedding_perturbs_a() -> None:
+    """B is frozen and holds singular vectors, A starts at zero and has the average."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = lora_around("embedding", init_lora_weights="mica")
@@ -111,7 +111,7 @@ def test_mica_on_an_embedding() -> None:
 @pytest.mark.proves("LoRA layers", "LoRA-FA (A frozen)")
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
 def test_lora_fa(kind: str) -> None:
-    """PEFT's LoRA-FA freezes A and projects B's gradient in its step: averages as ever."""
+    """PEFT's LoRA-FA freezes A and projects B's gradient in its step."""
     from peft.optimizers import create_lorafa_optimizer
 
     model = lora_around(kind)
@@ -140,7 +140,7 @@ def test_lora_bias_is_trained_unperturbed(kind: str) -> None:
     optimizer.step()
     assert isinstance(bias, nn.Parameter) and bias.any() and bias not in optimizer.points()
     with at_points(optimizer):
-        other = copy.deepcopy(model)  # runs as it is, with this bias
+        other = copy.deepcopy(model)  # runs unperturbed, with this bias
     assert torch.equal(model(x), other(x)) and not torch.equal(model(x), copy.deepcopy(model)(x))
     again = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=RHO, beta=BETA)
     step_as_the_reference(again, lambda _: model(batch_of(model)), steps=2)

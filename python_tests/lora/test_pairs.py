@@ -1,4 +1,4 @@
-"""Layer discovery on PEFT's own layers: every pair, live, and a name for everything else."""
+"""Every pair of PEFT's layers is found, with its current values; other layers are named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UP, DOWN = "base_model.model.up", "base_model.model.down"
 
 
 class Zoo(nn.Module):
-    """Layers whose LoRA is no plain pair, and one whose is."""
+    """Layers whose LoRA is not a plain pair, and one whose LoRA is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def names(pairs: list[LoraPair]) -> list[str]:
 
 
 def step_twice(model: nn.Module, onto: str = "B") -> tuple[object, dict[str, Tensor]]:
-    """Two EFlat-LoRA steps; the averages they must give by the reference, from live gradients."""
+    """Take two EFlat-LoRA steps; return the reference's averages for the same gradients."""
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, rho=0.1, beta=0.5, onto=onto)
     expected = {name: torch.zeros_like(a) for name, a in optimizer.averages.items()}
     for batch in batches(2):
@@ -60,7 +60,7 @@ def step_twice(model: nn.Module, onto: str = "B") -> tuple[object, dict[str, Ten
     return optimizer, expected
 
 
-def test_pairs_in_module_order() -> None:
+def test_pairs_are_in_module_order() -> None:
     up, down = find_pairs(lora_mlp())
     assert (up.layer_name, up.adapter, up.name) == (UP, "default", f"{UP}.default")
     assert (up.A.shape, up.B.shape, up.scaling) == ((4, 12), (16, 4), 2.0)
@@ -129,8 +129,8 @@ def test_a_layer_scaled_by_zero_is_left_out(onto: str) -> None:
 
 
 @pytest.mark.parametrize("onto", ["A", "B"])
-def test_one_factor_frozen(onto: str) -> None:
-    """LoRA-FA and its mirror image: the other factor's term alone."""
+def test_a_frozen_factor_leaves_the_other_term(onto: str) -> None:
+    """As with LoRA-FA, for A and for B."""
     model = lora_mlp()
     torch.manual_seed(3)
     for pair in find_pairs(model):
@@ -145,7 +145,7 @@ def test_one_factor_frozen(onto: str) -> None:
 
 @pytest.mark.parametrize("frozen", ["A", "B"])
 def test_onto_both_takes_pairs_that_have_both(frozen: str) -> None:
-    """A factor that is frozen, or another pair's already, leaves its pair unperturbed."""
+    """A pair with a frozen factor, or with one of another pair, is not perturbed."""
     model = lora_mlp()
     first, second = find_pairs(model)
     second.parameter(frozen).requires_grad_(False)
@@ -285,20 +285,20 @@ def test_a_shared_factor_is_perturbed_once() -> None:
     average, point = optimizer.averages[first.name], optimizer.points()[first.B]
     assert average.any() and same_bits(point, first.B.detach() + average)
     with at_points(optimizer):
-        others = copy.deepcopy([model.base_model.model.up, twin])  # run as they are
+        others = copy.deepcopy([model.base_model.model.up, twin])  # run unperturbed
     x = batches(1)[0][0]
     for layer, other in zip((model.base_model.model.up, twin), others, strict=True):
         assert same_bits(layer(x), other(x))
 
 
-def test_a_fan_in_fan_out_layer() -> None:
+def test_factors_of_a_fan_in_fan_out_layer_are_not_transposed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pairs = find_pairs(lora_gpt2(target_modules=["c_attn"]))
     assert {(pair.A.shape, pair.B.shape) for pair in pairs} == {((4, 16), (48, 4))}
 
 
-def test_models_without_pairs() -> None:
+def test_models_without_pairs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model must be a PEFT model .* got Linear"):
         find_pairs(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):

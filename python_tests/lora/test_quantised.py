@@ -1,4 +1,4 @@
-"""LoRA on bases that bitsandbytes and torchao quantised: the methods need nothing of the base."""
+"""LoRA on bases quantised by bitsandbytes and torchao: the methods never read the base."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def test_torchao(folder: Path, base: str, method: str) -> None:
     check(folder, base, method)
 
 
-def test_pairs_that_get_no_gradient_from_torchao(folder: Path) -> None:
-    """Dynamic activations pass none on to the layers below: those stay as they are."""
+def test_pairs_that_get_no_gradient_from_torchao_are_not_perturbed(folder: Path) -> None:
+    """Dynamic activations pass no gradient to the layers below."""
     model = quantised_lora(folder, "torchao int8, dynamic activations")
     optimizer = METHODS["eflat fused"](model, torch.optim.AdamW, lr=LR)
     before = [factors(pair) for pair in optimizer.pairs]
@@ -122,16 +122,18 @@ def test_pairs_that_get_no_gradient_from_torchao(folder: Path) -> None:
     assert moved == ["down_proj"]
 
 
-def test_dora_on_four_bits(folder: Path) -> None:
+def test_dora_on_four_bits_equals_the_reference(folder: Path) -> None:
     check(folder, "nf4", "eflat", use_dora=True)
 
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
 @every_method
-def test_bfloat16(folder: Path, adapter: torch.dtype, method: str) -> None:
-    """Everything but the 4-bit weights in bfloat16, the adapter as PEFT makes it or bfloat16, too.
+def test_bfloat16_adapters_have_float32_averages(
+    folder: Path, adapter: torch.dtype, method: str
+) -> None:
+    """All but the 4-bit weights is bfloat16; the adapter is bfloat16, too, or as PEFT creates it.
 
-    Averages stay float32 and as exact; the point and the step are rounded to the adapter's type.
+    Averages are as exact as in float32; point and step are rounded to the adapter's dtype.
     """
     model = quantised_lora(
         folder,
@@ -160,7 +162,7 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
 
 
 def points(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """The LoRA weights where the next gradients will be taken."""
+    """Return the LoRA weights at which the next gradients will be taken."""
     with at_points(optimizer):
         return lora_only(weights(model))
 
@@ -168,7 +170,7 @@ def points(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 def accumulated(
     folder: Path, base: str, method: str, **config: Any
 ) -> tuple[nn.Module, Any, dict[str, Tensor]]:
-    """In the middle of the third step: the model, its optimizer, its LoRA weights."""
+    """Return model, optimizer and LoRA weights in the middle of the third step."""
     model = quantised_lora(folder, base, **config)
     optimizer = METHODS[method](model, torch.optim.AdamW, lr=LR)
     train(model, optimizer, range(2))
@@ -183,7 +185,7 @@ def accumulated(
 
 
 def with_lora(folder: Path, base: str, lora: dict[str, Tensor]) -> nn.Module:
-    """A new model on the same base, without an optimizer."""
+    """Return a new model on the same base, without an optimizer."""
     model = quantised_lora(folder, base)
     model.load_state_dict(lora, strict=False)
     assert_same_bits(lora_only(weights(model)), lora)
@@ -209,14 +211,14 @@ def test_saved_adapters_are_clean(folder: Path, base: str, method: str, tmp_path
     copied = copy.deepcopy(model)
     assert_same_bits(lora_only(copied.state_dict()), clean)
     assert_same_bits(logits(copied), logits(with_lora(folder, base, clean)))
-    assert_same_bits(points(model, optimizer), point)  # saving left the model alone
+    assert_same_bits(points(model, optimizer), point)  # saving changed nothing in the model
 
 
 @pytest.mark.proves("Quantised bases", "evaluates and generates clean in the middle of a step")
 @pytest.mark.parametrize("base", [*FOUR_BITS, *EIGHT_BITS, *TORCHAO])
 @pytest.mark.parametrize("method", ["eflat fused", "flat"])
 def test_evaluation_between_micro_batches(folder: Path, base: str, method: str) -> None:
-    """And the second half of the accumulated gradient belongs to the point of the first."""
+    """The second half of the accumulated gradient belongs to the point of the first."""
     results = []
     for evaluated in (False, True):
         model, optimizer, clean = accumulated(folder, base, method)
@@ -266,7 +268,7 @@ def test_merged_weights_are_clean(folder: Path, base: str, method: str) -> None:
 @pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_trainer(folder: Path, options: dict[str, Any], tmp_path: Path) -> None:
-    """4 bits, a paged 8-bit optimizer, gradient checkpointing, accumulation, clipping."""
+    """With 4 bits, a paged 8-bit optimizer, gradient checkpointing, accumulation and clipping."""
     settings = {
         "optim": "paged_adamw_8bit",
         "gradient_checkpointing": True,
@@ -353,7 +355,7 @@ INSTRUMENTS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 @pytest.mark.parametrize("instrument", INSTRUMENTS)
 def test_instruments_measure_the_clean_model(folder: Path, base: str, instrument: str) -> None:
-    """In the middle of a step and after it, with the optimizer alive."""
+    """Within a step and after it, while the optimizer exists."""
     if instrument == "hessian":
         pytest.importorskip("hessian_eigenthings")
 
@@ -371,8 +373,8 @@ def test_instruments_measure_the_clean_model(folder: Path, base: str, instrument
 
 
 @pytest.mark.parametrize("name", ["Linear4bit", "LinearNF4", "LinearFP4"])
-def test_four_bits_alone_stay_in_training_mode(name: str) -> None:
-    """Which keeps bitsandbytes from laying weights out anew; PEFT's layers have the same name."""
+def test_only_four_bit_layers_stay_in_training_mode(name: str) -> None:
+    """This keeps bitsandbytes from repacking weights; PEFT's layers have the same class name."""
     import bitsandbytes
 
     layer = getattr(bitsandbytes.nn, name)(64, 32).to("cpu")
@@ -385,8 +387,8 @@ def test_four_bits_alone_stay_in_training_mode(name: str) -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_loading_an_adapter_in_the_middle_of_a_step(folder: Path) -> None:
-    """Those are the weights that passes are perturbed from then on."""
+def test_an_adapter_loaded_within_a_step_is_perturbed_from_then_on(folder: Path) -> None:
+    """Passes are perturbed around the loaded weights."""
     model, optimizer, clean = accumulated(folder, "nf4", "eflat fused")
     new = {name: value + 1 for name, value in get_peft_model_state_dict(model).items()}
     set_peft_model_state_dict(model, new)

@@ -1,4 +1,4 @@
-"""The optimizers in accelerate's loop: accumulation, clipping, mixed precision, saved states."""
+"""The optimizers in Accelerate's loop: accumulation, clipping, mixed precision, saved states."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plain_loop(
 
 
 def accelerated_loop(engine: Any, model: nn.Module, optimizer: Any, steps: Iterable[int]) -> None:
-    """With a scaler, the loss of some steps is too large for fp16."""
+    """Train; with a scaler, the loss of some steps is too large for fp16."""
     for step in steps:
         overflows = engine.scaler is not None and step in OVERFLOWING
         before = everything(model, optimizer) if overflows else {}
@@ -66,7 +66,7 @@ def accelerated_loop(engine: Any, model: nn.Module, optimizer: Any, steps: Itera
 
 
 def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Clean weights, averages and counter."""
+    """Return copies of the clean weights, the averages and the counter."""
     own = optimizer.optimizer
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     saved |= {f"average {name}": value.clone() for name, value in own.averages.items()}
@@ -89,7 +89,7 @@ def autocast() -> AbstractContextManager:
 )
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_equals_the_plain_loop(precision: str) -> None:
-    """accumulate and clip_grad_norm_, under autocast too: the plain loop's bits."""
+    """With accumulate and clip_grad_norm_, under autocast too, the bits are the same."""
     plain, own = adapted()
     plain_loop(plain, own, range(6), autocast if precision == "bf16" else nullcontext)
     engine, model, optimizer = prepared(precision)
@@ -122,7 +122,7 @@ def test_two_gradients_with_a_closure(create: Any) -> None:
 )
 @pytest.mark.parametrize("fused", [True, False])
 def test_fp16_with_overflows(fused: bool) -> None:
-    """Skipped steps touch nothing; the others are the float32 run's, up to fp16 rounding."""
+    """Skipped steps change nothing; the others are the float32 run's, up to fp16 rounding."""
     engine, model, optimizer = prepared("fp16", fused_step=fused)
     start = weights(model)
     accelerated_loop(engine, model, optimizer, range(10))  # looks at the skipped steps
@@ -162,7 +162,7 @@ def test_two_gradients_in_fp16(create: Any) -> None:
         assert engine.optimizer_step_was_skipped == (step in OVERFLOWING)
         if step in OVERFLOWING:
             assert_same_bits(dict(model.state_dict()), before)
-    optimizer.zero_grad()  # of a step that might have been skipped
+    optimizer.zero_grad()  # of a step that may have been skipped
     plain = lora_mlp(torch.float32)
     kept = [DATA[step] for step in range(10) if step not in OVERFLOWING]
     train_on(plain, create(plain, torch.optim.AdamW, lr=1e-2), kept)
@@ -200,7 +200,7 @@ def test_saved_state_resumes_bit_exact(precision: str, fused: bool, tmp_path: Pa
 
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
 def test_a_base_that_was_prepared_already_is_refused(create: Any) -> None:
-    """It would skip the steps of micro-batches, of which the wrapper around it knows nothing."""
+    """It would skip the steps of micro-batches without the wrapper around it."""
     model = lora_mlp(torch.float32)
     base = accelerator().prepare(torch.optim.SGD(trainable(model), lr=0.1))
     with pytest.raises(

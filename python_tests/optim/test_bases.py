@@ -1,4 +1,4 @@
-"""Base optimizers of other packages, and wrappers that copy an optimizer's attributes."""
+"""Base optimizers of other packages, and wrappers that forward an optimizer's attributes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from eflat_ext import EFlatLoRA, EFlatPerturbation, create_eflat_optimizer
 @pytest.mark.parametrize("rho", [0.0, RHO])
 @pytest.mark.parametrize("package", ["schedulefree", "pytorch_optimizer"])
 def test_schedule_free_bases(package: str, rho: float) -> None:
-    """At rho 0 as the base alone, bit for bit; else the gradients are those at the point."""
+    """At rho 0 the bits are the base's; else gradients are those of the perturbed point."""
     name = "AdamWScheduleFree" if package == "schedulefree" else "ScheduleFreeAdamW"
     base = getattr(importlib.import_module(package), name)
     model, other = lora_mlp(), lora_mlp()
@@ -72,7 +72,7 @@ def test_sam_classes_are_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["Lookahead", "Magma"])
-def test_bases_with_a_state_dict_of_their_own(wrapper: str) -> None:
+def test_bases_with_a_state_dict_of_their_own_resume(wrapper: str) -> None:
     cls = getattr(pytorch_optimizer, wrapper)
 
     def make(model: nn.Module) -> Any:
@@ -136,7 +136,7 @@ def test_hooks_of_all_optimizers_run_once_a_step(fused: bool) -> None:
 
 
 def wrapped(optimizer: Any) -> Any:
-    """Reads are forwarded, since attributes are copied; writes are not."""
+    """Return a wrapper that forwards reads of attributes and not writes."""
 
     class Wrapper:
         def __init__(self, inner: Any) -> None:
@@ -153,7 +153,7 @@ def wrapped(optimizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", CREATE)
-def test_wrappers_that_forward_reads_and_not_writes(method: str) -> None:
+def test_wrappers_that_forward_reads_and_not_writes_step_as_without(method: str) -> None:
     runs = []
     for wrap in (lambda o: o, wrapped):
         model = lora_mlp()

@@ -1,4 +1,4 @@
-"""A plain loop with autocast to float16 and a gradient scaler, some steps of which overflow."""
+"""A plain loop with autocast to float16 and a gradient scaler, in which some steps overflow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS = {
 
 
 class Run:
-    """A model in training, with what its steps did; ``how`` None is a plain float32 loop."""
+    """A training run and a record of its steps; ``how`` None is a plain float32 loop."""
 
     def __init__(self, method: str, how: str | None) -> None:
         name, options = METHODS[method]
@@ -67,14 +67,14 @@ class Run:
         self.scaler.update()
         if self.how is not None:
             assert (self.scaler.get_scale() < scale) == overflows
-        if overflows:  # nothing has changed, whatever runs next
+        if overflows:  # nothing has changed
             assert_same_bits(self.everything(), before)
             self.optimizer.zero_grad()
             for parameter, point in self.optimizer.points().items() if self.two else ():
                 assert same_bits(point, parameter)
 
     def everything(self) -> dict[str, Tensor]:
-        """What a checkpoint of now would hold."""
+        """Return what a checkpoint would hold now."""
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         averages = getattr(self.optimizer, "averages", {})
         state |= {f"average {name}": value.clone() for name, value in averages.items()}

@@ -1,4 +1,4 @@
-"""EFlatLoRA with the fused operator: the same steps as without, taken where it applies only."""
+"""EFlatLoRA's fused operator takes the steps of the unfused path, and only where it applies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RTOL = 1e-5  # as in test_trajectories.py
 
 
 class FusedSteps(TorchDispatchMode):
-    """Counts calls of the operators within."""
+    """Count calls of the fused operator and of the unfused one within the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ def run(
     prepare: Callable[[nn.Module, EFlatLoRA], None] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, EFlatLoRA, int]:
-    """A model after some steps, its optimizer, and how many of them were fused."""
+    """Return a model after some steps, its optimizer, and the number of fused steps."""
     model = lora_mlp(dtype)
     options = {"lr": 1e-2, "rho": 0.1, "beta": 0.7, "rtol": RTOL, **options}
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, fused_step=fused_step, **options)
     data = batches(steps, dtype)
-    train_on(model, optimizer, data[:1])  # in which AdamW makes its state
+    train_on(model, optimizer, data[:1])  # in which AdamW creates its state
     if prepare is not None:
         prepare(model, optimizer)
     fused, unfused = counted(model, optimizer, data[1:])
@@ -75,7 +75,7 @@ def run(
 
 
 def difference(one: tuple[nn.Module, EFlatLoRA, int], other: tuple[nn.Module, EFlatLoRA, int]):
-    """Largest relative difference between two runs' weights and averages."""
+    """Return the largest relative difference between two runs' weights and averages."""
     of_averages = [
         float((x - y).norm() / y.norm())
         for x, y in zip(one[1].averages.values(), other[1].averages.values(), strict=True)
@@ -88,17 +88,19 @@ def difference(one: tuple[nn.Module, EFlatLoRA, int], other: tuple[nn.Module, EF
 @pytest.mark.parametrize(
     "adamw", [{"weight_decay": 0.0}, {"foreach": True}, {"foreach": False}, {"fused": True}]
 )
-def test_trajectories_agree(adamw: dict[str, Any], onto: str, norm_scope: str) -> None:
-    """With each of AdamW's implementations."""
+def test_fused_and_unfused_trajectories_agree(
+    adamw: dict[str, Any], onto: str, norm_scope: str
+) -> None:
+    """With every implementation of AdamW."""
     options = {"onto": onto, "norm_scope": norm_scope, "weight_decay": 0.1, **adamw}
     fused, unfused = run(True, **options), run(False, **options)
-    assert (fused[2], unfused[2]) == (STEPS - 1, 0)  # so these are two paths, if their bits agree
+    assert (fused[2], unfused[2]) == (STEPS - 1, 0)  # so equal bits would still be two paths
     # The factor that bounds an average onto A is a float32 number.
     assert difference(fused, unfused) <= (1e-7 if onto == "A" else 1e-9)
 
 
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
-def test_trajectories_in_float32(onto: str) -> None:
+def test_fused_and_unfused_trajectories_agree_in_float32(onto: str) -> None:
     options = {"dtype": torch.float32, "onto": onto, "rtol": 1e-3, "lr": 1e-3}
     fused, unfused = run(True, **options), run(False, **options)
     assert fused[2] == STEPS - 1
@@ -114,8 +116,8 @@ def test_bfloat16_is_trained_with_float32_arithmetic() -> None:
 
 
 @pytest.mark.parametrize("on_base", [False, True])
-def test_groups_and_a_schedule(on_base: bool) -> None:
-    """Rates of LoRA+, a group without decay, and a schedule of rates and betas: it wraps step."""
+def test_groups_and_schedules_of_rates_and_betas_are_followed(on_base: bool) -> None:
+    """Rates of LoRA+, a group without decay, and a scheduler, which wraps ``step``."""
 
     def go(fused_step: bool) -> tuple[nn.Module, EFlatLoRA, int]:
         model = lora_mlp()
@@ -145,7 +147,7 @@ def test_groups_and_a_schedule(on_base: bool) -> None:
 
 
 class OwnAdamW(torch.optim.AdamW):
-    """Somebody's own."""
+    """A user's subclass."""
 
 
 def in_every_group(**changed: Any) -> Callable[[nn.Module, EFlatLoRA], None]:
@@ -166,7 +168,7 @@ def switch_off(model: nn.Module, optimizer: EFlatLoRA) -> None:
 
 
 def share_step(model: nn.Module, optimizer: EFlatLoRA) -> None:
-    """It counts every factor's step then, as it does in AdamW."""
+    """Share one step tensor among all factors, which each of them raises, as in AdamW."""
     one, other = optimizer.pairs[0].A, optimizer.pairs[1].B
     optimizer.state[one]["step"] = optimizer.state[other]["step"]
 
@@ -202,7 +204,7 @@ def change_state(name: str, change: Callable[[Tensor], Tensor]) -> Callable[...,
     ids=lambda item: item[0],
 )
 def test_the_unfused_path_is_taken(prepare: tuple[str, Callable | None]) -> None:
-    """And its bits are those of an optimizer that never fuses."""
+    """The bits are those of an optimizer that never fuses."""
     name, change = prepare
     options = {"amsgrad": True} if name == "amsgrad" else {}
     one, other = (run(fused, steps=4, prepare=change, **options) for fused in (True, False))
@@ -247,11 +249,11 @@ def test_factors_that_are_not_contiguous_take_the_unfused_path() -> None:
     assert counted(model, optimizer, batches(3)) == (0, 3)
 
 
-# What else a step does.
+# Other parts of a step.
 
 
 def test_other_parameters_and_pairs_left_out_are_stepped_too() -> None:
-    """The head, and a pair whose scaling is zero: it has gradients from elsewhere, no average."""
+    """The head, and a pair whose scaling is zero, with gradients from elsewhere and no average."""
     runs = []
     for fused_step in (True, False):
         model = lora_mlp()
@@ -280,9 +282,9 @@ def test_other_parameters_and_pairs_left_out_are_stepped_too() -> None:
 
 @pytest.mark.parametrize("of_all_optimizers", [False, True])
 def test_step_hooks_see_every_gradient(of_all_optimizers: bool) -> None:
-    """Hooks of the base's step, which keep it whole, and hooks of all optimizers' steps.
+    """Hooks of the base's step prevent fusing; hooks of all optimizers' steps do not.
 
-    The latter run once, around the step of the whole, and leave it fused.
+    The latter run once, around the whole step.
     """
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=0.01)
@@ -313,7 +315,7 @@ def test_step_hooks_see_every_gradient(of_all_optimizers: bool) -> None:
 @pytest.mark.parametrize("modules_to_save", [["head"], None])
 @pytest.mark.parametrize("fused_step", [True, False])
 def test_a_step_is_one_step_in_the_profile(fused_step: bool, modules_to_save: list | None) -> None:
-    """As for hooks of all optimizers' steps, the base's step is a part of it."""
+    """The base's step is a part of it, not one of its own."""
     model = lora_mlp(modules_to_save=modules_to_save)
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=0.01, fused_step=fused_step)
     train_on(model, optimizer, batches(1))
@@ -327,8 +329,8 @@ def test_a_step_is_one_step_in_the_profile(fused_step: bool, modules_to_save: li
 
 @pytest.mark.parametrize("gradients", ["perturbed", "perturbed, then evaluated", "clean"])
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
-def test_a_step_is_one_of_the_base_and_leaves_the_gradients(onto: str, gradients: str) -> None:
-    """It starts from the weights as they are, which no pass has written."""
+def test_a_step_equals_one_of_the_base_and_leaves_the_gradients(onto: str, gradients: str) -> None:
+    """It starts from the current weights, which no pass has written."""
     runs = []
     for fused_step in (True, False):
         model = lora_mlp()
@@ -366,7 +368,7 @@ def test_a_step_is_one_of_the_base_and_leaves_the_gradients(onto: str, gradients
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["operator", "base"])
-def test_an_exception_within_a_step(
+def test_training_goes_on_after_an_exception_within_a_step(
     where: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer, _ = run(True, steps=3, rho=1.0)

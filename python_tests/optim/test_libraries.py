@@ -1,4 +1,4 @@
-"""The optimizers inside other people's loops: accumulation, gradient scaler, compile."""
+"""The optimizers with accumulation, gradient scaler, clipping, compile and checkpointing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def overflowing(step: int) -> bool:
 
 
 def scaled_run(create: Callable, steps: int = 8) -> tuple[nn.Module, Any, list[int]]:
-    """A loop with a gradient scaler in which the gradients of some steps overflow."""
+    """Train with a gradient scaler; the gradients of some steps overflow."""
     model = lora_mlp(torch.float32)
     optimizer = create(model, torch.optim.AdamW, lr=1e-2, rho=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
@@ -90,8 +90,8 @@ def scaled_run(create: Callable, steps: int = 8) -> tuple[nn.Module, Any, list[i
 
 
 @pytest.mark.parametrize("create", [create_eflat_optimizer, *TWO_GRADIENTS])
-def test_gradient_scaler_with_overflows(create: Callable) -> None:
-    """The steps that are left equal a run without scaler over those batches alone."""
+def test_steps_that_overflow_are_as_if_left_out(create: Callable) -> None:
+    """The other steps equal a run without scaler over their batches alone."""
     model, optimizer, skipped = scaled_run(create)
     assert skipped == [0, 3, 4]
     assert int(optimizer.skipped_perturbations) == 0
@@ -122,7 +122,7 @@ def test_gradient_clipping_leaves_the_perturbation_alone() -> None:
 @pytest.mark.proves("Plain loops", "`torch.compile` of the model, in one graph")
 @pytest.mark.parametrize("onto", ["A", "B", "both"])
 def test_compiled_model_equals_eager(onto: str) -> None:
-    """Radius schedule, accumulation and evaluation; never a graph break, no recompilation."""
+    """With a radius schedule, accumulation and evaluation; no graph break, no recompilation."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     results = []
@@ -152,7 +152,7 @@ def test_compiled_model_equals_eager(onto: str) -> None:
 
 
 class Blocks(nn.Module):
-    """Two blocks of one layer each, whose activations are kept or computed again."""
+    """Two blocks of one layer each, whose activations are kept or recomputed."""
 
     def __init__(self, checkpointing: bool) -> None:
         super().__init__()

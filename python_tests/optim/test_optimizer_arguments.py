@@ -1,4 +1,4 @@
-"""What the optimizers refuse, by name, and leave nothing behind of."""
+"""Arguments that the optimizers refuse are named, and a refusal leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ UP, DOWN = "base_model.model.up.default", "base_model.model.down.default"
 
 
 class SomeSAM(torch.optim.SGD):
-    """Named as those are that perturb the weights themselves."""
+    """A class named like optimizers that perturb the weights themselves."""
 
 
 class TwoSteps(torch.optim.SGD):
-    """Has a method of theirs."""
+    """A class with a method of theirs."""
 
     def first_step(self) -> None: ...
 
 
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
-def test_bad_arguments(create: Callable) -> None:
+def test_bad_arguments_are_named_and_leave_nothing_behind(create: Callable) -> None:
     model = lora_mlp()
     for rho in (-1.0, math.nan, math.inf):
         for bad in (rho, lambda step, rho=rho: rho):
@@ -64,8 +64,8 @@ def test_bad_arguments(create: Callable) -> None:
 
 
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
-def test_one_that_could_not_be_made_perturbs_nothing(create: Callable) -> None:
-    """Its exception keeps it alive, as a notebook keeps the last one."""
+def test_an_optimizer_whose_constructor_raised_perturbs_nothing(create: Callable) -> None:
+    """The exception keeps it alive, as a notebook keeps the last one."""
     model = lora_mlp()
     head = [p for name, p in model.named_parameters() if "modules_to_save" in name]
     with pytest.raises(ValueError, match="optimizer must train LoRA factors") as held:
@@ -78,7 +78,7 @@ def test_one_that_could_not_be_made_perturbs_nothing(create: Callable) -> None:
 
 
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
-def test_bad_models(create: Callable) -> None:
+def test_bad_models_are_named(create: Callable) -> None:
     with pytest.raises(TypeError, match=r"optimizer_cls must .* got an instance of SGD"):
         create(lora_mlp(), torch.optim.SGD(lora_mlp().parameters(), lr=0.1))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
@@ -104,7 +104,7 @@ def test_options_cannot_be_changed_later(create: Callable) -> None:
     "bad", [{"onto": "C"}, *({"rtol": rtol} for rtol in (0.0, 1.0, math.nan, "x", [1e-3]))]
 )
 @pytest.mark.parametrize("create", [create_eflat_optimizer, create_flat_optimizer])
-def test_bad_arguments_of_the_transfer(create: Callable, bad: dict[str, object]) -> None:
+def test_bad_arguments_of_the_transfer_are_named(create: Callable, bad: dict[str, object]) -> None:
     error = TypeError if bad.get("rtol") in ("x", [1e-3]) else ValueError
     with pytest.raises(error, match=f"{next(iter(bad))} must .* got"):
         create(lora_mlp(), torch.optim.SGD, lr=0.1, **bad)
@@ -122,7 +122,7 @@ def test_factors_that_the_operators_do_not_take_are_named(create: Callable) -> N
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, 1.1, math.nan, "x", None])
-def test_bad_beta(beta: object) -> None:
+def test_a_bad_beta_is_named(beta: object) -> None:
     error = TypeError if beta in ("x", None) else ValueError
     with pytest.raises(error, match=r"beta must be .* got"):
         create_eflat_optimizer(lora_mlp(), torch.optim.SGD, lr=0.1, beta=beta)

@@ -1,4 +1,4 @@
-"""The optimizers as optimizers: groups, hooks, arguments, counters, schedules of rho."""
+"""The optimizers are torch optimizers: groups, hooks, counters, schedules of rho."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train(
 
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
 class TestAnyMethod:
-    """What holds for all three."""
+    """Properties of all three methods."""
 
     def test_is_an_optimizer_over_all_trainable_parameters(self, create: Callable) -> None:
         model = lora_mlp()
@@ -122,7 +122,7 @@ class TestAnyMethod:
         assert calls == ["pre", "post", "post"]
 
     def test_groups_given_by_the_user(self, create: Callable) -> None:
-        """LoRA+ rates, no-decay groups, named parameters."""
+        """Rates of LoRA+, groups without decay, named parameters."""
         model = lora_mlp(lora_bias=True)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         names_B = [n for n, _ in named if n.endswith("lora_B.default.weight")]
@@ -170,8 +170,10 @@ class TestAnyMethod:
 
     @pytest.mark.parametrize("first", CREATE.values(), ids=CREATE)
     @pytest.mark.parametrize("how", ["takes over", "removed", "dead"])
-    def test_one_optimizer_after_another(self, create: Callable, first: Callable, how: str) -> None:
-        """A second one takes over, which was refused before; so nothing needs remove_hooks."""
+    def test_a_second_optimizer_takes_over(
+        self, create: Callable, first: Callable, how: str
+    ) -> None:
+        """``remove_hooks`` is not needed."""
         runs = []
         for before in (True, False):
             model = lora_mlp()
@@ -271,7 +273,7 @@ def test_rho_follows_a_schedule_of_completed_steps() -> None:
     base = torch.optim.SGD(trainable(plain), lr=0.1)
     train(model, optimizer, 3)
     train(plain, base, 3)
-    # Warming up without a perturbation is plain LoRA, bit for bit.
+    # Steps at rho 0 are those of plain LoRA, bit for bit.
     assert_same_bits(weights(model), weights(plain))
     assert all(not average.any() for average in optimizer.averages.values())
     train(model, optimizer, 1, skip=3)
@@ -290,7 +292,7 @@ def test_rho_follows_a_schedule_of_completed_steps() -> None:
 
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_a_schedule_of_rho_may_end_with_the_last_step(onto: str) -> None:
-    """It is asked for the steps there are, and one more step raises before anything has moved."""
+    """It is called once for each step; one more step raises before any weight has changed."""
     radii = [0.1, 0.2, 0.3]
     options = {"lr": 0.1, "onto": onto, "rho": radii.__getitem__}
     model = lora_mlp()
@@ -337,7 +339,7 @@ def test_average_is_the_moving_average_of_perturbations() -> None:
 
 @pytest.mark.proves("Plain loops", "an evaluation between backward and step changes nothing")
 def test_an_evaluation_before_the_step_makes_no_difference() -> None:
-    """E is computed from the factors where the gradients were taken, whatever ran since."""
+    """E is computed from the factors at which the gradients were taken."""
     runs = []
     for evaluated in (False, True):
         model = lora_mlp()
@@ -375,7 +377,7 @@ def test_the_head_is_trained_but_not_perturbed() -> None:
     train(model, optimizer)
     heads = [m.base_model.model.head.modules_to_save["default"] for m in (model, lora_mlp())]
     assert not same_bits(heads[0].weight, heads[1].weight)
-    perturbed, batch = copy.deepcopy(model), batches(1)[0]  # a copy runs as it is
+    perturbed, batch = copy.deepcopy(model), batches(1)[0]  # passes of a copy are not perturbed
     clean = loss_of(perturbed, batch)
     with torch.no_grad():
         for B, average in zip(lora_weights(perturbed), optimizer.averages.values(), strict=True):
@@ -385,11 +387,11 @@ def test_the_head_is_trained_but_not_perturbed() -> None:
 
 
 def test_memory_is_one_tensor_per_target() -> None:
-    """The average, or what Flat-LoRA adds; there is no clean copy of weights any more."""
+    """It is the average, or Flat-LoRA's perturbation; there is no copy of the weights."""
 
     def bytes_held(make: Callable) -> int:
         gc.collect()
-        others = tensors()  # kept, so that no address is used again
+        others = tensors()  # kept, so that no address is reused
         before = {t.untyped_storage().data_ptr() for t in others}
         model = lora_mlp(torch.float32)
         optimizer = make(model)

@@ -1,4 +1,4 @@
-"""Passes that enter by other methods than ``forward``, or are computed again in a backward pass."""
+"""Passes by other methods than ``forward``, and passes recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DATA = batches(4)
 
 
 class TwoWays(Mlp):
-    """The same outputs by its forward pass and by a method of another name, as CLIP has them."""
+    """A model with the same outputs by ``forward`` and by another method, as CLIP has."""
 
     def features(self, x: Tensor) -> Tensor:
         return Mlp.forward(self, x)
@@ -71,7 +71,7 @@ BETWEEN = [None, by_evaluation, by_optimizer, by_merging, by_context]
 @pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_one_gradient(onto: str, between: Callable | None, set_to_none: bool, told: bool) -> None:
-    """The steps are those of forward passes, whatever else read the weights in between."""
+    """The steps equal those of ``forward``, with other readings of the weights in between."""
     runs = []
     for by in ("forward", "features"):
         model = two_ways()
@@ -126,8 +126,8 @@ def test_two_gradients(method: str, calls: str, between: Callable | None) -> Non
 @pytest.mark.parametrize("dropped", ["first", "before backward"])
 @pytest.mark.parametrize("mistake", ["eval mode", "clean"])
 @pytest.mark.parametrize("method", CREATE)
-def test_who_takes_a_clean_gradient_is_still_told(method: str, mistake: str, dropped: str) -> None:
-    """Trainer calls ``train`` before every micro-batch, whatever comes then."""
+def test_a_gradient_at_clean_weights_still_warns(method: str, mistake: str, dropped: str) -> None:
+    """Trainer calls ``train`` before every micro-batch."""
     model = two_ways()
     optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
 
@@ -177,7 +177,7 @@ def test_evaluations_by_other_methods_are_clean(method: str) -> None:
 
 @pytest.mark.parametrize("method", CREATE)
 def test_a_layer_in_eval_mode_within_a_training_pass_runs_clean(method: str) -> None:
-    """By its own mode, as its dropout does; it followed the model's before. The user is told."""
+    """Its own mode decides, as for its dropout, with a warning."""
     model = two_ways()
     optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
 
@@ -217,7 +217,7 @@ def test_a_layer_in_eval_mode_within_a_training_pass_runs_clean(method: str) -> 
 
 
 class Checkpointed(TwoWays):
-    """Computes its layers again in the backward pass."""
+    """A model that recomputes its layers in the backward pass."""
 
     reentrant = False
 
@@ -288,7 +288,7 @@ def by_merging_alone(model: nn.Module, optimizer: Any) -> None:
     model.unmerge_adapter()
 
 
-def test_a_clean_pass_that_is_computed_again_stays_clean() -> None:
+def test_a_clean_pass_stays_clean_when_it_is_recomputed() -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["up", "down"], modules_to_save=["head"])
     model = get_peft_model(Checkpointed(), config).double().train()
@@ -300,7 +300,7 @@ def test_a_clean_pass_that_is_computed_again_stays_clean() -> None:
     optimizer.zero_grad()
     with optimizer.clean():
         loss = loss_of(model, DATA[0], "forward")
-    loss.backward()  # computed again out of the context
+    loss.backward()  # recomputed outside the context
     found = model.base_model.model.up.lora_B["default"].weight.grad.clone()
     optimizer.remove_hooks()
     optimizer.zero_grad()
@@ -310,7 +310,7 @@ def test_a_clean_pass_that_is_computed_again_stays_clean() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_compiled_pass_tells_whether_it_was_perturbed(training: bool) -> None:
-    """Whenever its graph runs: by that a step knows the point of its gradients."""
+    """From that a step knows the point of its gradients."""
     torch._dynamo.reset()
     case = Case()
     run = torch.compile(case.model.train(training), fullgraph=True, backend="aot_eager")

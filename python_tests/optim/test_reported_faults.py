@@ -1,4 +1,4 @@
-"""Faults that users' loops showed: phases, notebook cells, closures, bad input, tracing."""
+"""Regression tests of users' loops: phases, notebook cells, closures, bad input, tracing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
 )
 @pytest.mark.parametrize("method", CREATE)
 def test_a_plain_optimizer_in_a_second_phase(method: str, options: dict[str, bool]) -> None:
-    """Its steps move B as without any perturbation; its first gradients were perturbed ones."""
+    """Its steps are those without a perturbation; its first gradients were perturbed."""
     model = lora_mlp(torch.float32)
     first = CREATE[method](model, torch.optim.AdamW, lr=LR, rho=RHO)
     train_on(model, first, batches(3, torch.float32))
@@ -84,7 +84,7 @@ def test_an_optimizer_of_other_parameters_ends_nothing() -> None:
 
 @pytest.mark.parametrize("old", [*CREATE, "attached"])
 def test_a_newer_optimizer_takes_over(old: str) -> None:
-    """A cell run again, a sweep over one model, two Trainers, ``fit`` twice."""
+    """As when a cell runs again, in a sweep over one model, with two Trainers, or ``fit`` twice."""
     model, other = lora_mlp(), lora_mlp()
     if old == "attached":
         base: Any = torch.optim.SGD(trainable(model), lr=LR)
@@ -129,7 +129,7 @@ def test_perturbations_of_disjoint_pairs_live_side_by_side() -> None:
     assert_same_bits(weights(model), weights(other))
 
 
-def test_an_optimizer_around_ours_is_no_foreign_one() -> None:
+def test_an_optimizer_around_ours_ends_nothing() -> None:
     model = lora_mlp()
     inner = eflat(model)
     around = pytorch_optimizer.Lookahead(inner, k=2)
@@ -157,8 +157,8 @@ def test_a_step_that_raised_does_not_hide_a_foreign_one() -> None:
 
 
 @pytest.mark.parametrize("method", ["flat", "lora-sam"])
-def test_closures_that_do_not_zero(method: str) -> None:
-    """The first gradients are dropped; ones of other passes are refused, with nothing lost."""
+def test_closures_that_do_not_zero_gradients(method: str) -> None:
+    """The first gradients are dropped; those of other passes are refused, and nothing is lost."""
     runs = []
     for zeroes in (True, False):
         model = lora_mlp()
@@ -198,7 +198,7 @@ def test_second_step_drops_gradients_when_asked(method: str) -> None:
         assert all((p.grad is None) == zero_grad for p in trainable(model))
 
 
-def test_parameters_that_were_replaced_or_pruned() -> None:
+def test_parameters_that_were_replaced_or_pruned_are_named() -> None:
     for change in ("assign", "prune"):
         model = lora_mlp()
         optimizer = eflat(model)
@@ -237,13 +237,13 @@ def test_a_layer_without_an_entry_trains_nothing_and_stops_nothing() -> None:
     assert [pair.layer_name.split(".")[-1] for pair in optimizer.pairs] == ["up"]
 
 
-def test_a_name_in_place_of_a_class() -> None:
+def test_a_name_in_place_of_a_class_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a class of optimizers"):
         create_eflat_optimizer(lora_mlp(), "adamw")
 
 
 @pytest.mark.parametrize("how", ["export", "trace", "make_fx"])
-def test_tracing_in_eval_mode_in_the_middle_of_a_step(how: str) -> None:
+def test_tracing_in_eval_mode_within_a_step_is_clean(how: str) -> None:
     model = lora_mlp()
     optimizer = eflat(model)
     train_on(model, optimizer, batches(2))

@@ -1,4 +1,4 @@
-"""The optimizers walk the paths of the reference loops, which are the paper word for word."""
+"""The optimizers' weights equal those of the reference loops, which follow the paper's text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from eflat_ext.lora import find_pairs
 from eflat_ext.optim.eflat import EFlatLoRA, FlatLoRA, LoRASAM
 
 STEPS = 20
-# Adam's first step makes a B of nearly equal rows: singular value ratios of 1e-7 (seen here), at
-# which every Gram form loses the digits that an exact pseudo-inverse keeps. Cut well above.
+# After Adam's first step B has nearly equal rows, with singular value ratios of 1e-7, at which
+# every Gram form loses digits that an exact pseudo-inverse keeps. The cutoff lies well above.
 RTOL = 1e-5
 BASES = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
@@ -45,7 +45,7 @@ def errors(
     beta: float = 0.7,
     rtol: float = RTOL,
 ) -> list[float]:
-    """Relative difference to the reference loop after each step, weights and losses."""
+    """Return the relative differences to the reference loop after each step, weights and losses."""
     model, other = lora_mlp(dtype), lora_mlp(dtype)
     base_of_ours, its_base = BASES[base](trainable(model)), BASES[base](trainable(other))
     pairs = [(pair.A, pair.B, pair.scaling) for pair in find_pairs(other)]
@@ -90,29 +90,31 @@ BOUNDS = {("eflat", "A"): 1e-7, ("eflat", "both"): 1e-7}
 @pytest.mark.parametrize("norm_scope", ["layer", "global"])
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize(("method", "onto"), METHODS)
-def test_float64(method: str, onto: str, base: str, norm_scope: str) -> None:
+def test_steps_equal_the_reference_in_float64(
+    method: str, onto: str, base: str, norm_scope: str
+) -> None:
     found = errors(method, base, onto=onto, norm_scope=norm_scope)
     assert max(found) <= BOUNDS.get((method, onto), 1e-9)
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize(("method", "onto"), METHODS)
-def test_float32(method: str, onto: str, base: str) -> None:
-    """Rounding of 1e-7 per step; onto A, the pseudo-inverse of a small B magnifies it."""
+def test_steps_equal_the_reference_in_float32(method: str, onto: str, base: str) -> None:
+    """Rounding is 1e-7 per step; onto A, the pseudo-inverse of a small B magnifies it."""
     found = errors(method, base, dtype=torch.float32, onto=onto, rtol=1e-3)
-    if onto == "both":  # two gradients and this rate move apart from any point, tenfold in a step
+    if onto == "both":  # at this rate, two gradients magnify differences tenfold per step
         found = found[:10]
     assert max(found) <= (5e-6 if onto == "B" else 5e-4)
 
 
 @pytest.mark.parametrize(("method", "onto"), METHODS)
-def test_a_radius_that_changes(method: str, onto: str) -> None:
+def test_steps_with_a_radius_that_changes_equal_the_reference(method: str, onto: str) -> None:
     found = errors(method, "sgd", onto=onto, rho=lambda step: 0.0 if step < 3 else 0.4 / step)
     assert max(found) <= BOUNDS.get((method, onto), 1e-9)
 
 
-def test_the_bounds_tell_methods_apart() -> None:
-    """The differences between the methods are far larger than what the tests above allow."""
+def test_the_methods_differ_by_more_than_the_bounds() -> None:
+    """Their differences are far larger than the tests above allow."""
     paths = {}
     for name, make in {
         "plain": lambda model, base: base,

@@ -1,4 +1,4 @@
-"""Flat-LoRA and LoRA-SAM in two calls, for loops in which a closure does not fit."""
+"""Flat-LoRA and LoRA-SAM by first_step and second_step, for loops without a closure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.parametrize("create", [create_flat_optimizer, create_lo
 
 
 def runs_clean(model: nn.Module) -> bool:
-    """Return whether a training pass gives what an evaluation does: there is no dropout."""
+    """Return True if a training pass equals an evaluation; the model has no dropout."""
     batch = batches(1)[0]
     loss = loss_of(model.eval(), batch)
     return same_bits(loss_of(model.train(), batch), loss)
@@ -36,7 +36,7 @@ def test_two_gradients_in_two_calls_equal_the_closure(create: Callable) -> None:
     train_on(other, closures, batches(3))
     for batch in batches(3):
         optimizer.zero_grad()
-        (loss_of(model, batch) * 1024).backward()  # a scaled loss makes no difference
+        (loss_of(model, batch) * 1024).backward()  # the scale of the loss makes no difference
         optimizer.first_step()
         assert all(p.grad is None for p in trainable(model))
         loss_of(model, batch).backward()
@@ -45,7 +45,7 @@ def test_two_gradients_in_two_calls_equal_the_closure(create: Callable) -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-def test_order_of_the_two_calls(create: Callable) -> None:
+def test_calls_out_of_order_are_refused(create: Callable) -> None:
     model = lora_mlp()
     optimizer = create(model, torch.optim.SGD, lr=0.1)
     for call in (optimizer.second_step, optimizer.step):
@@ -63,8 +63,8 @@ def test_order_of_the_two_calls(create: Callable) -> None:
         optimizer.second_step()
 
 
-def test_second_gradients_of_zero_at_the_start_of_a_warm_up(create: Callable) -> None:
-    """This looks like the step by which torch.distributed.checkpoint makes state, but is none."""
+def test_second_gradients_of_zero_at_a_learning_rate_of_zero_are_stepped(create: Callable) -> None:
+    """It looks like the step by which torch.distributed.checkpoint creates state."""
     model = lora_mlp()
     optimizer = create(model, torch.optim.AdamW, lr=0.0)
     loss_of(model, batches(1)[0]).backward()
@@ -78,7 +78,7 @@ def test_second_gradients_of_zero_at_the_start_of_a_warm_up(create: Callable) ->
     optimizer.first_step()
 
 
-def test_a_skipped_second_step_is_not_forgotten_silently(create: Callable) -> None:
+def test_a_skipped_second_step_raises_at_the_next_first_step(create: Callable) -> None:
     """``model.zero_grad()`` cannot tell the optimizer that the step was given up."""
     model = lora_mlp()
     optimizer = create(model, torch.optim.SGD, lr=0.1)
@@ -94,7 +94,7 @@ def test_a_skipped_second_step_is_not_forgotten_silently(create: Callable) -> No
 def test_second_gradients_dropped_by_the_model_abandon_a_step_that_kept_the_first(
     create: Callable,
 ) -> None:
-    """A scaler's overflow: its ``step`` is skipped, and the next loop's ``zero_grad`` comes."""
+    """As when a scaler skips ``step`` after an overflow and the loop goes on with ``zero_grad``."""
     model = lora_mlp()
     optimizer = create(model, torch.optim.SGD, lr=0.1)
     loss_of(model, batches(1)[0]).backward()
@@ -110,7 +110,7 @@ def test_second_gradients_dropped_by_the_model_abandon_a_step_that_kept_the_firs
 
 @pytest.mark.parametrize("tiny", [1e-24, 1e-40])
 def test_tiny_gradients_perturb_as_others_do(create: Callable, tiny: float) -> None:
-    """Their squares, or rho over their norm, are beyond float32; they count, up to rounding."""
+    """Also where their squares, or rho over their norm, are beyond float32."""
     moved = []
     for scale in (1.0, tiny):
         model = lora_mlp(torch.float32)

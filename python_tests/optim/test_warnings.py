@@ -1,4 +1,4 @@
-"""Warnings point at the line of the user's that they are about."""
+"""Warnings point at the user's line that they are about."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def assert_here(caught: pytest.WarningsRecorder, line: str) -> None:
 
 @pytest.mark.parametrize("schedules", [0, 1, 2])
 @pytest.mark.parametrize("method", CREATE)
-def test_a_gradient_without_perturbation(method: str, schedules: int) -> None:
+def test_a_gradient_without_perturbation_points_at_the_step(method: str, schedules: int) -> None:
     model = lora_mlp().eval()
     optimizer = CREATE[method](model, torch.optim.AdamW, lr=0.1)
     for _ in range(schedules):  # they wrap its step
@@ -37,7 +37,7 @@ def test_a_gradient_without_perturbation(method: str, schedules: int) -> None:
     assert_here(caught, "optimizer.step(closure)")
 
 
-def test_frozen_targets() -> None:
+def test_frozen_factors_point_at_the_constructor() -> None:
     model = lora_mlp()
     lora_weights(model, "B")[0].requires_grad_(False)
     with pytest.warns(UserWarning, match="is frozen") as caught:
@@ -49,7 +49,7 @@ def test_frozen_targets() -> None:
     assert_here(caught, "create_eflat_optimizer(model, torch.optim.SGD, lr=0.1)")
 
 
-def test_layers_that_are_no_plain_pair() -> None:
+def test_unsupported_layers_point_at_the_call() -> None:
     model = lora_mlp()
     model.base_model.model.up.lora_A["default"] = nn.Identity()
     with pytest.warns(UserWarning, match="no plain pair") as caught:

@@ -1,4 +1,4 @@
-"""What PEFT lets a user do to adapters while an optimizer trains them, and tied base weights."""
+"""Adapters that are frozen, added, disabled, merged or deleted during training; tied weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ both_sides = pytest.mark.parametrize("onto", ["A", "B", "both"])
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """float64, no factor zero."""
+    """Return the model in float64 with random factors."""
     model = model.double().train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -62,7 +62,7 @@ def averages_of(optimizer: EFlatLoRA) -> dict[str, Tensor]:
 
 
 def perturbed(model: nn.Module, optimizer: EFlatLoRA) -> set[str]:
-    """Names of the parameters to which passes add something now."""
+    """Return the names of the parameters that passes perturb now."""
     points = optimizer.points()
     named = [(name, p) for name, p in model.named_parameters() if p in points]
     return {name for name, p in named if not same_bits(points[p], p)}
@@ -70,14 +70,14 @@ def perturbed(model: nn.Module, optimizer: EFlatLoRA) -> set[str]:
 
 def assert_runs_at_the_points(model: nn.Module, optimizer: EFlatLoRA, batch: Any) -> None:
     with at_points(optimizer):
-        other = copy.deepcopy(model)  # runs as it is
+        other = copy.deepcopy(model)  # runs unperturbed
     assert torch.equal(loss_of(model, batch), loss_of(other, batch))
 
 
 @pytest.mark.proves("LoRA layers", "layers that are frozen during training are not perturbed")
 @both_sides
 def test_layers_that_are_frozen_meanwhile_are_not_perturbed(onto: str) -> None:
-    """Their averages would never change again."""
+    """Their averages would otherwise stay constant."""
     model, optimizer = adapted(onto)
     train(model, optimizer, DATA[:3])
     frozen = optimizer.pairs[0]
@@ -159,7 +159,7 @@ def test_layers_are_disabled_for_a_step(onto: str) -> None:
 @pytest.mark.parametrize("first", [True, False])
 @both_sides
 def test_a_pass_of_the_base_model_in_every_step(onto: str, first: bool) -> None:
-    """As losses against the base model take it (DPO, distillation), which freezes the adapters."""
+    """As in DPO and distillation; PEFT freezes the adapters meanwhile."""
     runs = []
     for disabled in (False, True):
         model, optimizer = adapted(onto)
@@ -186,7 +186,7 @@ def test_a_pass_of_the_base_model_in_every_step(onto: str, first: bool) -> None:
 
 @both_sides
 def test_two_adapters_take_turns_within_a_step(onto: str) -> None:
-    """PEFT freezes the one that is not in use; both are perturbed where they are."""
+    """PEFT freezes the one that is not in use; each is perturbed while it is used."""
     model = lora_mlp(modules_to_save=None)
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
@@ -213,7 +213,7 @@ def test_two_adapters_take_turns_within_a_step(onto: str) -> None:
 @pytest.mark.proves("LoRA layers", "merged and unmerged during training, as if nothing had been")
 @both_sides
 def test_adapters_are_merged_for_a_while(onto: str) -> None:
-    """After a step, or between the micro-batches of one."""
+    """Merged after a step, or between the micro-batches of one."""
     runs = []
     for merged in (False, True):
         model, optimizer = adapted(onto)
@@ -251,7 +251,7 @@ class Table(nn.Module):
 
 
 def table_without_its_first_adapter(method: str) -> tuple[nn.Module, Any]:
-    """An embedding of two adapters, the first of which is deleted after a step."""
+    """Return an embedding with two adapters, the first of which is deleted after a step."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["layer"])
     model = get_peft_model(Table(), config)

@@ -1,4 +1,4 @@
-"""EFlatPerturbation riding on an optimizer's steps, or updated by hand as for an engine."""
+"""EFlatPerturbation attached to an optimizer, or updated by hand as for an engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from eflat_ext import EFlatPerturbation, create_eflat_optimizer
 
 
 def in_an_engine(model: nn.Module, perturbation: EFlatPerturbation, base: Any, data: Any) -> None:
-    """As an engine that owns gradients: parameters have none when they are asked."""
+    """Train as an engine that owns gradients: ``parameter.grad`` is None at the update."""
     for batch in data:
         loss = loss_of(model, batch)
         parameters = trainable(model)
@@ -59,7 +59,7 @@ def test_attached_steps_are_those_of_the_optimizer(name: str, onto: str, closure
 
 
 @pytest.mark.parametrize("onto", ["A", "B", "both"])
-def test_updated_by_hand_from_gradients_of_an_engine(onto: str) -> None:
+def test_updates_from_gradients_of_an_engine_equal_the_optimizers_steps(onto: str) -> None:
     model, other = lora_mlp(), lora_mlp()
     perturbation = EFlatPerturbation(model, rho=RHO, onto=onto)
     in_an_engine(model, perturbation, OPTIMIZERS["SGD"](trainable(model)), batches(6))
@@ -85,7 +85,7 @@ def test_an_attached_optimizer_saves_and_resumes(onto: str) -> None:
         other, again, resumed = make(1)
         other.load_state_dict(saved[0])
         again.load_state_dict(copy.deepcopy(saved[1]))
-        if own:  # an engine keeps it by itself
+        if own:  # an engine saves it by itself
             resumed.load_averages([None] * len(resumed.factors))
             resumed.load_state_dict(saved[2])
         train(other, again, batches(6)[3:])
@@ -103,7 +103,7 @@ def test_the_optimizer_keeps_it_alive_and_it_goes_with_it() -> None:
     assert alive() is not None
     x = batches(1)[0][0]
     perturbed = model(x)
-    del base  # at once: a later collection would come after the next optimizer's first steps
+    del base  # collected at once, not after the next optimizer's first steps
     assert alive() is None
     assert not torch.equal(model(x), perturbed) and torch.equal(model(x), model.eval()(x))
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
@@ -120,7 +120,7 @@ def test_attach_claims_the_pairs_that_the_optimizer_trains() -> None:
     assert [pair.layer_name.split(".")[-1] for pair in perturbation.pairs] == ["up"]
 
 
-def test_what_attach_refuses() -> None:
+def test_attach_refuses_other_optimizers_and_a_second_call() -> None:
     model = lora_mlp()
     head = [p for n, p in model.named_parameters() if "head" in n and p.requires_grad]
     with pytest.raises(ValueError, match="optimizer must train LoRA factors, but none of"):
@@ -139,7 +139,7 @@ def test_what_attach_refuses() -> None:
         EFlatPerturbation(model).attach(ours)
 
 
-def test_removed_it_perturbs_nothing_and_the_optimizer_is_as_before() -> None:
+def test_once_removed_it_perturbs_nothing_and_the_optimizer_is_as_before() -> None:
     model, other = lora_mlp(), lora_mlp()
     base, plain = (torch.optim.SGD(trainable(m), lr=LR) for m in (model, other))
     perturbation = EFlatPerturbation(model, rho=RHO).attach(base)
@@ -156,8 +156,8 @@ def test_removed_it_perturbs_nothing_and_the_optimizer_is_as_before() -> None:
         perturbation.update()
 
 
-def test_attached_anew_to_the_same_optimizer() -> None:
-    """A cell that attaches is run again: the first one leaves the optimizer."""
+def test_a_newer_one_attached_to_the_same_optimizer_takes_over() -> None:
+    """As when a cell that attaches runs again; the first one leaves the optimizer."""
     model, other = lora_mlp(), lora_mlp()
     base, alone = (torch.optim.SGD(trainable(m), lr=LR) for m in (model, other))
     EFlatPerturbation(model, rho=RHO).attach(base)
@@ -170,7 +170,7 @@ def test_attached_anew_to_the_same_optimizer() -> None:
     train(model, optimizer, batches(1))
 
 
-def test_updated_by_hand_until_somebody_steps_without_it() -> None:
+def test_an_updated_one_ends_when_another_optimizer_steps_without_update() -> None:
     model = lora_mlp()
     perturbation = EFlatPerturbation(model, rho=RHO)
     base = OPTIMIZERS["SGD"](trainable(model))
@@ -193,7 +193,7 @@ def test_updated_by_hand_until_somebody_steps_without_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Lookahead", "8-bit"])
-def test_attached_to_optimizers_whose_state_dict_is_their_own(kind: str) -> None:
+def test_optimizers_with_a_state_dict_of_their_own_keep_the_averages(kind: str) -> None:
     def make(model: nn.Module) -> Any:
         if kind == "8-bit":
             from bitsandbytes.optim import AdamW8bit
@@ -220,7 +220,7 @@ def test_attached_to_optimizers_whose_state_dict_is_their_own(kind: str) -> None
     assert "state_dict" not in vars(again) and "perturbation" not in again.state_dict()
 
 
-def test_what_was_loaded_or_learnt_before_attach_stays() -> None:
+def test_averages_from_before_attach_are_kept() -> None:
     for onto in ("A", "B", "both"):
         model = lora_mlp()
         first = create_eflat_optimizer(model, torch.optim.SGD, lr=LR, rho=RHO, onto=onto)
@@ -232,8 +232,8 @@ def test_what_was_loaded_or_learnt_before_attach_stays() -> None:
         assert perturbation.steps == 3
 
 
-def test_two_models_of_one_optimizer_save_and_load() -> None:
-    """An actor and a critic."""
+def test_perturbations_of_two_models_attach_to_one_optimizer() -> None:
+    """As for an actor and a critic; saved and loaded."""
 
     def make(seed: int) -> tuple[list[nn.Module], Any, list[EFlatPerturbation]]:
         models = [lora_mlp(seed=seed), lora_mlp(seed=seed + 1)]
@@ -266,7 +266,7 @@ def test_two_models_of_one_optimizer_save_and_load() -> None:
     assert len(kept) == len(own[1].factors)
 
 
-def test_a_refused_attach_ends_nobody() -> None:
+def test_a_refused_attach_ends_no_perturbation() -> None:
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=LR, rho=RHO)
     perturbation = EFlatPerturbation(model, rho=RHO)
@@ -277,8 +277,8 @@ def test_a_refused_attach_ends_nobody() -> None:
     assert perturbation.attach(torch.optim.SGD(trainable(model), lr=LR)) is perturbation
 
 
-def test_a_step_that_a_scaler_skips_is_none() -> None:
-    """The fused AdamW is called all the same, and told so by ``found_inf``."""
+def test_a_step_that_a_scaler_skips_changes_nothing() -> None:
+    """The scaler calls a fused AdamW even so, with ``found_inf`` set."""
     model = lora_mlp(torch.float32)
     base = torch.optim.AdamW(trainable(model), lr=LR, fused=True)
     perturbation = EFlatPerturbation(model, rho=RHO).attach(base)

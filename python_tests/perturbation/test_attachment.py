@@ -1,4 +1,4 @@
-"""What sits on a model whose passes are perturbed: on copies of it, and once it is removed."""
+"""Copies of a perturbed model are clean, and removing a perturbation leaves nothing on it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def copies_of(model: nn.Module) -> list[nn.Module]:
 
 @pytest.mark.parametrize("moment", ["before a pass", "after a pass", "after a backward pass"])
 def test_a_copied_model_is_clean_and_inert(moment: str) -> None:
-    """And takes a perturbation of its own."""
+    """The copy takes a perturbation of its own."""
     case = Case()
     if moment != "before a pass":
         output = case.model(X)
@@ -77,7 +77,7 @@ def test_a_perturbation_that_is_gone_leaves_the_model() -> None:
     case.assert_runs_clean()
 
 
-def test_one_that_waited_for_its_first_pass_leaves_the_model_too() -> None:
+def test_a_perturbation_that_is_gone_before_its_first_pass_leaves_the_model() -> None:
     case = Case()
     case.perturbation.remove()
     waiting = EFlatPerturbation(case.model)
@@ -106,8 +106,8 @@ def test_a_removed_perturbation_leaves_nothing() -> None:
     case.assert_runs_clean()
 
 
-def test_forward_passes_that_another_library_puts_there() -> None:
-    """As accelerate does, under and over this one; it puts the former one back as it finds it."""
+def test_forward_methods_that_another_library_patches() -> None:
+    """Accelerate patches before or after this package, and restores what it found."""
     case = Case()
     layer, seen = case.layers[0], []
     case.perturbation.remove()
@@ -133,7 +133,7 @@ def test_forward_passes_that_another_library_puts_there() -> None:
     patch("over")
     case.assert_perturbed()
     assert seen == ["under", "over", "under"]
-    case.perturbation.remove()  # the one over it keeps it, without effect
+    case.perturbation.remove()  # the outer patch keeps it, without effect
     case.assert_runs_clean()
     layer.forward = under
     case.perturbation = EFlatPerturbation(case.model)
@@ -144,8 +144,8 @@ def test_forward_passes_that_another_library_puts_there() -> None:
     case.assert_runs_clean()
 
 
-def test_a_forward_pass_that_replaced_this_one() -> None:
-    """It runs clean; at the next step this one is put over it."""
+def test_a_replaced_forward_method_runs_clean_until_the_next_step() -> None:
+    """At the next step it is patched again."""
     case = Case()
     layer = case.layers[0]
     layer.forward = type(layer).forward.__get__(layer)

@@ -1,4 +1,4 @@
-"""Parameters that are not what the optimizer met first: of another type, or laid out otherwise."""
+"""Parameters and gradients whose dtype or memory layout changes or differs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 
 @pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
-def test_a_model_may_change_its_type(onto: str, to: torch.dtype) -> None:
+def test_a_model_may_change_its_dtype(onto: str, to: torch.dtype) -> None:
     model = lora_mlp(torch.float32)
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1, onto=onto)
     train(model, optimizer, 2)
@@ -31,8 +31,8 @@ def test_a_model_may_change_its_type(onto: str, to: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("method", CREATE)
-def test_gradients_may_be_of_another_type_than_their_parameters(method: str) -> None:
-    """As ``grad_dtype`` has it; the base optimizer has to take them, too."""
+def test_gradients_may_have_another_dtype_than_their_parameters(method: str) -> None:
+    """By ``grad_dtype``; the base optimizer has to support it, too."""
     model = lora_mlp(torch.bfloat16)
     for parameter in trainable(model):
         parameter.grad_dtype = torch.float32
@@ -43,7 +43,7 @@ def test_gradients_may_be_of_another_type_than_their_parameters(method: str) -> 
     assert all(bool(norm > 0) for norm in optimizer.perturbation_norms.values())
 
 
-def test_factor_that_is_not_contiguous() -> None:
+def test_a_factor_need_not_be_contiguous() -> None:
     model = lora_mlp()
     module = model.base_model.model.up.lora_B["default"]
     module.weight = nn.Parameter(torch.randn(4, 16, dtype=torch.float64).T)

@@ -1,4 +1,4 @@
-"""Optimizer checkpoints: complete, loadable with weights_only, resumed bit for bit."""
+"""Optimizer checkpoints are complete, load with weights_only, and resume bit for bit."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_resume_is_bit_exact(create: Callable, base: dict[str, Any], dtype: torc
 
 
 def test_resume_in_the_middle_of_accumulation() -> None:
-    """Saved between two micro-batches: the clean weights, and a point that is found again."""
+    """Saved between two micro-batches; the perturbed point is that of before."""
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
     data = batches(6)
@@ -93,7 +93,7 @@ def test_resume_in_the_middle_of_accumulation() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_a_checkpoint_holds(dtype: torch.dtype) -> None:
+def test_a_checkpoint_holds_the_base_state_averages_and_counters(dtype: torch.dtype) -> None:
     model = lora_mlp(dtype)
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2, rho=radius)
     train_on(model, optimizer, batches(3, dtype))
@@ -110,7 +110,7 @@ def test_what_a_checkpoint_holds(dtype: torch.dtype) -> None:
         assert {"step", "exp_avg", "exp_avg_sq"} <= entry.keys()
         if "perturbation_ema" in entry:
             assert entry["perturbation_ema"].dtype == expected
-    # The live groups show rho, and they and the base's state know nothing of the rest.
+    # The live groups show rho; they and the base's state have nothing of the rest.
     assert optimizer.param_groups[0]["perturbation_rho"] == radius(3)
     assert "perturbation_steps" not in optimizer.param_groups[0]
     assert not any("perturbation_ema" in entry for entry in optimizer.state.values())
@@ -135,7 +135,7 @@ def test_the_count_of_skipped_perturbations_is_kept(create: Callable) -> None:
     assert int(fresh.skipped_perturbations) == 2
 
 
-def test_averages_keep_their_type_and_place() -> None:
+def test_averages_keep_their_dtype_and_memory() -> None:
     model = lora_mlp(torch.bfloat16)
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
     train_on(model, optimizer, batches(2, torch.bfloat16))
@@ -147,7 +147,7 @@ def test_averages_keep_their_type_and_place() -> None:
     assert all(optimizer.averages[name] is live[name] for name in live)
     assert_same_bits(live, before)
     assert all(average.dtype == torch.float32 for average in live.values())
-    # Digits that bfloat16 does not have came back.
+    # Digits that bfloat16 lacks are restored.
     assert any(not same_bits(a, a.bfloat16().float()) for a in live.values())
 
 
@@ -177,7 +177,7 @@ def test_another_methods_checkpoint_loads() -> None:
     assert flat.state_dict()["param_groups"][0]["perturbation_steps"] == 2
 
 
-def test_what_does_not_fit_changes_nothing() -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2)
     train_on(model, optimizer, batches(2))
@@ -220,7 +220,7 @@ def _without_an_average(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": entries}
 
 
-def test_a_factor_that_is_trained_no_more_has_no_average_to_save() -> None:
+def test_a_factor_that_is_no_longer_trained_has_no_average_to_save() -> None:
     model = lora_mlp()
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=0.1)
     train_on(model, optimizer, batches(2))
@@ -249,7 +249,7 @@ def test_averages_stay_with_their_factors_where_a_group_is_extended_in_place() -
 
 
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
-def test_loading_in_the_middle_of_a_step_finds_its_point(onto: str) -> None:
+def test_loading_in_the_middle_of_a_step_restores_its_point(onto: str) -> None:
     model, batch = lora_mlp(), batches(1)[0]
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=1e-2, rho=1.0, onto=onto)
     train_on(model, optimizer, batches(2))
@@ -264,7 +264,7 @@ def test_loading_in_the_middle_of_a_step_finds_its_point(onto: str) -> None:
 
 
 @pytest.mark.parametrize("create", CREATE.values(), ids=CREATE)
-def test_state_dict_hooks(create: Callable) -> None:
+def test_state_dict_hooks_run(create: Callable) -> None:
     model = lora_mlp()
     optimizer = create(model, torch.optim.SGD, lr=0.1)
     calls: list[str] = []

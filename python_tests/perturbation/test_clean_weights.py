@@ -1,4 +1,4 @@
-"""Whatever leaves a model leaves it clean: every way to save or merge, at every moment."""
+"""Saved, merged and copied weights are clean at every moment."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def loss(model: nn.Module) -> Tensor:
 
 
 def trained(method: str) -> tuple[nn.Module, Any, dict[str, Tensor]]:
-    """A GPT-2 after two steps, its optimizer and its clean weights; the perturbation is large."""
+    """Return a GPT-2 after two steps with a large perturbation, its optimizer and clean weights."""
     model = lora_gpt2()
     create, kwargs = METHODS[method]
     optimizer = create(model, torch.optim.AdamW, lr=1e-2, rho=1.0, **kwargs)
@@ -73,7 +73,7 @@ def mid_accumulation(model: nn.Module, optimizer: Any) -> None:
 
 
 def skipped_step(model: nn.Module, optimizer: Any) -> None:
-    """As a gradient scaler does it: gradients overflow, and step is not called."""
+    """Overflow the gradients and do not step, as a gradient scaler does."""
     mid_accumulation(model, optimizer)
     for pair in optimizer.pairs:
         pair.B.grad.fill_(torch.inf)
@@ -130,7 +130,7 @@ def test_saved_weights_are_clean(method: str, moment: Callable, tmp_path: Path) 
         for key, value in lora.items():
             found = clean[key if key in clean else key.replace(".weight", ".default.weight")]
             assert_same_bits({key: value}, {key: found})
-    assert_same_bits(weights(model), held)  # saving left the model alone
+    assert_same_bits(weights(model), held)  # saving changed nothing in the model
 
 
 @pytest.mark.proves("Plain loops", "nothing to remember: adapters are combined of clean weights")
@@ -144,7 +144,7 @@ def test_an_adapter_made_of_others_is_made_of_clean_weights(method: str) -> None
     for name in clean:
         if "lora_B" in name:
             copied = now[name.replace(".default", ".copy")]
-            # Each factor takes the root of the weight times the scaling.
+            # Each factor is multiplied by the root of the weight times the scaling.
             torch.testing.assert_close(copied / copied.norm(), clean[name] / clean[name].norm())
 
 
@@ -160,7 +160,7 @@ def fewer_intruders(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("make", [low_rank, fewer_intruders])
 @every_method
-def test_what_peft_makes_of_a_layers_delta_is_made_of_clean_weights(
+def test_functions_of_peft_that_use_a_layers_delta_use_clean_weights(
     method: str, make: Callable, tmp_path: Path
 ) -> None:
     found = []
@@ -177,7 +177,7 @@ def test_what_peft_makes_of_a_layers_delta_is_made_of_clean_weights(
 
 @every_method
 def test_a_loss_may_hold_a_layers_delta(method: str) -> None:
-    """It is the clean one: no parameter ever holds another value."""
+    """The delta is that of the clean weights."""
     model, optimizer, _ = trained(method)
     mid_accumulation(model, optimizer)
     total = loss(model)
@@ -212,7 +212,7 @@ def test_merged_weights_are_clean(method: str, moment: Callable) -> None:
         {n.replace(".base_layer", ""): p for n, p in merged.items() if ".base_layer" in n},
         {f"base_model.model.{n}": p for n, p in expected.items() if "c_attn" in n or "c_proj" in n},
     )
-    model(input_ids=TOKENS)  # perturbs again: unmerging must subtract what was added
+    model(input_ids=TOKENS)  # perturbed again: unmerging must subtract what was added
     model.unmerge_adapter()
     now = weights(model)
     for name, value in clean.items():
@@ -227,13 +227,13 @@ def test_merged_weights_are_clean(method: str, moment: Callable) -> None:
 
 
 @every_method
-def test_training_goes_on_after_merging_in_the_middle(method: str) -> None:
+def test_training_goes_on_after_merging_within_a_step(method: str) -> None:
     """The second half of an accumulated gradient is taken at the same point as the first."""
     results = []
     for interrupted in (False, True):
         model, optimizer, _ = trained(method)
         mid_accumulation(model, optimizer)
-        with torch.no_grad():  # so that merging and unmerging leaves no rounding behind
+        with torch.no_grad():  # so that merging and unmerging does not round
             for pair in optimizer.pairs:
                 pair.layer.get_base_layer().weight.zero_()
         if interrupted:
@@ -246,7 +246,7 @@ def test_training_goes_on_after_merging_in_the_middle(method: str) -> None:
 
 
 @every_method
-def test_loading_an_adapter_while_perturbed(method: str) -> None:
+def test_an_adapter_loaded_within_a_step_is_perturbed_from_then_on(method: str) -> None:
     model, optimizer, _ = trained(method)
     mid_accumulation(model, optimizer)
     new = {k: v + 1 for k, v in get_peft_model_state_dict(model).items()}
@@ -257,7 +257,7 @@ def test_loading_an_adapter_while_perturbed(method: str) -> None:
 
 
 @every_method
-def test_generation_in_the_middle_is_clean(method: str) -> None:
+def test_generation_within_a_step_is_clean(method: str) -> None:
     model, optimizer, clean = trained(method)
     other = lora_gpt2().eval()
     other.load_state_dict(clean, strict=False)
@@ -269,7 +269,7 @@ def test_generation_in_the_middle_is_clean(method: str) -> None:
 
 
 @every_method
-def test_a_copied_model_never_perturbs_and_takes_a_new_optimizer(method: str) -> None:
+def test_a_copied_model_is_clean_and_takes_a_new_optimizer(method: str) -> None:
     model, optimizer, clean = trained(method)
     mid_accumulation(model, optimizer)
     held, plain = weights(model), without_dropout(lora_gpt2())
@@ -289,7 +289,7 @@ def test_a_copied_model_never_perturbs_and_takes_a_new_optimizer(method: str) ->
 
 
 @every_method
-def test_clean_context(method: str) -> None:
+def test_passes_in_the_clean_context_are_clean(method: str) -> None:
     model, optimizer, clean = trained(method)
     without_dropout(model)
     mid_accumulation(model, optimizer)
@@ -320,7 +320,9 @@ def test_a_gradient_taken_in_the_clean_context_belongs_to_clean_weights() -> Non
 
 @every_method
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_in_a_closure(method: str, error: type[BaseException]) -> None:
+def test_an_exception_in_a_closure_leaves_clean_weights(
+    method: str, error: type[BaseException]
+) -> None:
     model, optimizer, clean = trained(method)
     calls = []
 
@@ -337,11 +339,11 @@ def test_an_exception_in_a_closure(method: str, error: type[BaseException]) -> N
         optimizer.step(closure)
     assert_same_bits(weights(model), clean)
     optimizer.zero_grad()
-    optimizer.step(lambda: loss(model).backward())  # and it goes on
+    optimizer.step(lambda: loss(model).backward())  # training goes on
 
 
 @every_method
-def test_an_exception_in_the_base_optimizer(method: str) -> None:
+def test_an_exception_in_the_base_optimizer_leaves_clean_weights(method: str) -> None:
     model, optimizer, clean = trained(method)
     mid_accumulation(model, optimizer)
     handle = optimizer.base.register_step_pre_hook(lambda *_: 1 / 0)
@@ -352,7 +354,7 @@ def test_an_exception_in_the_base_optimizer(method: str) -> None:
 
 
 def test_a_step_without_gradients_or_a_learning_rate_leaves_clean_weights() -> None:
-    """Which looks like the step by which torch.distributed.checkpoint makes state."""
+    """It looks like the step by which torch.distributed.checkpoint creates state."""
     model = lora_gpt2()
     optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=1e-2, rho=1.0)
     for _ in range(2):

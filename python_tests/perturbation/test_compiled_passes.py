@@ -1,4 +1,4 @@
-"""torch.compile: perturbed passes are one graph, which stays as E and rho change."""
+"""torch.compile: perturbed passes are one graph, which is kept as E and rho change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS = {"lr": 0.05, "rho": 0.3}
 
 
 class Checkpointed(nn.Module):
-    """The model with its middle computed again in the backward pass."""
+    """The model with its middle recomputed in the backward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ def test_one_graph_for_all_steps(onto: str, wrap: Any) -> None:
 
 @pytest.mark.parametrize("method", ["flat", "lora-sam"])
 def test_two_graphs_for_two_gradients(method: str) -> None:
-    """One of the clean pass, one of the perturbed pass."""
+    """One graph of the clean pass, one of the perturbed pass."""
     model, counter = trained(method, True, lambda model: model)
     expected, _ = trained(method, False, lambda model: model)
     assert counter.frame_count == 2
     assert relative_error(model, expected) < 1e-12
 
 
-def test_a_compiled_model_of_an_attached_optimizer() -> None:
+def test_a_compiled_model_of_an_attached_optimizer_equals_eager() -> None:
     runs = []
     for compiled in (True, False):
         torch._dynamo.reset()

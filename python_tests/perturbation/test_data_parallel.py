@@ -1,4 +1,4 @@
-"""DistributedDataParallel on two and four real processes: what every rank computes by itself."""
+"""DistributedDataParallel on two and four processes: every rank computes the same by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: sharded averages are saved, loaded, and gathered or split anew."""
+"""torch.distributed.checkpoint saves and loads averages, on another number of ranks too."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Weights that users edit, read or average in the middle of a step, against a float64 loop.
+"""Weights that users edit, read or average within a step, against a functional float64 loop.
 
-The judge is a loop over functional parameters: it computes the loss at ``B + E`` by
-``torch.func.functional_call`` and knows nothing of hooks.
+The loop computes the loss at ``B + E`` by ``torch.func.functional_call``, without hooks.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Judge:
         self.E = {b: torch.zeros_like(self.values[b]) for _, b in self.pairs}
 
     def gradients(self, loss: Callable[[Callable[..., Tensor]], Tensor]) -> dict[str, Tensor]:
-        """Of ``loss(call)``, where ``call(x)`` is the model at the perturbed point."""
+        """Return gradients of ``loss(call)``, where ``call`` runs the model at the point."""
         leaves = {n: self.values[n].clone().requires_grad_() for n in self.trained}
         point = {n: v + self.E[n] if n in self.E else v for n, v in leaves.items()}
         found = loss(lambda x: functional_call(self.model, {**self.values, **point}, (x,)))
@@ -92,7 +91,7 @@ def _shrink_as_a_vector(model: nn.Module) -> None:
 @pytest.mark.parametrize("edit", [_shrink, _shrink_foreach, _shrink_as_a_vector])
 @pytest.mark.parametrize("when", ["before backward", "after backward", "between micro-batches"])
 def test_edits_in_the_middle_of_a_step_stay(edit: Edit, when: str) -> None:
-    """Also an EMA that is swapped in after an epoch's last, incomplete accumulation."""
+    """Also an EMA that is swapped in after an incomplete accumulation at an epoch's end."""
     model = lora_mlp()
     optimizer, judge = eflat(model), Judge(model)
     data = batches(8)
@@ -100,7 +99,7 @@ def test_edits_in_the_middle_of_a_step_stay(edit: Edit, when: str) -> None:
         optimizer.zero_grad()
         loss = loss_of(model, one)
         expected = judge.gradients(lambda call, one=one: cross_entropy(one, call))
-        if when == "before backward":  # autograd keeps what the pass has saved
+        if when == "before backward":  # autograd keeps the tensors that the pass has saved
             with torch.no_grad():
                 saved = [p.detach().clone() for p in trainable(model)]
             loss.backward()

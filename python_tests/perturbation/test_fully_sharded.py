@@ -1,4 +1,4 @@
-"""FSDP2 on two and four real processes: sharded factors, their perturbation and its life cycle."""
+"""FSDP2 on two and four processes: perturbations of sharded factors equal those of whole ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_replicas_of_shards() -> None:
     ],
 )
 def test_operators_against_the_reference(kind: str, dim_A: int, onto: str, norm_scope: str) -> None:
-    """Four ranks: uneven shards, and empty ones of an A of two rows."""
+    """On four ranks, with uneven shards, and empty ones of an A of two rows."""
     for errors in together(4, "fsdp_cases:operators", kind, dim_A, onto, norm_scope):
         assert max(errors.values()) < 1e-10, errors
 
@@ -62,20 +62,20 @@ def test_operators_against_the_reference(kind: str, dim_A: int, onto: str, norm_
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
 @pytest.mark.parametrize(("dim_A", "dim_B"), [(0, 1), (1, 1), (None, 0), (1, None)])
 def test_any_dimension_may_be_sharded(dim_A: int | None, dim_B: int | None, onto: str) -> None:
-    """Columns of B, which were refused; and factors of which one is whole on every rank."""
+    """Columns of B, too; and one of the factors may be whole on every rank."""
     for kind in ("linear", "experts"):
         for errors in together(4, "fsdp_cases:operators", kind, dim_A, onto, "layer", dim_B):
             assert max(errors.values()) < 1e-10, errors
 
 
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
-def test_steps_of_experts(onto: str) -> None:
+def test_steps_of_sharded_experts_equal_those_of_one_process(onto: str) -> None:
     together(2, "fsdp_cases:experts", onto)
 
 
 @pytest.mark.parametrize(("dim_A", "onto"), [(0, "B"), (1, "A"), (0, "both")])
-def test_ill_conditioned_factors(dim_A: int, onto: str) -> None:
-    """The condition number itself is lost at most, not its square."""
+def test_ill_conditioned_factors_lose_the_condition_number_only(dim_A: int, onto: str) -> None:
+    """The error grows with the condition number at most, not with its square."""
     for errors in together(
         2, "fsdp_cases:operators", "conv1d", dim_A, onto, "layer", condition=1e5
     ):
@@ -118,16 +118,16 @@ def test_bad_gradient_on_one_rank(
 
 
 @pytest.mark.parametrize("method", ["eflat", "flat", "lora-sam"])
-def test_missing_gradients_on_one_rank(method: str) -> None:
+def test_missing_gradients_on_one_rank_are_skipped_on_all(method: str) -> None:
     together(2, "fsdp_cases:missing_gradients_on_one_rank", method)
 
 
 @pytest.mark.parametrize("method", ["eflat", "flat"])
-def test_missing_gradients_at_the_first_step(method: str) -> None:
+def test_missing_gradients_at_the_first_step_are_skipped(method: str) -> None:
     together(2, "fsdp_cases:missing_gradients_at_the_first_step", method)
 
 
-def test_replicated_dtensors() -> None:
+def test_replicated_dtensors_are_perturbed() -> None:
     together(2, "fsdp_cases:replicated")
 
 
@@ -151,7 +151,7 @@ def test_unsupported_layouts(kind: str, words: list[str]) -> None:
 
 @pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("method", ["eflat", "flat"])
-def test_sharded_after_construction(method: str, loaded: bool) -> None:
+def test_a_model_sharded_after_construction_is_perturbed(method: str, loaded: bool) -> None:
     together(2, "fsdp_cases:sharded_after_construction", method, loaded)
 
 
@@ -164,7 +164,7 @@ def test_sharded_after_construction(method: str, loaded: bool) -> None:
         "once it is attached",
     ],
 )
-def test_sharded_around_an_attached_perturbation(moment: str) -> None:
+def test_a_model_may_be_sharded_around_attach(moment: str) -> None:
     together(2, "fsdp_cases:sharded_around_an_attached_one", moment)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of a step: clean weights, and training goes on as if nothing had been."""
+"""After Ctrl-C at any moment of a step weights are clean and training goes on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from eflat_ext.optim.eflat import (
     create_lora_sam_optimizer,
 )
 
-# An interrupted generator is collected with a message.
+# Collecting an interrupted generator prints a message.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 # Base optimizers that write each parameter once in a step.
@@ -52,7 +52,7 @@ DATA = batches(3, torch.float32)
 
 
 class Case:
-    """A model after two steps, and the third step, of which an interrupted one is a part."""
+    """A model after two steps, and the third step, which is interrupted."""
 
     def __init__(self, method: str, closure: bool) -> None:
         create, base, options = METHODS[method]
@@ -82,7 +82,7 @@ class Case:
         self.optimizer.zero_grad()
 
     def check(self) -> None:
-        """After an interrupted step."""
+        """Check weights and further steps after an interrupted step."""
         model, optimizer = self.model, self.optimizer
         saved = {name: value.clone() for name, value in model.state_dict().items()}
         for name, value in saved.items():
@@ -91,7 +91,7 @@ class Case:
         if not isinstance(optimizer, EFlatLoRA) and not self.closure:
             optimizer.abandon_step()
         output = model(DATA[2][0])
-        with at_points(optimizer):  # perturbed by the average there is now, or clean
+        with at_points(optimizer):  # perturbed by the current average, or clean
             assert same_bits(output, model.eval()(DATA[2][0]))
         if not isinstance(optimizer, EFlatLoRA):
             assert same_bits(output, model(DATA[2][0]))
@@ -101,7 +101,7 @@ class Case:
             warnings.simplefilter("error")
             self.step()  # goes on from here
             self.rewind()
-            self.step()  # and repeats bit for bit from before
+            self.step()  # and repeats bit for bit from the state before
         assert_same_bits(weights(model), self.after)
         again = optimizer.state_dict()
         for key, entry in self.state_after["state"].items():
@@ -115,7 +115,7 @@ def _tensors(entry: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("closure", [True, False], ids=["closure", "loop"])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_interrupt_at_any_moment_of_a_step(method: str, closure: bool) -> None:
-    """At all moments in this package where Python looks for signals, and some in other code."""
+    """At all places in this package where Python checks for signals, and some in other code."""
     case = Case(method, closure)
     own = [i for i, name in enumerate(case.moments) if name.startswith("eflat_ext.")]
     others = set(range(len(case.moments) - 2)) - set(own)  # two of ``interrupted`` itself
@@ -168,9 +168,9 @@ def test_signals_at_random_times(method: str) -> None:
 @pytest.mark.parametrize("kind", ["line", "opcode"])
 @pytest.mark.parametrize("method", ["eflat", "eflat onto A", "flat", "lora-sam"])
 def test_an_interrupt_at_any_place_of_a_training_pass(method: str, kind: str) -> None:
-    """Before each line and each opcode of this package, also where a pass is computed again.
+    """Before each line and each opcode of this package, also in recomputed passes.
 
-    No layer is left perturbed, and the next pass runs as if there had been none before.
+    No layer is left perturbed, and the next pass runs as if there had been no interrupt.
     """
     create, base, options = METHODS[method]
     model = lora_mlp(torch.float32, modules_to_save=None, target_modules=["up"])
@@ -194,7 +194,7 @@ def test_an_interrupt_at_any_place_of_a_training_pass(method: str, kind: str) ->
     def prepare() -> None:
         with torch.no_grad():
             for pair in optimizer.pairs:
-                pair.parameter_B.mul_(1)  # so that what depends on it is made anew
+                pair.parameter_B.mul_(1)  # so that values that depend on it are computed again
 
     prepare()
     _, places = interrupted_within("eflat_ext", kind, run)
@@ -211,7 +211,7 @@ def test_an_interrupt_at_any_place_of_a_training_pass(method: str, kind: str) ->
 
 @pytest.mark.parametrize("onto", ["B", "A", "both"])
 def test_an_interrupt_in_the_pass_that_claims_a_model(onto: str) -> None:
-    """The first one of a perturbation that is apart from an optimizer; at some of its lines."""
+    """The first pass of a perturbation without an optimizer, at some of its lines."""
 
     def fresh() -> tuple[Any, EFlatPerturbation]:
         model = lora_mlp(torch.float32, modules_to_save=None, target_modules=["up"])
@@ -228,7 +228,7 @@ def test_an_interrupt_in_the_pass_that_claims_a_model(onto: str) -> None:
         return weights(model)
 
     expected = trained(*fresh())
-    model, perturbation = fresh()  # must be held: gone, it perturbs nothing
+    model, perturbation = fresh()  # keep a reference: without one, it perturbs nothing
     _, places = interrupted_within("eflat_ext", "line", lambda: model(DATA[0][0]))
     assert places > 200
     for place in random.SystemRandom().sample(range(places), 40):

@@ -1,4 +1,4 @@
-"""Which passes run at perturbed factors, and that nothing but a layer's forward pass sees them."""
+"""Training passes run at perturbed factors, which only a layer's forward pass sees."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from eflat_ext.lora import find_pairs
 FOLDER = Path(eflat_ext.__file__).parent
 
 
-# Which passes.
+# Which passes are perturbed.
 
 
 def test_training_passes_are_perturbed_and_evaluations_are_not() -> None:
@@ -37,7 +37,7 @@ def test_training_passes_are_perturbed_and_evaluations_are_not() -> None:
 
 
 def test_a_call_may_enter_anywhere() -> None:
-    """At an inner module, as ``generate`` of a wrapped model does; at ``layer.forward`` itself."""
+    """At an inner module, as ``generate`` of a wrapped model does, or at ``layer.forward``."""
     case = Case()
     for value, mode in ((1.0, True), (0.0, False)):
         case.model.train(mode)
@@ -51,7 +51,7 @@ def test_a_call_may_enter_anywhere() -> None:
 
 
 def test_each_layer_runs_by_its_own_mode() -> None:
-    """Not by that of the model, or of a wrapper, which may be made anew in training mode."""
+    """Not by the mode of the model or of a wrapper."""
     case = Case()
     case.model.eval()
     for module in (case.model, case.model[0], case.inner):
@@ -76,8 +76,8 @@ def test_gradients_are_those_of_the_perturbed_point() -> None:
 
 @pytest.mark.parametrize("ran", ["perturbed", "clean", "in the clean context"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_pass_that_is_computed_again_runs_as_it_did(reentrant: bool, ran: str) -> None:
-    """By gradient checkpointing, whatever the modes are by then, with an evaluation in between."""
+def test_a_recomputed_pass_runs_as_it_did(reentrant: bool, ran: str) -> None:
+    """By gradient checkpointing, with other modes by then and an evaluation in between."""
     case = Case()
     case.model.train(ran != "clean")
     x = X.clone().requires_grad_()
@@ -103,7 +103,7 @@ def test_a_pass_that_is_computed_again_runs_as_it_did(reentrant: bool, ran: str)
 
 
 def test_an_evaluation_within_a_backward_pass_is_clean() -> None:
-    """A hook of it may call the model without gradients; computing again has them."""
+    """A hook may call the model without gradients; recomputation has gradients enabled."""
     case, seen = Case(), []
     output = case.model(X)
     case.model.eval()
@@ -112,7 +112,7 @@ def test_an_evaluation_within_a_backward_pass_is_clean() -> None:
     assert torch.equal(seen[0], case.plain().eval()(X))
 
 
-def test_inference_mode_in_between() -> None:
+def test_inference_mode_in_between_changes_nothing() -> None:
     case = Case()
     for _ in range(2):
         case.model.train()(X).sum().backward()
@@ -122,14 +122,14 @@ def test_inference_mode_in_between() -> None:
             case.assert_runs_clean()
     case.model.double().train()
     case.before = weights(case.inner)
-    with torch.inference_mode():  # what is added is made anew there, of another type
+    with torch.inference_mode():  # there the perturbation is created again, as an inference tensor
         case.assert_perturbed(X.double())
     case.model(X.double()).sum().backward()
     case.assert_perturbed(X.double())
 
 
 def test_merged_and_disabled_adapters_run_clean() -> None:
-    """A merged layer unmerges in its forward pass: by what was merged, or its base is damaged."""
+    """A merged layer unmerges in its forward pass, with the factors that were merged."""
     case = Case()
     case.inner.merge_adapter()
     merged = case.model(X)
@@ -146,7 +146,7 @@ def test_merged_and_disabled_adapters_run_clean() -> None:
     other.assert_perturbed()
 
 
-def test_clean_context() -> None:
+def test_passes_in_the_clean_context_run_clean() -> None:
     case = Case()
     with case.perturbation.clean():
         case.assert_runs_clean()
@@ -159,11 +159,11 @@ def test_clean_context() -> None:
     case.assert_perturbed()
 
 
-# At which values.
+# Values of the factors.
 
 
-def test_the_value_found_is_the_one_perturbed() -> None:
-    """Weights may be edited at any time; so may what is added to them."""
+def test_the_current_value_is_perturbed() -> None:
+    """Weights may be edited at any time, and so may the perturbation."""
     case = Case()
     case.assert_perturbed()
     with torch.no_grad():
@@ -177,8 +177,8 @@ def test_the_value_found_is_the_one_perturbed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_model_that_changes_its_type(dtype: torch.dtype) -> None:
-    """E is float32; a pass in bfloat16 stays one."""
+def test_a_model_that_changes_its_dtype_runs_in_it(dtype: torch.dtype) -> None:
+    """E is float32; a pass in bfloat16 stays in bfloat16."""
     case = Case()
     case.model(X)
     case.model.to(dtype)
@@ -188,7 +188,7 @@ def test_a_model_that_changes_its_type(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_loading_in_the_middle_of_a_step(assign: bool) -> None:
+def test_weights_loaded_within_a_step_are_perturbed(assign: bool) -> None:
     case = Case()
     loss = case.model(X).sum()
     case.before = {name: value * 3 for name, value in case.before.items()}
@@ -200,8 +200,8 @@ def test_loading_in_the_middle_of_a_step(assign: bool) -> None:
     case.assert_perturbed()
 
 
-def test_a_parameter_that_is_replaced() -> None:
-    """A pass leaves a tensor alone that it does not know, until a step looks parameters up."""
+def test_a_replaced_parameter_runs_clean_until_a_step() -> None:
+    """A step looks the parameters up again."""
     case = Case()
     case.model(X)
     new = torch.full_like(case.B[0], 5.0)
@@ -244,14 +244,11 @@ def test_a_tied_parameter_is_perturbed_under_every_name() -> None:
     assert torch.equal(plain.base_model.model.one.lora_B["default"].weight.grad, tied.grad)
 
 
-# Who else calls.
+# Other callers.
 
 
-def test_hooks_find_clean_parameters_and_a_layers_inner_modules_the_perturbed_value() -> None:
-    """Whatever saves a model is given clean values, also while a layer runs.
-
-    The hooks of a layer found perturbed parameters before: no hook has to any more.
-    """
+def test_hooks_find_clean_parameters_and_inner_modules_perturbed_values() -> None:
+    """A hook that saves the model while a layer runs saves clean values."""
     case, seen = Case(), []
     layer = case.layers[0]
     factor = layer.lora_B["default"]
@@ -276,7 +273,7 @@ def test_hooks_find_clean_parameters_and_a_layers_inner_modules_the_perturbed_va
 
 
 def test_a_pass_within_a_pass_perturbs_once() -> None:
-    """And what the outer one put in place stands until it ends."""
+    """The value of the outer pass stays in place until it ends."""
     case, found = Case(), []
     layer = case.layers[0]
 
@@ -292,8 +289,10 @@ def test_a_pass_within_a_pass_perturbs_once() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("place", ["layer", "perturbation"])
-def test_an_exception_in_a_pass(place: str, error: type[BaseException]) -> None:
-    """Also in what makes the value: the first factor's then stands already."""
+def test_an_exception_in_a_pass_leaves_clean_factors(
+    place: str, error: type[BaseException]
+) -> None:
+    """Also one while the value of the second factor is computed."""
     case = Case()
 
     def fail(*_: Any) -> None:
@@ -328,7 +327,7 @@ def test_a_functional_call_leaves_the_callers_tensors_alone() -> None:
 @pytest.mark.parametrize("method", CREATE)
 @pytest.mark.parametrize("before", [True, False])
 def test_a_functional_call_leaves_a_teachers_parameters_alone(method: str, before: bool) -> None:
-    """Those of a moving average of the weights, say; the student's own are perturbed as ever."""
+    """As with a moving average of the weights; the student's own are perturbed as usual."""
     model = lora_mlp()
     optimizer = CREATE[method](model, torch.optim.SGD, lr=0.1, rho=1.0)
     train_on(model, optimizer, batches(2))
@@ -355,8 +354,8 @@ def test_a_functional_call_leaves_a_teachers_parameters_alone(method: str, befor
 def test_data_parallel_replicas_are_perturbed(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.nn.DataParallel copies a model for each pass; it was refused before."""
-    module = sys.modules["torch.nn.parallel.replicate"]  # a function covers its name
+    """torch.nn.DataParallel copies a model for each pass."""
+    module = sys.modules["torch.nn.parallel.replicate"]  # a function of the same name hides it
 
     def broadcast(tensors: list[Tensor], devices: list[Any], detach: bool = False) -> Any:
         return [[t.detach() if detach else t.clone() for t in tensors] for _ in devices]
@@ -388,7 +387,7 @@ def test_data_parallel_replicas_are_perturbed(
 
 @pytest.mark.parametrize("around", ["model", "function"])
 def test_compiled_whole_equals_eager(around: str) -> None:
-    """Accumulation, evaluation between, another perturbation: one graph each, the eager numbers."""
+    """With accumulation, an evaluation in between, another perturbation; one graph each."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):

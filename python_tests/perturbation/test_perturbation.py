@@ -1,4 +1,4 @@
-"""EFlatPerturbation: what it claims, its points, its state, and models that change."""
+"""EFlatPerturbation: its claims, points and state, and models that change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import eflat_ext
 from eflat_ext import EFlatPerturbation, create_eflat_optimizer
 
 
-def test_a_state_of_others_is_refused_and_nothing_loaded() -> None:
+def test_another_models_state_is_refused_and_nothing_loaded() -> None:
     model = lora_mlp()
     train(model, eflat_ext.EFlatLoRA(model, OPTIMIZERS["SGD"](trainable(model))), batches(1))
     perturbation = EFlatPerturbation(model, rho=RHO)
@@ -77,7 +77,7 @@ def test_points_are_where_the_next_gradients_are_taken() -> None:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_onto_A_the_bound_follows_edits(scope: str) -> None:
-    """An edit of B gave 39 rho, scale_layer 10 rho."""
+    """Without the bound an edit of B gives 39 rho, ``scale_layer`` 10 rho."""
     model = lora_mlp()
     optimizer = create_eflat_optimizer(
         model, torch.optim.SGD, lr=LR, rho=RHO, onto="A", norm_scope=scope
@@ -106,7 +106,7 @@ def test_onto_A_the_bound_follows_edits(scope: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_points_are_in_the_type_of_the_factors(dtype: torch.dtype) -> None:
+def test_points_have_the_dtype_of_the_factors(dtype: torch.dtype) -> None:
     model = lora_mlp(dtype)
     optimizer = create_eflat_optimizer(model, torch.optim.AdamW, lr=LR, rho=RHO)
     seen: list[Tensor] = []
@@ -121,8 +121,8 @@ def test_points_are_in_the_type_of_the_factors(dtype: torch.dtype) -> None:
     assert {value.dtype for value in seen} == {dtype}
 
 
-def test_one_that_could_not_be_made_takes_nothing_over() -> None:
-    """Nor does one that waits while another is attached; notebooks keep exceptions alive."""
+def test_one_whose_constructor_raised_takes_nothing_over() -> None:
+    """Nor does one that has claimed nothing yet; notebooks keep exceptions alive."""
     model = lora_mlp()
     head = [p for n, p in model.named_parameters() if "head" in n and p.requires_grad]
     with pytest.raises(ValueError, match="optimizer must train LoRA factors") as kept:
@@ -148,8 +148,8 @@ def test_one_that_has_ended_says_so_and_perturbs_nothing() -> None:
     assert never.averages == {} and never.state_dict()["averages"] == {}
 
 
-def test_a_forward_pass_that_is_patched_by_others() -> None:
-    """With functools.wraps, without it, as a replacement; taken back again or not."""
+def test_a_forward_method_that_others_patch_stays_perturbed() -> None:
+    """With functools.wraps, without it, or as a replacement; undone or not."""
     import functools
 
     for keep in (False, True):
@@ -196,7 +196,7 @@ def test_clean_contexts_do_not_end_a_step_of_two_gradients() -> None:
     assert torch.equal(model(batches(1)[0][0]), model.eval()(batches(1)[0][0]))
 
 
-def test_made_under_inference_mode() -> None:
+def test_one_created_under_inference_mode_perturbs() -> None:
     for onto in ("A", "B"):
         model = lora_mlp()
         perturbation = EFlatPerturbation(model, rho=RHO, onto=onto)

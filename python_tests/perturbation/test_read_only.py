@@ -1,4 +1,4 @@
-"""Nothing but the base optimizer's step writes a parameter: their memory is read-only otherwise."""
+"""Only the base optimizer's step writes parameters: their memory is read-only otherwise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(what: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.proves("Plain loops", "never written between two steps, in read-only memory")
 def test_nothing_writes_a_parameter_between_steps() -> None:
-    """Every method, onto each factor, fused and not, attached; evaluating, saving, merging."""
+    """Every method, onto each factor, fused, unfused, attached; evaluating, saving, merging."""
     result = run("train")
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("no write\n")

@@ -1,4 +1,4 @@
-"""Who perturbs a model: the newest of those that claim its weights, until somebody else steps."""
+"""The newest perturbation of a model's weights takes over; a foreign optimizer's step ends it."""
 
 from __future__ import annotations
 
@@ -48,10 +48,7 @@ def attached(model: nn.Module, params: Any = None, **options: Any) -> tuple[Any,
 @pytest.mark.parametrize("older", CREATE)
 @pytest.mark.parametrize("newer", CREATE)
 def test_a_newer_optimizer_takes_over(newer: str, older: str) -> None:
-    """As in a notebook, where a cell is run twice: what trains is as if there had been one.
-
-    It raised a RuntimeError before, until the older one's ``remove_hooks()``.
-    """
+    """As when a cell runs twice; training is as if there had been one optimizer."""
     models = []
     for twice in (True, False):
         model = lora_mlp()
@@ -70,14 +67,14 @@ def test_a_newer_optimizer_takes_over(newer: str, older: str) -> None:
             with pytest.raises(RuntimeError, match=message):
                 train_on(model, first, DATA[:1])
             assert_same_bits(weights(model), before)
-            train_on(model, optimizer, DATA[4:])  # the older one's errors did it no harm
+            train_on(model, optimizer, DATA[4:])  # the older one's errors did not affect it
         else:
             train_on(model, optimizer, DATA[4:])
         models.append(weights(model))
     assert_same_bits(*models)
 
 
-def test_an_older_one_that_is_dropped_takes_nothing_along() -> None:
+def test_deleting_an_older_one_leaves_the_newer_one_alone() -> None:
     case = Case()
     older = case.perturbation
     case.perturbation = EFlatPerturbation(case.model)
@@ -89,7 +86,7 @@ def test_an_older_one_that_is_dropped_takes_nothing_along() -> None:
     assert_nothing_attached(case.model)
 
 
-def test_one_is_made_without_claiming_anything() -> None:
+def test_creating_one_claims_nothing() -> None:
     """It takes over at its first training pass, update, or attach."""
     case = Case()
     newer = EFlatPerturbation(case.model)
@@ -109,7 +106,7 @@ def test_one_is_made_without_claiming_anything() -> None:
         newer.attach(SGD(trainable(case.model), lr=0.1))
 
 
-def test_several_may_perturb_weights_of_their_own() -> None:
+def test_several_may_perturb_disjoint_weights() -> None:
     model = lora_mlp(modules_to_save=None)
     halves = [[p for n, p in model.named_parameters() if f"{x}.lora" in n] for x in ("up", "down")]
     with pytest.warns(UserWarning, match="not among the optimizer's parameters"):
@@ -127,7 +124,7 @@ def test_several_may_perturb_weights_of_their_own() -> None:
     assert_same_bits(weights(model), weights(other))
     averages = both[0][0].averages | both[1][0].averages
     assert_same_bits(averages, whole.averages)
-    # One of all weights ends both, and one of a half that of all.
+    # One of all weights ends both, and one of half of the weights ends that of all.
     attached(model)
     for perturbation, _ in both:
         with pytest.raises(RuntimeError, match="has taken over"):
@@ -138,7 +135,7 @@ def test_several_may_perturb_weights_of_their_own() -> None:
 
 
 def test_another_optimizer_that_steps_perturbed_weights_ends_the_perturbation() -> None:
-    """With one warning. Its updates used to be lost."""
+    """With one warning."""
     model = lora_mlp()
     optimizer = CREATE["eflat"](model, SGD, lr=0.1, rho=0.5)
     train_on(model, optimizer, DATA[:2])
@@ -183,7 +180,7 @@ def test_an_optimizer_that_leaves_perturbed_weights_alone_ends_nothing(case: str
 
 
 class Around(torch.optim.Optimizer):
-    """Steps another optimizer, and the weights once more, as Lookahead does."""
+    """An optimizer that steps another and then the weights once more, as Lookahead does."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
@@ -198,7 +195,7 @@ class Around(torch.optim.Optimizer):
 
 
 class Raises(SGD):
-    """Its first step raises, after which torch calls no hooks."""
+    """An optimizer whose first step raises, after which torch calls no hooks."""
 
     failed = False
 
@@ -244,7 +241,7 @@ def within_an_attached_one(model: nn.Module) -> tuple[Any, Any]:
 
 
 def attached_within(model: nn.Module) -> tuple[Any, Any]:
-    """The same, attached to the inner one."""
+    """Attach to the inner optimizer."""
     outer = Around(SGD(trainable(model), lr=0.1))
     return EFlatPerturbation(model, rho=0.5).attach(outer.inner), outer
 
@@ -269,7 +266,7 @@ def after_a_step_that_raised(model: nn.Module) -> tuple[Any, Any]:
         after_a_step_that_raised,
     ],
 )
-def test_optimizers_around_and_within_are_its_own(make: Callable) -> None:
+def test_optimizers_around_and_within_do_not_end_it(make: Callable) -> None:
     model = lora_mlp()
     perturbation, optimizer = make(model)
     with warnings.catch_warnings():
@@ -278,7 +275,7 @@ def test_optimizers_around_and_within_are_its_own(make: Callable) -> None:
             step(model, optimizer, batch)
     assert perturbation.steps == 3 + (make is after_a_step_that_raised)
     perturbation.check()
-    with pytest.warns(UserWarning, match="Adam stepped weights"):  # a stranger is told as ever
+    with pytest.warns(UserWarning, match="Adam stepped weights"):  # a foreign optimizer still warns
         step(model, torch.optim.Adam(trainable(model), lr=0.1))
     with pytest.raises(RuntimeError, match="has ended"):
         step(model, optimizer)
@@ -289,7 +286,7 @@ def test_optimizers_around_and_within_are_its_own(make: Callable) -> None:
 
 @pytest.mark.parametrize("method", CREATE)
 def test_removed_hooks_are_gone_for_good(method: str) -> None:
-    """Passes are clean and ``step()`` raises. It went on by ``train()`` and ``eval()`` before."""
+    """Passes are clean and ``step()`` raises, also after ``train()`` and ``eval()``."""
     model = lora_mlp()
     optimizer = CREATE[method](model, SGD, lr=0.1, rho=0.5)
     train_on(model, optimizer, DATA[:2])
@@ -309,7 +306,7 @@ def test_removed_hooks_are_gone_for_good(method: str) -> None:
     train_on(model, CREATE[method](model, SGD, lr=0.1, rho=0.5), DATA[:2])
 
 
-def test_a_wrapper_that_steps_ours_every_second_time_is_no_foreign_one() -> None:
+def test_a_wrapper_that_steps_ours_every_second_time_ends_nothing() -> None:
     class EverySecond(torch.optim.Optimizer):
         def __init__(self, inner: torch.optim.Optimizer) -> None:
             self.inner, self.calls = inner, 0

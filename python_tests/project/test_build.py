@@ -1,4 +1,4 @@
-"""What the build refuses, in one sentence, and what it says of itself."""
+"""The build refuses wrong settings in one sentence, and records what it was built with."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         ),
     ],
 )
-def test_wrong_combinations(environment, message):
+def test_wrong_settings_are_named(environment, message):
     result = setup("--version", **environment)
     assert result.returncode == 1
     assert result.stderr.startswith(f"eflat_ext: {message}")
     assert result.stderr.count("\n") == 1
 
 
-def test_builds_against_an_installed_torch(tmp_path):
+def test_a_missing_torch_is_named(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError\n")
     result = setup("--version", PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
@@ -51,7 +51,7 @@ def test_builds_against_an_installed_torch(tmp_path):
 
 
 def toolkit(folder: Path, *architectures: str) -> str:
-    """A CUDA toolkit as far as setup.py looks at one before it compiles."""
+    """Create the files of a CUDA toolkit that setup.py looks at before it compiles."""
     for name in ("include/cuda_runtime.h", "lib64/libcudart.so", "bin/nvcc"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).touch()
@@ -64,12 +64,12 @@ def toolkit(folder: Path, *architectures: str) -> str:
 @pytest.mark.parametrize(
     "given, built",
     [
-        ("", ["8.0", "8.6", "8.9", "9.0+PTX"]),  # what the toolkit below knows
+        ("", ["8.0", "8.6", "8.9", "9.0+PTX"]),  # those of the toolkit below
         ("7.5 8.0; 9.0a+PTX", ["8.0", "9.0a+PTX"]),
         ("7.0;7.5", []),
     ],
 )
-def test_architectures(given, built, tmp_path):
+def test_the_build_records_the_architectures(given, built, tmp_path):
     home = toolkit(tmp_path / "toolkit", "75", "80", "86", "87", "89", "90")
     (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.version.cuda = '13.0'\n")
     environment = {
@@ -86,7 +86,7 @@ def test_architectures(given, built, tmp_path):
     assert f"'cuda': {bool(built)}, 'cuda_architectures': {built}" in text
 
 
-def test_architectures_that_cannot_be_built_for(tmp_path):
+def test_unsupported_architectures_are_named(tmp_path):
     environment = {"EFLAT_CUDA": "1", "CUDA_VISIBLE_DEVICES": ""}
     new, old = toolkit(tmp_path / "new", "80"), toolkit(tmp_path / "old", "70", "75")
     result = setup("--version", **environment, CUDA_HOME=new, TORCH_CUDA_ARCH_LIST="7.0;7.5")
@@ -100,7 +100,7 @@ def test_architectures_that_cannot_be_built_for(tmp_path):
     assert "TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got 'Ampere'" in result.stderr
 
 
-def test_build_info():
+def test_build_info_returns_a_copy():
     info = eflat_ext.build_info()
     assert isinstance(info["cuda"], bool)
     assert bool(info["cuda_architectures"]) == info["cuda"]

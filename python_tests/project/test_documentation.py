@@ -1,4 +1,4 @@
-"""Every page of docs/ has a script that runs as it stands; the README's table is the tests' own."""
+"""Every page of docs/ has a script that runs; the README's table is made from the tests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_links_and_tests_of_pages_exist(page):
 
 
 def test_messages_of_the_page_are_those_of_the_script():
-    """Each row is provoked, and each mistake has a row, but for what needs a trainer."""
+    """The script provokes every row but the mixin's, and every mistake has a row."""
     script = importlib.import_module("examples.troubleshooting")
     provoked = [script.provoke(mistake).partition(": ")[2] for mistake in script.REMEDIES]
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand; its commands are the ones that are run elsewhere."""
+"""The README's examples and commands run; its links exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def example(title: str) -> str:
-    """The Python block below a heading."""
+    """Return the Python block below a heading."""
     section = README.split(f"### {title}\n")[1].split("\n## ")[0].split("\n### ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
     return block
@@ -35,7 +35,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT looks for the base model's card
-def test_plain_loop(tmp_path, monkeypatch):
+def test_the_plain_loop_trains_and_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = lora_gpt2()
     before = [b.detach().clone() for b in lora_weights(model)]
@@ -45,8 +45,8 @@ def test_plain_loop(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_optimizer_that_exists_already(tmp_path, monkeypatch):
-    """It trains as the plain loop's does, and keeps the perturbation alive and saves it."""
+def test_an_attached_optimizer_trains_as_the_plain_loop(tmp_path, monkeypatch):
+    """The optimizer keeps the perturbation alive and saves its averages."""
     monkeypatch.chdir(tmp_path)
     batches, trained = [batch() for _ in range(3)], []
     for title in ("In a plain loop", "With an optimizer that exists already"):
@@ -65,7 +65,7 @@ def test_an_optimizer_that_exists_already(tmp_path, monkeypatch):
     ("title", "method"),
     [("In Hugging Face Trainer", "EFlatLoRA"), ("Two gradients in Trainer", "FlatLoRA")],
 )
-def test_trainer(title, method, tmp_path):
+def test_trainers_train_and_log(title, method, tmp_path):
     from transformers import TrainingArguments, __version__
 
     model = lora_gpt2()
@@ -86,7 +86,7 @@ def test_trainer(title, method, tmp_path):
         assert len(logged) == 3 and all(e["perturbation_norm"] > 0 for e in logged)
 
 
-def test_operators():
+def test_operators_return_perturbations_and_norms():
     names = {}
     exec(example("As operators"), names)
     E, norm = names["E"], names["norm"]
@@ -94,7 +94,7 @@ def test_operators():
     assert len(names["Es"]) == 2 and names["norms"].shape == (2,)
 
 
-# What makes a command of the README small enough to be run here.
+# Options that make the README's commands small.
 SMALL = {
     "finetune": "--model {tiny} --data {data} --device cpu --steps 3 --max-length 32",
     "sharpness": "--device cpu --samples 2 --examples 16",
@@ -103,13 +103,13 @@ SMALL = {
 
 
 def commands(title: str) -> list[list[str]]:
-    """The commands in the block below a heading."""
+    """Return the commands in the block below a heading."""
     section = README.split(f"## {title}\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.S)
     return [line.split() for line in block.splitlines()]
 
 
-def test_commands_that_measure(tmp_path, monkeypatch):
+def test_commands_that_measure_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = save_tiny_model(tmp_path / "tiny")
     data = write_csv(tmp_path / "data.csv", make_rows(200))
@@ -125,7 +125,7 @@ def methods_of_experiments():
     return {**comparison.METHODS, **importlib.import_module("bench.experiment").METHODS}
 
 
-def test_benchmarks_that_measure():
+def test_benchmarks_that_measure_exist_and_print_their_tables():
     methods = methods_of_experiments()
     for _, _, module, *rest in (c for c in commands("Measuring flatness") if c[0] == "python"):
         assert importlib.util.find_spec(module)
@@ -133,14 +133,14 @@ def test_benchmarks_that_measure():
             assert plan.load(ROOT / rest[0], methods).count() > 0
         elif module == "bench.report":  # test_report_bench.py runs it
             assert (ROOT / rest[0]).is_dir()
-        else:  # the numbers are there: it makes the tables of them
+        else:  # it prints the tables of the numbers in bench/results
             command = [sys.executable, "-m", module, *rest]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
             assert "cos onto B" in done.stdout
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "bench" / "experiments").glob("*.yaml")))
-def test_files_of_experiments(file):
+def test_files_of_experiments_load(file):
     grid = plan.load(file, methods_of_experiments())
     assert grid.results.parent == ROOT / "bench" / "results"
 

@@ -1,4 +1,4 @@
-"""Bad gradients, batches without labels, exceptions anywhere: what is left, and how it goes on."""
+"""After bad gradients, batches without labels and exceptions training goes on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ DATA = batches(6, torch.float32)
 
 
 def trained(method: str, **options: Any) -> tuple[nn.Module, Any]:
-    """A model after two steps, and its optimizer."""
+    """Return a model after two steps, and its optimizer."""
     create, kwargs = METHODS[method]
     model = lora_mlp(torch.float32)
     optimizer = create(model, torch.optim.AdamW, lr=0.01, rho=0.5, **kwargs, **options)
@@ -71,7 +71,7 @@ def averages(optimizer: Any) -> dict[str, Tensor]:
 def test_bad_gradients_leave_the_averages(
     method: str, bad: float, norm_scope: str, everywhere: bool
 ) -> None:
-    """Bit for bit, and they are counted; the other layers go on."""
+    """They are counted, and other layers are perturbed as usual."""
     model, optimizer = trained(method, norm_scope=norm_scope)
     before, start = averages(optimizer), weights(model)
     assert int(optimizer.skipped_perturbations) == 0
@@ -98,7 +98,7 @@ def test_bad_gradients_leave_the_averages(
 
 @every_method
 def test_a_clipped_nan(method: str) -> None:
-    """Clipping spreads it over all gradients: every pair is counted, and AdamW does as told."""
+    """Clipping spreads NaN over all gradients: every pair is counted, and AdamW steps with NaN."""
     model, optimizer = trained(method)
     before = averages(optimizer)
 
@@ -117,7 +117,7 @@ def test_a_clipped_nan(method: str) -> None:
 @pytest.mark.parametrize("way", ["look at the norm", "let it raise"])
 @every_method
 def test_a_step_that_is_not_finite_can_be_skipped(method: str, way: str) -> None:
-    """As if the batch had not been there, bit for bit."""
+    """The state afterwards is that without the batch, bit for bit."""
     (model, optimizer), (other, expected) = trained(method), trained(method)
     train_on(other, expected, DATA[3:])
     for batch, factor in zip(DATA[2:], (math.nan, 1.0, 1.0, 1.0), strict=True):
@@ -147,7 +147,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(method: str, way: str) -> None
 
 
 class Broken(PerturbingTrainer):
-    """The loss of the second step is NaN."""
+    """A trainer whose loss is NaN in the second step."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
@@ -155,7 +155,7 @@ class Broken(PerturbingTrainer):
 
 
 def documented_callback() -> TrainerCallback:
-    """The one of docs/faults.md."""
+    """Return the callback of docs/faults.md."""
     page = Path(__file__).parents[2] / "docs" / "faults.md"
     (code,) = re.findall(r"```python\n(class SkipNotFinite.*?)```", page.read_text("utf-8"), re.S)
     names: dict[str, Any] = {"torch": torch, "TrainerCallback": TrainerCallback}
@@ -209,7 +209,7 @@ def test_trainer_skips_a_step(options: dict[str, Any], skip: bool, tmp_path: Pat
 @pytest.mark.parametrize("rows", [0, 32], ids=["empty", "no labels"])
 @every_method
 def test_a_batch_without_anything_to_learn(method: str, rows: int) -> None:
-    """The loss is NaN, the gradients are zero: no perturbation, no change but momentum's."""
+    """The loss is NaN, the gradients are zero: only momentum changes the weights."""
     model, optimizer = trained(method)
     before = averages(optimizer)
     x, labels = DATA[2][0][:rows], torch.full((rows,), -100)
@@ -237,7 +237,7 @@ class FailBackward(torch.autograd.Function):
 
 
 def fail_in(place: str, model: nn.Module, error: BaseException) -> Callable[[Any], Tensor]:
-    """A loss that fails there."""
+    """Return a loss that fails at that place."""
     FailBackward.error = error
 
     def fail(*_: Any) -> None:
@@ -279,7 +279,7 @@ def test_an_exception_anywhere(
     error: BaseException,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At the perturbed weights: of the second pass, for the methods that have two."""
+    """With two gradients the exception comes in the second pass, at the perturbed weights."""
     model, optimizer = trained(method)
     clean, state = weights(model), copy.deepcopy(optimizer.state_dict())
     smaller = tuple(part[:16] for part in DATA[2])

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of training: nothing perturbed on disk, and it goes on bit for bit."""
+"""After SIGKILL at any moment, files hold clean weights and training resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def killed(kind: str, hook: str, folder: Path, whole: dict[str, Any], rng: rando
         time.sleep(rng.uniform(0, 0.9 * seconds))
         process.kill()
     process.join()
-    # Unless it was faster than thought.
+    # The run may end before the signal.
     assert process.exitcode == -signal.SIGKILL or (process.exitcode == 0 and tear is None)
 
 
 def look(folder: Path, whole: dict[str, Any]) -> int:
-    """No file holds anything but the state of its step; how many checkpoints are incomplete."""
+    """Assert that files hold their step's state; return the number of incomplete checkpoints."""
     last = last_complete_checkpoint(folder)
     last_step = int(last.rpartition("-")[2]) if last else 0
     incomplete = 0
@@ -120,7 +120,7 @@ def test_killed_runs_of_two_gradients_resume_bit_exact(tmp_path: Path) -> None:
     assert kill_and_resume("flat", ["any", "save", "write"], tmp_path) >= 1
 
 
-def test_which_checkpoint_is_complete(tmp_path: Path) -> None:
+def test_the_last_complete_checkpoint_is_the_newest_with_a_whole_state_file(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path / "missing") is None
     states = {"9": "{}", "10": '{"global_step": 10}\n', "11": "", "12": '{"global_', "13": None}
     for step, state in {**states, "x": "{}", "14-old": "{}"}.items():
@@ -133,7 +133,7 @@ def test_which_checkpoint_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.proves("Faults", "a killed eflat finetune leaves nothing that looks complete")
 def test_a_killed_comparison_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
-    """``eflat finetune``: adapters of finished runs, whole and clean; a table when all are."""
+    """Adapters are those of finished runs, and a table exists only when all runs are finished."""
     settings = {
         "model": save_tiny_model(tmp_path / "model"),
         "data": write_csv(tmp_path / "data.csv", make_rows(200)),

@@ -1,4 +1,4 @@
-"""A real language model, from a GGUF file to four bits to a fine-tune; as examples/quantised.py."""
+"""A real language model is dequantised from GGUF, loaded in four bits and fine-tuned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: the one-line hook, clean saves, resuming, the best model."""
+"""Hugging Face Trainer: the hook for its optimizer, clean saves, resuming, the best model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 
 
 class Watch(TrainerCallback):
-    """Compares what is saved, between micro-batches too, with the weights after the last step."""
+    """Compare what is saved, between micro-batches too, with the weights after the last step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,7 +103,7 @@ def test_hook_equals_wrapping_the_optimizer_of_trainer(tmp_path: Path) -> None:
     assert all(bool(average.any()) for average in own(run).averages.values())
 
 
-def test_hook_with_a_class_or_other_numbers(tmp_path: Path) -> None:
+def test_numbers_of_the_hook_precede_those_of_the_arguments(tmp_path: Path) -> None:
     cases = [
         (torch.optim.AdamW, {"lr": 0.3}, (0.3, 0.01, 0.9)),
         (torch.optim.AdamW, {"lr": 0.3, "weight_decay": 0.7}, (0.3, 0.7, 0.9)),
@@ -132,8 +132,7 @@ def test_hook_with_a_class_or_other_numbers(tmp_path: Path) -> None:
         (ours.lora_sam_optimizer, LoRASAM),
     ],
 )
-def test_hook_called_with_groups(hook: Callable, cls: type) -> None:
-    """As transformers 4 does."""
+def test_the_hook_takes_groups_from_transformers_4(hook: Callable, cls: type) -> None:
     model = lora_gpt2()
     groups = [{"params": trainable(model)}]
     factory, kwargs = hook(torch.optim.SGD, lr=0.1)
@@ -158,7 +157,9 @@ def test_hook_equals_passing_the_optimizer(tmp_path: Path) -> None:
     assert_same_bits(weights(model), weights(other))
 
 
-def test_hook_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_arguments_of_the_hook_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for base in (lora_gpt2(), "adamw", nn.Linear, None):
         with pytest.raises(TypeError, match="base must be a subclass of torch"):
             ours.eflat_optimizer(base)
@@ -173,7 +174,7 @@ def test_hook_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             factory()(lora_gpt2())
 
 
-def test_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "eflat_ext.trainer")
     with pytest.raises(ImportError, match="pip install transformers"):
@@ -186,7 +187,7 @@ def test_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("highest", [True, False])
 @pytest.mark.parametrize("hook", [ours.eflat_optimizer, ours.flat_optimizer])
 def test_best_model_at_the_end(hook: Callable, highest: bool, tmp_path: Path) -> None:
-    """Evaluated at clean weights, the loss is that of the adapter in the checkpoint."""
+    """Every evaluation gives the loss of the checkpoint's adapter, at clean weights."""
     from peft import set_peft_model_state_dict
 
     settings = {
@@ -222,7 +223,7 @@ def test_best_model_at_the_end(hook: Callable, highest: bool, tmp_path: Path) ->
 
 @pytest.mark.proves("Hugging Face Trainer", "an optimizer that is attached to, saved and resumed")
 def test_an_attached_optimizer_resumes_as_eflat_lora(tmp_path: Path) -> None:
-    """``EFlatPerturbation.attach``: Trainer knows of a plain AdamW alone."""
+    """Trainer sees a plain AdamW only."""
 
     def run_of(model: nn.Module, folder: Path, attached: bool) -> Trainer:
         base = torch.optim.AdamW(trainable(model), lr=1e-2)
@@ -245,7 +246,7 @@ def test_an_attached_optimizer_resumes_as_eflat_lora(tmp_path: Path) -> None:
 
 
 def test_two_trainers_of_one_model_and_a_plain_one_after_them(tmp_path: Path) -> None:
-    """The second takes over; a trainer without eflat trains plainly and says that it ended it."""
+    """The second takes over; a trainer without eflat trains plainly, with a warning."""
     model = lora_gpt2()
     first = make(model, arguments(tmp_path))
     first.train()

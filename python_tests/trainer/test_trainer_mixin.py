@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 
 
 class Recorder(PerturbingTrainer):
-    """Notes the arguments of every loss in training, and the weights that it was taken at."""
+    """Record the arguments of every loss in training, and the weights that it was taken at."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seen: list[tuple[dict[str, Tensor], Any, dict[str, Tensor]]] = []
@@ -46,7 +46,7 @@ class Recorder(PerturbingTrainer):
         self.read = Read(self.model)
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return inputs  # no copy, so the loss takes the labels out of the batch itself
+        return inputs  # no copy: the loss removes the labels from the batch itself
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if model.training:
@@ -68,7 +68,7 @@ class Recorder(PerturbingTrainer):
 def test_two_gradients_equal_a_plain_loop(
     build: Callable, smoothing: float, tmp_path: Path
 ) -> None:
-    """All micro-batches of a step at the clean weights, then all again at one perturbed point."""
+    """All micro-batches run at the clean weights, then all again at one perturbed point."""
     model, other = without_dropout(build()), without_dropout(build())
     args = arguments(
         tmp_path,
@@ -116,7 +116,7 @@ def test_two_gradients_equal_a_plain_loop(
 
 
 class Clean(TrainerCallback):
-    """The weights at the beginning of each step."""
+    """Record the weights at the beginning of each step."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         self.weights = weights(model)
@@ -134,7 +134,7 @@ class Clean(TrainerCallback):
 def test_errors_leave_clean_weights(
     hook: Callable, at: int, error: BaseException, tmp_path: Path
 ) -> None:
-    """And the trainer trains again."""
+    """The trainer can train again."""
     model, clean = lora_gpt2(), Clean()
     run = make(model, arguments(tmp_path), hook, Recorder, [clean])
     run.fail_at = {at: error}
@@ -181,7 +181,7 @@ def test_out_of_memory_starts_anew_with_smaller_batches(at: int, tmp_path: Path)
 
 
 class Buffering(Trainer):
-    """Draws the inputs of a whole step at once and counts through them, as TRL's GRPOTrainer."""
+    """Draw the inputs of a whole step at once and count through them, as TRL's GRPOTrainer does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._step, self.draws, self.fail_at = 0, 0, -1
@@ -214,7 +214,7 @@ class PerturbingBuffering(ours.PerturbationMixin, Buffering):
     pass
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])  # which takes the labels out of the buffer
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])  # removes the labels from the buffer
 def test_inputs_are_drawn_once_for_both_passes(smoothing: float, tmp_path: Path) -> None:
     args = arguments(
         tmp_path, label_smoothing_factor=smoothing, eval_strategy="steps", eval_steps=1
@@ -244,7 +244,7 @@ def test_an_error_puts_the_count_back(at: int, tmp_path: Path) -> None:
 
 
 class Drawing(PerturbingTrainer):
-    """Draws tokens whenever inputs are prepared, which the loss asks for a second time."""
+    """Draw tokens whenever inputs are prepared; the loss prepares them a second time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.used: list[tuple[Tensor, Tensor]] = []
@@ -264,7 +264,7 @@ class Drawing(PerturbingTrainer):
 
 
 class Nested(Drawing):
-    """Prepares inputs within preparing them."""
+    """Prepare inputs within preparing them."""
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if "input_ids" in inputs:
@@ -284,7 +284,7 @@ def test_inputs_are_prepared_twice_in_a_micro_batch(cls: type, tmp_path: Path) -
 
 
 class Direct(Trainer):
-    """Its steps take the inputs as they come."""
+    """Take the inputs without preparing them."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss = self.compute_loss(model, inputs)
@@ -317,13 +317,13 @@ def test_inputs_that_may_differ_are_refused(cls: type, calls: Any, tmp_path: Pat
 )
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_log(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean norm and the count of skipped perturbations; read when logged, not at every step."""
+    """Mean norm and count of skipped perturbations are read when logged, not at each step."""
     norms: list[float] = []
     reads: list[int] = []
     original = ours.PerturbingOptimizer.perturbation_norms
 
     class Freeze(TrainerCallback):
-        """One pair without a gradient at the third step, which counts as skipped."""
+        """Freeze one pair in the third step, which counts as skipped."""
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 2 and isinstance(own(run), EFlatLoRA):
@@ -365,7 +365,7 @@ def test_mixin_leaves_other_optimizers_alone(tmp_path: Path) -> None:
 @pytest.mark.proves("Hugging Face Trainer", "fp16: a step that the scaler skips changes nothing")
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_fp16_overflows(options: dict[str, Any], tmp_path: Path) -> None:
-    """Steps that the scaler skips change nothing, and the next ones go on."""
+    """Steps that the scaler skips change nothing, and training goes on."""
 
     class Overflowing(PerturbingTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Trainer's other settings: checkpointing, bf16, compile; arguments of steps; no mixin."""
+"""Other settings of Trainer: checkpointing, bf16, compile, arguments of steps, no mixin."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_two_gradients_need_the_mixin(hook: Callable, tmp_path: Path) -> None:
 
 @pytest.mark.proves("Hugging Face Trainer", "the mixin keeps every argument of `training_step`")
 def test_both_passes_have_the_same_arguments(tmp_path: Path) -> None:
-    """Also those that a later Trainer, or a subclass, may add."""
+    """Including arguments that a later Trainer or a subclass may add."""
     given: list[tuple[Any, ...]] = []
 
     class Inner(Trainer):
@@ -59,7 +59,7 @@ def test_both_passes_have_the_same_arguments(tmp_path: Path) -> None:
 
 
 class Points(PerturbingTrainer):
-    """Notes B of the first layer with LoRA as every pass through it reads it."""
+    """Record B of the first LoRA layer as every pass reads it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.points: list[torch.Tensor] = []
@@ -110,7 +110,7 @@ def test_checkpointing_and_bf16(
                 assert same_bits(point, run.points[at])
         assert not any(same_bits(*b) for b in pairwise(run.points[::per_gradient]))
         runs.append(weights(model))
-    tolerance = 0.2 if "bf16" in settings[0] else 1e-3  # of the way that the weights went
+    tolerance = 0.2 if "bf16" in settings[0] else 1e-3  # of the distance that the weights moved
     for name, value in runs[0].items():
         went = (value - start[name]).norm()
         assert float((runs[1][name] - value).norm()) <= tolerance * float(went), name

@@ -1,4 +1,4 @@
-"""TRL's trainers: SFT resumed and making the PEFT model itself; completions, generated once."""
+"""TRL's trainers: SFT resumes and may create the PEFT model; completions are generated once."""
 
 from __future__ import annotations
 
@@ -73,7 +73,6 @@ def test_sft_trainer_resumes(hook: Callable, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HANDS_OVER_THE_MODEL, reason="its hook needs a model that exists")
 def test_sft_trainer_makes_the_peft_model(tmp_path: Path) -> None:
-    """``peft_config``, and no mixin."""
     args = arguments(tmp_path, trl.SFTConfig, max_steps=3)
     config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     base = lora_gpt2().unload()
@@ -92,7 +91,7 @@ def test_sft_trainer_makes_the_peft_model(tmp_path: Path) -> None:
 def test_both_passes_train_on_the_same_completions(
     method: str, iterations: int, tmp_path: Path
 ) -> None:
-    """And no more of them are generated than with one gradient."""
+    """No more completions are generated than with one gradient."""
     base = getattr(trl, f"{method}Trainer")
     generations: list[list[str]] = []
     seen: list[Tensor] = []

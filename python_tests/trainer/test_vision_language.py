@@ -1,4 +1,4 @@
-"""A Qwen2-VL on image-question pairs: LoRA on both towers, Trainer, the example's own parts."""
+"""A Qwen2-VL on image-question pairs: LoRA on both towers, Trainer, parts of the example."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def trainer(
 
 
 class Averages(TrainerCallback):
-    """The moving averages that the reference gives for the model's own gradients.
+    """Moving averages that the reference computes from the model's gradients.
 
-    And how far what forward passes read is from the weights plus the averages.
+    Also record how far the values that forward passes read are from weights plus averages.
     """
 
     def __init__(self, model: Any) -> None:
@@ -87,7 +87,7 @@ class Averages(TrainerCallback):
 def test_perturbations(
     example: ModuleType, data: tuple[Any, Any], processor: Any, tmp_path: Path, bf16: bool
 ) -> None:
-    """A random model, and a checkpoint in bfloat16 under autocast: what the example has on CUDA."""
+    """A random model, and a checkpoint in bfloat16 under autocast as the example uses on CUDA."""
     checkpoint = None
     if bf16:
         checkpoint = tmp_path / "model"
@@ -112,7 +112,7 @@ def test_perturbations(
 
 
 class Saves(TrainerCallback):
-    """Saves between two micro-batches, whose passes are perturbed."""
+    """Save between two micro-batches, whose passes are perturbed."""
 
     def __init__(self, folder: Path, model: Any) -> None:
         self.folder, self.read = folder, Read(model)
@@ -170,7 +170,7 @@ def test_training(
 
 
 def compare_with_generation(run: Any, processor: Any) -> None:
-    """The exact matches that the example counts are those of greedy decoding."""
+    """Assert that the example's exact matches are those of greedy decoding."""
     rows = run.eval_dataset.rows[:16]
     counted, decoded = [], []
     for row in rows:
