@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 
+from bench import timing
 from bench.kernels import cases, clock, gpu
+from bench.training import fused_step, many_layers
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bench.kernels.gpu", *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process; return its exit code and what it printed."""
+
+    def run(*options: str) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+        try:
+            code = gpu.main()
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
 
 
-def test_the_command_runs_on_the_cpu(tmp_path):
+def test_the_command_runs_on_the_cpu(tmp_path, command):
     file, picture = tmp_path / "numbers.json", tmp_path / "picture.svg"
-    command = ["--device", "cpu", "--tiny", "--no-build", "--json", str(file)]
-    done = run(*command, "--plot", str(picture))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "tests: " in done.stdout and " passed" in done.stdout
+    options = ["--device", "cpu", "--tiny", "--no-build", "--json", str(file)]
+    code, output = command(*options, "--plot", str(picture))
+    assert code == 0, output
+    assert "tests: " in output and " passed" in output
     results = json.loads(file.read_text())["results"]
     assert results["tests"]["passed"]
     assert results["environment"]["torch"] == torch.__version__
@@ -43,18 +48,18 @@ def test_the_command_runs_on_the_cpu(tmp_path):
         assert row["step_seconds"] > 0 and not row["no_step"]
         assert all(row["peers"][name]["seconds"] > 0 for name in gpu.PEERS)
     drawn = tmp_path / "again.svg"
-    done = run("--draw", str(file), "--plot", str(drawn))
-    assert done.returncode == 0, done.stderr
+    code, output = command("--draw", str(file), "--plot", str(drawn))
+    assert code == 0, output
     assert picture.stat().st_size > 0 and drawn.stat().st_size > 0
-    assert gpu.label(results["rows"][0]) in done.stdout
+    assert gpu.label(results["rows"][0]) in output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_what_is_missing_is_named():
-    done = run("--no-build")
-    assert done.returncode == 2 and "torch finds no CUDA device" in done.stderr
-    done = run("--draw", "numbers.json")
-    assert done.returncode == 2 and "--draw needs --plot" in done.stderr
+def test_what_is_missing_is_named(command):
+    code, output = command("--no-build")
+    assert code == 2 and "torch finds no CUDA device" in output
+    code, output = command("--draw", "numbers.json")
+    assert code == 2 and "--draw needs --plot" in output
 
 
 def test_the_build_is_from_source_against_the_installed_torch(monkeypatch):
@@ -66,27 +71,30 @@ def test_the_build_is_from_source_against_the_installed_torch(monkeypatch):
     assert "--no-build-isolation" in command and "--no-deps" in command and command[-1] == "."
 
 
-def test_failing_tests_are_reported():
-    result = gpu.run_tests("cpu", ["-k", "no_test_has_this_name"], 120)
-    assert not result["passed"] and "deselected" in result["summary"]
+def test_failing_tests_are_reported(tmp_path, monkeypatch):
+    tests = tmp_path / "python_tests" / "ops" / "test_operators.py"
+    tests.parent.mkdir(parents=True)
+    tests.write_text("def test_fails():\n    assert False\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    result = gpu.run_tests("cpu", [], 120)
+    assert not result["passed"] and "1 failed" in result["summary"]
     assert gpu.run_tests("cpu", [], 0.01)["summary"] == "not finished after 0 s"
 
 
-def test_a_fused_step_that_fails_fails_the_command(tmp_path, monkeypatch, capsys):
+def test_a_fused_step_that_fails_fails_the_command(tmp_path, monkeypatch, command):
     def broken(pairs):
         raise RuntimeError("no kernel image\nis available")
 
     file = tmp_path / "numbers.json"
-    command = ["--device", "cpu", "--tiny", "--no-build", "--no-tests", "--json", str(file)]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *command])
+    options = ["--device", "cpu", "--tiny", "--no-build", "--no-tests", "--json", str(file)]
     monkeypatch.setattr(gpu, "TINY", cases.TINY[:1])
     monkeypatch.setattr(gpu, "contenders", lambda device: dict.fromkeys(gpu.PEERS, lambda *_: None))
-    assert gpu.main() == 0
+    assert command(*options)[0] == 0
     monkeypatch.setattr(gpu, "fused_step", broken)
-    assert gpu.main() == 1
-    captured = capsys.readouterr()
-    assert "the fused step failed: " in captured.err
-    assert "no fused step: RuntimeError: no kernel image" in captured.out
+    code, output = command(*options)
+    assert code == 1
+    assert "the fused step failed: " in output
+    assert "no fused step: RuntimeError: no kernel image" in output
     rows = json.loads(file.read_text())["results"]["rows"]
     assert len(rows) == 2 and all(row["peers"]["pinv"]["seconds"] > 0 for row in rows)
 
@@ -146,21 +154,17 @@ def test_contenders_compute_what_they_are_compared_with():
 
 
 @pytest.mark.parametrize(
-    "script",
+    ("module", "options"),
     [
-        ["fused_step", "--layers", "1", "--rank", "2", "--rounds", "1"],
-        ["many_layers", "--one", "--layers", "3"],
+        (fused_step, ["--layers", "1", "--rank", "2", "--rounds", "1"]),
+        (many_layers, ["--one", "--layers", "3"]),
     ],
-    ids=lambda script: script[0],
+    ids=["fused_step", "many_layers"],
 )
-def test_the_benches_of_an_optimizer_step_run(script):
-    done = subprocess.run(
-        [sys.executable, "-m", f"bench.training.{script[0]}", *script[1:]],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+def test_the_benches_of_an_optimizer_step_run(module, options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    monkeypatch.setattr(
+        module, "interleaved", lambda contenders, *_, **__: timing.interleaved(contenders, 1, 0.0)
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip()
+    module.main()
+    assert capsys.readouterr().out.strip()

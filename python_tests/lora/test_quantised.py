@@ -348,7 +348,9 @@ INSTRUMENTS: dict[str, Callable[..., Any]] = {
     "average case": lambda *given: average_case(*given, 0.1, samples=2),
     "estimate": estimate_quality,
     "slice": lambda *given: slice_1d(*given, random_direction(adapted_layers(given[0])), [0.5]),
-    "hessian": lambda *given: hessian(*given, eigenvalues=1, space="lora").eigenvalues,
+    "hessian": lambda *given: (
+        hessian(*given, eigenvalues=1, iterations=2, trace_products=0, space="lora").eigenvalues
+    ),
 }
 
 
