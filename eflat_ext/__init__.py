@@ -9,14 +9,13 @@ import warnings
 import torch
 
 from .ops import foreach_perturb, perturb
-from .optim.eflat import (
-    EFlatLoRA,
-    FlatLoRA,
-    LoRASAM,
+from .optim.eflat import EFlatLoRA
+from .optim.factories import (
     create_eflat_optimizer,
     create_flat_optimizer,
     create_lora_sam_optimizer,
 )
+from .optim.two_gradients import FlatLoRA, LoRASAM
 from .perturbation import EFlatPerturbation
 
 if torch.version.cuda is not None and importlib.util.find_spec("eflat_ext._C_cuda") is not None:

@@ -28,7 +28,11 @@ except ImportError as error:
     raise ImportError("eflat_ext.trainer needs transformers: pip install transformers") from error
 
 from .optim.base import PerturbingOptimizer
-from .optim.eflat import create_eflat_optimizer, create_flat_optimizer, create_lora_sam_optimizer
+from .optim.factories import (
+    create_eflat_optimizer,
+    create_flat_optimizer,
+    create_lora_sam_optimizer,
+)
 from .optim.two_gradients import TwoGradients
 
 __all__ = [

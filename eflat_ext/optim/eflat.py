@@ -1,4 +1,4 @@
-"""EFlat-LoRA as an optimizer around any torch optimizer, and the factories of all three methods.
+"""EFlat-LoRA as an optimizer around any torch optimizer.
 
 EFlat-LoRA: Deng et al., "EFlat-LoRA", arXiv 2508.00522, equations (1)-(3).
 """
@@ -18,18 +18,7 @@ from eflat_ext.perturbation.settings import Rho
 from eflat_ext.perturbation.steps import check_base
 
 from .base import PerturbingOptimizer
-from .factories import make_base
 from .fused_adamw import adamw_arguments, without_gradients
-from .two_gradients import FlatLoRA, LoRASAM
-
-__all__ = [
-    "EFlatLoRA",
-    "FlatLoRA",
-    "LoRASAM",
-    "create_eflat_optimizer",
-    "create_flat_optimizer",
-    "create_lora_sam_optimizer",
-]
 
 
 class EFlatLoRA(PerturbingOptimizer):
@@ -139,72 +128,3 @@ class EFlatLoRA(PerturbingOptimizer):
             self._step_base()
         self.perturbation.finish_step()
         return loss
-
-
-def create_eflat_optimizer(
-    model: nn.Module,
-    optimizer_cls: type[Optimizer],
-    *,
-    rho: Rho = 0.05,
-    beta: float = 0.9,
-    onto: str = "B",
-    norm_scope: str = "layer",
-    rtol: float | None = None,
-    fused_step: bool = True,
-    params: Any = None,
-    **optimizer_kwargs: Any,
-) -> EFlatLoRA:
-    """Create an :class:`EFlatLoRA` around a new base optimizer of all trainable parameters.
-
-    Args:
-        model, rho, beta, onto, norm_scope, rtol, fused_step: see :class:`EFlatLoRA`.
-        optimizer_cls: class of the base optimizer.
-        params: parameters, named parameters or groups for it, in place of all trainable ones.
-        **optimizer_kwargs: passed on to it (``lr`` and so on).
-
-    Raises:
-        TypeError: ``optimizer_cls`` is no class of optimizers; or as :class:`EFlatLoRA`.
-        ValueError: the model trains nothing; or as :class:`EFlatLoRA`.
-        ImportError, NotImplementedError: as :class:`EFlatLoRA`.
-    """
-    base = make_base(model, optimizer_cls, params, optimizer_kwargs)
-    return EFlatLoRA(
-        model,
-        base,
-        rho=rho,
-        beta=beta,
-        onto=onto,
-        norm_scope=norm_scope,
-        rtol=rtol,
-        fused_step=fused_step,
-    )
-
-
-def create_flat_optimizer(
-    model: nn.Module,
-    optimizer_cls: type[Optimizer],
-    *,
-    rho: Rho = 0.05,
-    onto: str = "B",
-    norm_scope: str = "layer",
-    rtol: float | None = None,
-    params: Any = None,
-    **optimizer_kwargs: Any,
-) -> FlatLoRA:
-    """Create a :class:`FlatLoRA` around a new base; see :func:`create_eflat_optimizer`."""
-    base = make_base(model, optimizer_cls, params, optimizer_kwargs)
-    return FlatLoRA(model, base, rho=rho, onto=onto, norm_scope=norm_scope, rtol=rtol)
-
-
-def create_lora_sam_optimizer(
-    model: nn.Module,
-    optimizer_cls: type[Optimizer],
-    *,
-    rho: Rho = 0.05,
-    norm_scope: str = "layer",
-    params: Any = None,
-    **optimizer_kwargs: Any,
-) -> LoRASAM:
-    """Create a :class:`LoRASAM` around a new base; see :func:`create_eflat_optimizer`."""
-    base = make_base(model, optimizer_cls, params, optimizer_kwargs)
-    return LoRASAM(model, base, rho=rho, norm_scope=norm_scope)

@@ -17,6 +17,7 @@ from models import (
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from eflat_ext import create_eflat_optimizer
 from eflat_ext.analysis.full_space import adapted_layers, mean_loss
 from eflat_ext.analysis.landscape import (
     hessian_directions,
@@ -27,7 +28,6 @@ from eflat_ext.analysis.landscape import (
 )
 from eflat_ext.lab.measure.landscape_figure import LandscapeConfig, draw
 from eflat_ext.lab.measure.trained_models import Trained
-from eflat_ext.optim.eflat import create_eflat_optimizer
 
 DATA = batches(2)
 

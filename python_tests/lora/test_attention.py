@@ -12,9 +12,8 @@ from models import CREATE, assert_same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from eflat_ext import reference
+from eflat_ext import create_eflat_optimizer, reference
 from eflat_ext.lora import find_pairs
-from eflat_ext.optim.eflat import create_eflat_optimizer
 
 PAIRS = ["base_model.model.attention.default", "base_model.model.attention.base_layer.out_proj"]
 

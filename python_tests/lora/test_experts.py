@@ -14,9 +14,8 @@ from models import CREATE, assert_same_bits, at_points, trainable, weights
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from eflat_ext import reference
+from eflat_ext import create_eflat_optimizer, reference
 from eflat_ext.lora import find_pairs
-from eflat_ext.optim.eflat import create_eflat_optimizer
 
 
 def batch() -> Tensor:

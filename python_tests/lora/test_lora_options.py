@@ -14,7 +14,7 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
-from eflat_ext.optim.eflat import EFlatLoRA, create_eflat_optimizer
+from eflat_ext import EFlatLoRA, create_eflat_optimizer
 
 
 @pytest.mark.proves("LoRA layers", "LoRA+ parameter groups")

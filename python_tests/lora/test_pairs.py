@@ -14,9 +14,8 @@ from models import at_points, batches, lora_gpt2, lora_mlp, loss_of, same_bits, 
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from eflat_ext import reference
+from eflat_ext import create_eflat_optimizer, reference
 from eflat_ext.lora import LoraPair, find_pairs
-from eflat_ext.optim.eflat import create_eflat_optimizer
 
 UP, DOWN = "base_model.model.up", "base_model.model.down"
 

@@ -38,17 +38,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from trainer_case import RUNS, arguments, make, own
 
-from eflat_ext.analysis.estimate import estimate_quality
-from eflat_ext.analysis.full_space import adapted_layers, evaluating, mean_loss
-from eflat_ext.analysis.hessian import hessian
-from eflat_ext.analysis.landscape import random_direction, slice_1d
-from eflat_ext.analysis.sharpness import average_case, worst_case
-from eflat_ext.optim.eflat import (
+from eflat_ext import (
     EFlatLoRA,
     create_eflat_optimizer,
     create_flat_optimizer,
     create_lora_sam_optimizer,
 )
+from eflat_ext.analysis.estimate import estimate_quality
+from eflat_ext.analysis.full_space import adapted_layers, evaluating, mean_loss
+from eflat_ext.analysis.hessian import hessian
+from eflat_ext.analysis.landscape import random_direction, slice_1d
+from eflat_ext.analysis.sharpness import average_case, worst_case
 
 pytestmark = [
     needs("bitsandbytes", "torchao"),

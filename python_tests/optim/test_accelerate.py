@@ -23,7 +23,7 @@ from models import (
 )
 from torch import Tensor, nn
 
-from eflat_ext.optim.eflat import create_eflat_optimizer
+from eflat_ext import create_eflat_optimizer
 
 CLIP = 0.5
 DATA = batches(24, torch.float32)  # two micro-batches per step

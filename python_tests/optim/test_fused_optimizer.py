@@ -29,7 +29,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eflat_ext.optim.eflat import EFlatLoRA, create_eflat_optimizer
+from eflat_ext import EFlatLoRA, create_eflat_optimizer
 
 STEPS = 20
 RTOL = 1e-5  # as in test_trajectories.py

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from eflat_ext.optim.eflat import (
+from eflat_ext import (
     EFlatLoRA,
     create_eflat_optimizer,
     create_flat_optimizer,

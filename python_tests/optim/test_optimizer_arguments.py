@@ -11,7 +11,7 @@ import torch
 from models import CREATE, batches, lora_mlp, train_on
 from torch import nn
 
-from eflat_ext.optim.eflat import create_eflat_optimizer, create_flat_optimizer
+from eflat_ext import create_eflat_optimizer, create_flat_optimizer
 
 UP, DOWN = "base_model.model.up.default", "base_model.model.down.default"
 

@@ -26,13 +26,13 @@ from models import (
 )
 from torch import nn
 
-from eflat_ext import reference
-from eflat_ext.optim.eflat import (
+from eflat_ext import (
     EFlatLoRA,
     FlatLoRA,
     LoRASAM,
     create_eflat_optimizer,
     create_flat_optimizer,
+    reference,
 )
 
 UP, DOWN = "base_model.model.up.default", "base_model.model.down.default"

@@ -16,9 +16,8 @@ from perturbed_case import Case, X
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from eflat_ext import reference
+from eflat_ext import create_eflat_optimizer, reference
 from eflat_ext.lora import find_pairs
-from eflat_ext.optim.eflat import create_eflat_optimizer
 
 DATA = batches(4)
 

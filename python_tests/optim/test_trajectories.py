@@ -9,9 +9,8 @@ import torch
 from models import batches, lora_mlp, loss_of, relative_error, trainable
 from torch import Tensor, nn
 
-from eflat_ext import reference
+from eflat_ext import EFlatLoRA, FlatLoRA, LoRASAM, reference
 from eflat_ext.lora import find_pairs
-from eflat_ext.optim.eflat import EFlatLoRA, FlatLoRA, LoRASAM
 
 STEPS = 20
 # After Adam's first step B has nearly equal rows, with singular value ratios of 1e-7, at which

@@ -18,7 +18,7 @@ from models import (
 )
 from torch import nn
 
-from eflat_ext.optim.eflat import create_flat_optimizer, create_lora_sam_optimizer
+from eflat_ext import create_flat_optimizer, create_lora_sam_optimizer
 
 pytestmark = pytest.mark.parametrize("create", [create_flat_optimizer, create_lora_sam_optimizer])
 

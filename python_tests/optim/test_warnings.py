@@ -9,8 +9,8 @@ import torch
 from models import CREATE, batches, lora_mlp, lora_weights, loss_of, trainable
 from torch import nn
 
+from eflat_ext import EFlatLoRA, create_eflat_optimizer
 from eflat_ext.lora import find_pairs
-from eflat_ext.optim.eflat import EFlatLoRA, create_eflat_optimizer
 
 
 def assert_here(caught: pytest.WarningsRecorder, line: str) -> None:

@@ -24,7 +24,7 @@ from models import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from eflat_ext.optim.eflat import EFlatLoRA, create_eflat_optimizer
+from eflat_ext import EFlatLoRA, create_eflat_optimizer
 
 DATA = batches(8)
 both_sides = pytest.mark.parametrize("onto", ["A", "B", "both"])

@@ -7,7 +7,7 @@ import torch
 from models import CREATE, batches, lora_mlp, same_bits, train_on, trainable
 from torch import nn
 
-from eflat_ext.optim.eflat import create_eflat_optimizer
+from eflat_ext import create_eflat_optimizer
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -22,7 +22,7 @@ from models import (
 )
 from torch import Tensor
 
-from eflat_ext.optim.eflat import create_eflat_optimizer, create_flat_optimizer
+from eflat_ext import create_eflat_optimizer, create_flat_optimizer
 
 BASES: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer_cls": torch.optim.AdamW, "lr": 1e-2},

@@ -18,12 +18,12 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from eflat_ext import reference
-from eflat_ext.optim.eflat import (
+from eflat_ext import (
     EFlatLoRA,
     create_eflat_optimizer,
     create_flat_optimizer,
     create_lora_sam_optimizer,
+    reference,
 )
 
 TOKENS = torch.arange(2 * 8).reshape(2, 8)

@@ -27,9 +27,9 @@ from perturbed_case import assert_nothing_in_place
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from eflat_ext import EFlatPerturbation
-from eflat_ext.optim.eflat import (
+from eflat_ext import (
     EFlatLoRA,
+    EFlatPerturbation,
     create_eflat_optimizer,
     create_flat_optimizer,
     create_lora_sam_optimizer,

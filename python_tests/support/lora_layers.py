@@ -11,9 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eflat_ext import reference
+from eflat_ext import EFlatLoRA, reference
 from eflat_ext.lora import LoraPair
-from eflat_ext.optim.eflat import EFlatLoRA
 
 RHO, BETA = 0.1, 0.6
 CLOSE = {"rtol": 1e-8, "atol": 1e-11}

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from eflat_ext.optim.eflat import (
+from eflat_ext import (
     create_eflat_optimizer,
     create_flat_optimizer,
     create_lora_sam_optimizer,

@@ -15,8 +15,7 @@ from models import assert_same_bits, at_points, same_bits, trainable, weights
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
-from eflat_ext import reference
-from eflat_ext.optim.eflat import EFlatLoRA
+from eflat_ext import EFlatLoRA, reference
 
 RHO, BETA, LR = 0.3, 0.6, 0.02
 TARGETS = ["q_proj", "v_proj", "down_proj"]

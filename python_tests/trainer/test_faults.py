@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from trainer_case import RUNS, PerturbingTrainer, arguments, make, own
 from transformers import TrainerCallback
 
-from eflat_ext.optim.eflat import (
+from eflat_ext import (
     EFlatLoRA,
     create_eflat_optimizer,
     create_flat_optimizer,

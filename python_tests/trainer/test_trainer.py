@@ -16,9 +16,8 @@ from torch import nn
 from trainer_case import RUNS, Read, Sentences, adapter, arguments, assert_saved, make, own
 from transformers import Trainer, TrainerCallback
 
-from eflat_ext import EFlatPerturbation
+from eflat_ext import EFlatLoRA, EFlatPerturbation, FlatLoRA, LoRASAM, create_eflat_optimizer
 from eflat_ext import trainer as ours
-from eflat_ext.optim.eflat import EFlatLoRA, FlatLoRA, LoRASAM, create_eflat_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 

@@ -30,8 +30,8 @@ from trainer_case import (
 )
 from transformers import Trainer, TrainerCallback
 
+from eflat_ext import EFlatLoRA, create_flat_optimizer
 from eflat_ext import trainer as ours
-from eflat_ext.optim.eflat import EFlatLoRA, create_flat_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 

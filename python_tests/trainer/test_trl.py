@@ -13,8 +13,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from trainer_case import HANDS_OVER_THE_MODEL, Sentences, arguments, own
 
+from eflat_ext import EFlatLoRA, create_flat_optimizer
 from eflat_ext import trainer as ours
-from eflat_ext.optim.eflat import EFlatLoRA, create_flat_optimizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")

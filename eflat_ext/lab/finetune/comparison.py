@@ -282,14 +282,14 @@ def _full(config: FinetuneConfig, model: Model, steps: int) -> torch.optim.Optim
 
 
 def _ours(name: str) -> Builder:
-    """A method of eflat_ext.optim.eflat, with its settings out of the configuration."""
+    """A method of eflat_ext.optim, with its settings out of the configuration."""
     settings = ["rho", "norm_scope"]
     settings += {"lora_sam": [], "flat": ["onto", "rtol"], "eflat": ["onto", "rtol", "beta"]}[name]
 
     def builder(config: FinetuneConfig, model: Model, steps: int) -> torch.optim.Optimizer:
-        from eflat_ext.optim import eflat as ours
+        from eflat_ext.optim import factories
 
-        create = getattr(ours, f"create_{name}_optimizer")
+        create = getattr(factories, f"create_{name}_optimizer")
         own = {setting: getattr(config, setting) for setting in settings}
         try:
             optimizer: torch.optim.Optimizer = create(
