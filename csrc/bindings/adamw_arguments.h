@@ -4,43 +4,37 @@
 
 namespace eflat {
 
-// Lists of two entries per pair: those of all A, then those of all B.
+// Two entries per pair: those of all A, then those of all B.
 struct AdamWLists {
-  const std::vector<Tensor>&exp_avg, &exp_avg_sq, &step;
-  const std::vector<double>&lr, &beta1, &beta2, &eps, &weight_decay;
-
-  void check_lengths(size_t pairs) const {
-    const std::pair<const char*, size_t> given[] = {
-        {"exp_avg", exp_avg.size()}, {"exp_avg_sq", exp_avg_sq.size()},
-        {"step", step.size()},       {"lr", lr.size()},
-        {"beta1", beta1.size()},     {"beta2", beta2.size()},
-        {"eps", eps.size()},         {"weight_decay", weight_decay.size()}};
-    for (const auto& [name, size] : given) {
-      STD_TORCH_CHECK(size == 2 * pairs, name, " must have two entries per pair, all A and all B, ",
-                      2 * pairs, ", got ", size);
-    }
-  }
+  Tensors exp_avg, exp_avg_sq, step;
+  Numbers lr, beta1, beta2, eps, weight_decay;
 };
 
-// The steps of all pairs, which `arguments.pairs` point to.
+// The optimizer's steps, which the sides of `arguments.pairs` point to.
 class AdamWSteps {
  public:
-  // on_device: whether the kernels read and raise those of the lists' steps that are on the device.
-  AdamWSteps(Arguments& arguments, const std::vector<Tensor>& A, const std::vector<Tensor>& B,
-             const AdamWLists& lists, bool on_device)
-      : on_device_(on_device) {
-    lists.check_lengths(A.size());
-    steps_.reserve(A.size());
-    counters_.resize(2 * A.size());
-    for (size_t l = 0; l < A.size(); ++l) {
-      const AdamW a = of_factor(A[l], "A", l, lists, l),
-                  b = of_factor(B[l], "B", l, lists, A.size() + l);
-      steps_.push_back(arguments.onto_B ? Step{b, a} : Step{a, b});
+  // on_device: the kernels read and raise those of the lists' steps that are on the device.
+  AdamWSteps(Arguments& arguments, const AdamWLists& lists, bool on_device)
+      : lists_(lists), on_device_(on_device) {
+    const FactorLists& factors = arguments.lists;
+    const size_t pairs = factors.A.size(), count = 2 * pairs;
+    const std::pair<const char*, size_t> given[] = {
+        {"exp_avg", lists_.exp_avg.size()}, {"exp_avg_sq", lists_.exp_avg_sq.size()},
+        {"step", lists_.step.size()},       {"lr", lists_.lr.size()},
+        {"beta1", lists_.beta1.size()},     {"beta2", lists_.beta2.size()},
+        {"eps", lists_.eps.size()},         {"weight_decay", lists_.weight_decay.size()}};
+    for (const auto& [name, size] : given) check_length(name, size, count, kTwoEntries);
+    steps_.reserve(count);  // pointers into it stay
+    for (size_t i = 0; i < count; ++i) {
+      const bool is_A = i < pairs;
+      const size_t l = i % pairs;
+      const Tensor& factor = (is_A ? factors.A : factors.B)[l];
+      steps_.push_back(of_factor(factor, argument(is_A ? "A" : "B", l), i));
       Pair& pair = arguments.pairs[l];
-      pair.step = &steps_.back();
+      Side& side = pair.target.transposed == is_A ? pair.target : pair.other;
+      side.step = &steps_.back();
       // Written memory of a tensor that is copied on write is not what was there to be read.
-      pair.target.factor = pair.step->target.factor;
-      pair.other.factor = pair.step->other.factor;
+      side.factor = steps_.back().factor;
     }
   }
 
@@ -53,42 +47,43 @@ class AdamWSteps {
   }
 
  private:
-  AdamW of_factor(const Tensor& factor, const char* factor_name, int64_t pair,
-                  const AdamWLists& lists, int64_t i) {
-    const std::string like = argument(factor_name, pair);
+  AdamW of_factor(const Tensor& factor, const std::string& name, size_t i) {
     AdamW a{};
-    a.factor = written(factor, like);
-    for (const auto& [list, list_name] :
-         {std::pair(&lists.exp_avg, "exp_avg"), std::pair(&lists.exp_avg_sq, "exp_avg_sq")}) {
-      const std::string name = argument(list_name, i);
-      check_like((*list)[i], name, factor, like);
-      check_dtype_and_device((*list)[i], name, factor, like);
-      (list == &lists.exp_avg ? a.exp_avg : a.exp_avg_sq) = written((*list)[i], name);
-    }
-    a.lr = number("lr", lists.lr, i, 0, INFINITY);
-    a.beta1 = number("beta1", lists.beta1, i, 0, 1);
-    a.beta2 = number("beta2", lists.beta2, i, 0, 1);
-    a.eps = number("eps", lists.eps, i, 0, INFINITY);
-    a.weight_decay = number("weight_decay", lists.weight_decay, i, -INFINITY, INFINITY);
-    const Tensor& step = lists.step[i];
-    const std::string name = argument("step", i);
-    STD_TORCH_CHECK(type_of(step) == ScalarType::Float && step.dim() == 0, name,
+    a.factor = written(factor, name);
+    a.exp_avg = moment(lists_.exp_avg[i], argument("exp_avg", i), factor, name);
+    a.exp_avg_sq = moment(lists_.exp_avg_sq[i], argument("exp_avg_sq", i), factor, name);
+    a.lr = number("lr", lists_.lr, i, 0, INFINITY);
+    a.beta1 = number("beta1", lists_.beta1, i, 0, 1);
+    a.beta2 = number("beta2", lists_.beta2, i, 0, 1);
+    a.eps = number("eps", lists_.eps, i, 0, INFINITY);
+    a.weight_decay = number("weight_decay", lists_.weight_decay, i, -INFINITY, INFINITY);
+    const Tensor& step = lists_.step[i];
+    const std::string step_name = argument("step", i);
+    STD_TORCH_CHECK(type_of(step) == ScalarType::Float && step.dim() == 0, step_name,
                     " must be a float32 tensor without dimensions, got ", dtype_name(type_of(step)),
                     " of shape ", shape_of(step));
-    float* at = counters_[i] = static_cast<float*>(written(step, name));
+    auto* at = static_cast<float*>(written(step, step_name));
+    counters_.push_back(at);
     if (on_device_ && step.device() == factor.device()) {
       a.step = at;
     } else {
-      STD_TORCH_CHECK(step.is_cpu(), name, " must be on the CPU or on the device of ", like);
-      STD_TORCH_CHECK(*at >= 0, name, " must be at least 0, got ", *at);
+      STD_TORCH_CHECK(step.is_cpu(), step_name, " must be on the CPU or on the device of ", name);
+      STD_TORCH_CHECK(*at >= 0, step_name, " must be at least 0, got ", *at);
       a.step_number = *at + 1;
       on_host_.emplace_back(at, *at + 1);
     }
     return a;
   }
 
+  static void* moment(const Tensor& t, const std::string& name, const Tensor& factor,
+                      const std::string& factor_name) {
+    check_shape_and_device(t, name, factor, factor_name);
+    check_dtype(t, name, factor, factor_name);
+    return written(t, name);
+  }
+
   // Finite, at least `least` and less than `bound`.
-  static double number(const char* name, const std::vector<double>& values, int64_t i, double least,
+  static double number(const char* name, const Numbers& values, size_t i, double least,
                        double bound) {
     const double x = values[i];
     STD_TORCH_CHECK(std::isfinite(x) && x >= least && x < bound, argument(name, i),
@@ -100,8 +95,9 @@ class AdamWSteps {
     return x;
   }
 
+  const AdamWLists& lists_;
   const bool on_device_;
-  std::vector<Step> steps_;
+  std::vector<AdamW> steps_;
   std::vector<float*> counters_;
   std::vector<std::pair<float*, float>> on_host_;
 };

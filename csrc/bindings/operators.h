@@ -2,13 +2,14 @@
 // Problem. Data flow only; the mathematics is in coefficients.h and the kernels.
 //
 // struct Device {
-//   static constexpr bool kReadsSteps;  // whether the kernels read and raise steps on the device
+//   static constexpr bool kReadsSteps;  // the kernels read and raise steps that are on the device
 //   explicit Device(const Tensor& on);
-//   // norms: float64 or float32, (pairs); skipped: int64, 0-d, or null
+//   // norms: of problem.norms_dtype, (pairs); skipped: int64, 0-d, or null
 //   void perturb(const Problem&, const Tensor& norms, const Tensor* skipped);
-//   // factors: as norms
-//   void bound(const std::vector<Pair>&, double rho, bool global_norm, const Tensor& factors);
+//   void bound(const Problem&, const Tensor& factors);  // factors: as norms
 // };
+//
+// The dispatcher's functions take an operator's parameters one by one, and sort them into structs.
 #pragma once
 #include <tuple>
 
@@ -17,96 +18,87 @@
 
 namespace eflat {
 
-using Norms = std::tuple<std::vector<Tensor>, Tensor>;
+using Norms = std::tuple<Tensors, Tensor>;
+using Rtol = std::optional<double>;
 
 template <class Device>
-Norms foreach_perturb(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> grad_A,
-                      std::vector<Tensor> grad_B, std::vector<double> scaling, double rho,
-                      std::string onto, std::string norm_scope, std::optional<double> rtol) {
-  Arguments arguments(onto, norm_scope, rho, rtol);
-  const Tensor norms = arguments.add_all(A, B, grad_A, grad_B, scaling, rtol);
-  Device device(A[0]);
-  std::vector<Tensor> E;
-  for (int64_t i = 0; i < arguments.perturbed_count(A.size()); ++i) {
-    const Tensor& target = arguments.perturbed(i, A, B);
-    E.push_back(torch::stable::new_empty(target, {target.size(0), target.size(1)}));
-    arguments.out_of(i) = E.back().mutable_data_ptr();
-  }
-  for (Pair& pair : arguments.pairs) pair.out_dtype = pair.dtype;
-  device.perturb(arguments.problem(rho, {false, 0}), norms, nullptr);
-  return {E, norms};
+Norms perturb_pairs(Settings settings, FactorLists lists) {
+  Arguments arguments(std::move(settings), std::move(lists));
+  const Tensor& first = arguments.lists.A[0];
+  Device device(first);
+  Tensors E = arguments.new_perturbations();
+  const Tensor norms = arguments.new_norms(first);
+  device.perturb(arguments.problem(false), norms, nullptr);
+  return {std::move(E), norms};
+}
+
+// adamw: null, or every A and B then takes a step of torch.optim.AdamW.
+template <class Device>
+Tensor average_pairs(Settings settings, FactorLists lists, const AverageLists& averages,
+                     const AdamWLists* adamw) {
+  Arguments arguments(std::move(settings), std::move(lists));
+  arguments.add_averages(averages);
+  std::optional<AdamWSteps> steps;
+  if (adamw) steps.emplace(arguments, *adamw, Device::kReadsSteps);
+  const Tensor &skipped = averages.skipped, norms = arguments.new_norms(skipped);
+  if (arguments.pairs.empty()) return norms;  // the counter alone has brought the call here
+  check_overlaps(arguments, steps ? steps->counters() : std::vector<float*>(), skipped);
+  Device device(skipped);
+  device.perturb(arguments.problem(true), norms, &skipped);
+  if (steps) steps->raise();
+  return norms;
+}
+
+template <class Device>
+Norms foreach_perturb(Tensors A, Tensors B, Tensors grad_A, Tensors grad_B, Numbers scaling,
+                      double rho, std::string onto, std::string norm_scope, Rtol rtol) {
+  return perturb_pairs<Device>(
+      {rho, onto, norm_scope, rtol},
+      {std::move(A), std::move(B), std::move(grad_A), std::move(grad_B), std::move(scaling)});
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> perturb(Tensor A, Tensor B, Tensor grad_A, Tensor grad_B, double scaling,
-                                   double rho, std::string onto, std::optional<double> rtol) {
-  Arguments arguments(onto, "layer", rho, rtol);
-  STD_TORCH_CHECK(!arguments.both, "onto must be 'B' or 'A', got 'both', which has two E: see ",
+                                   double rho, std::string onto, Rtol rtol) {
+  STD_TORCH_CHECK(onto != "both", "onto must be 'B' or 'A', got 'both', which has two E: see ",
                   "foreach_perturb");
-  arguments.add(A, B, grad_A, grad_B, scaling, rtol, -1);
-  Device device(A);
-  const Tensor& target = arguments.onto_B ? B : A;
-  Tensor E = torch::stable::new_empty(target, {target.size(0), target.size(1)});
-  const Tensor norm = arguments.new_norms(A, {});
-  arguments.pairs[0].out = E.mutable_data_ptr();
-  arguments.pairs[0].out_dtype = arguments.pairs[0].dtype;
-  device.perturb(arguments.problem(rho, {false, 0}), norm, nullptr);
-  return {E, norm};
+  const auto [E, norm] = perturb_pairs<Device>({rho, onto, "layer", rtol},
+                                               {{A}, {B}, {grad_A}, {grad_B}, {scaling}, true});
+  return {E[0], norm};
 }
 
 template <class Device>
-Tensor foreach_perturb_ema_(std::vector<Tensor> A, std::vector<Tensor> B,
-                            std::vector<Tensor> grad_A, std::vector<Tensor> grad_B,
-                            std::vector<Tensor> E, std::vector<Tensor> ema, Tensor skipped,
-                            std::vector<double> scaling, double rho, double beta, std::string onto,
-                            std::string norm_scope, std::optional<double> rtol) {
-  Arguments arguments(onto, norm_scope, rho, rtol);
-  const Tensor norms =
-      arguments.add_averages(A, B, grad_A, grad_B, E, ema, skipped, scaling, beta, rtol);
-  if (A.empty()) return norms;  // the counter alone has brought the call here
-  check_overlaps(arguments, {}, skipped);
-  Device device(A[0]);
-  device.perturb(arguments.problem(rho, {true, beta}), norms, &skipped);
-  return norms;
-}
-
-// As foreach_perturb_ema_; then every A and B takes a step of torch.optim.AdamW. Lists from exp_avg
-// on hold two entries per pair, those of all A and those of all B; so do E and ema onto both.
-template <class Device>
-Tensor foreach_adamw_step_(std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> grad_A,
-                           std::vector<Tensor> grad_B, std::vector<Tensor> E,
-                           std::vector<Tensor> ema, std::vector<Tensor> exp_avg,
-                           std::vector<Tensor> exp_avg_sq, std::vector<Tensor> step, Tensor skipped,
-                           std::vector<double> scaling, double rho, double beta,
-                           std::vector<double> lr, std::vector<double> beta1,
-                           std::vector<double> beta2, std::vector<double> eps,
-                           std::vector<double> weight_decay, std::string onto,
-                           std::string norm_scope, std::optional<double> rtol) {
-  Arguments arguments(onto, norm_scope, rho, rtol);
-  const Tensor norms =
-      arguments.add_averages(A, B, grad_A, grad_B, E, ema, skipped, scaling, beta, rtol);
-  const AdamWSteps steps(arguments, A, B,
-                         {exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay},
-                         Device::kReadsSteps);
-  if (A.empty()) return norms;
-  check_overlaps(arguments, steps.counters(), skipped);
-  Device device(A[0]);
-  device.perturb(arguments.problem(rho, {true, beta}), norms, &skipped);
-  steps.raise();
-  return norms;
+Tensor foreach_perturb_ema_(Tensors A, Tensors B, Tensors grad_A, Tensors grad_B, Tensors E,
+                            Tensors ema, Tensor skipped, Numbers scaling, double rho, double beta,
+                            std::string onto, std::string norm_scope, Rtol rtol) {
+  return average_pairs<Device>(
+      {rho, onto, norm_scope, rtol, beta},
+      {std::move(A), std::move(B), std::move(grad_A), std::move(grad_B), std::move(scaling)},
+      {std::move(E), std::move(ema), skipped}, nullptr);
 }
 
 template <class Device>
-Tensor foreach_bound(std::vector<Tensor> ema, std::vector<Tensor> B, std::vector<double> scaling,
-                     double rho, std::string norm_scope) {
-  Arguments arguments("A", norm_scope, rho, std::nullopt);
-  check_length("B", B.size(), ema.size());
-  check_length("scaling", scaling.size(), ema.size());
-  for (size_t l = 0; l < ema.size(); ++l)
-    arguments.add_applied(ema[l], B[l], scaling[l], int64_t(l), ema[0]);
-  const Tensor factors = arguments.new_norms(ema[0], {int64_t(ema.size())});
+Tensor foreach_adamw_step_(Tensors A, Tensors B, Tensors grad_A, Tensors grad_B, Tensors E,
+                           Tensors ema, Tensors exp_avg, Tensors exp_avg_sq, Tensors step,
+                           Tensor skipped, Numbers scaling, double rho, double beta, Numbers lr,
+                           Numbers beta1, Numbers beta2, Numbers eps, Numbers weight_decay,
+                           std::string onto, std::string norm_scope, Rtol rtol) {
+  const AdamWLists adamw{
+      std::move(exp_avg), std::move(exp_avg_sq), std::move(step), lr, beta1, beta2, eps,
+      weight_decay};
+  return average_pairs<Device>(
+      {rho, onto, norm_scope, rtol, beta},
+      {std::move(A), std::move(B), std::move(grad_A), std::move(grad_B), std::move(scaling)},
+      {std::move(E), std::move(ema), skipped}, &adamw);
+}
+
+template <class Device>
+Tensor foreach_bound(Tensors ema, Tensors B, Numbers scaling, double rho, std::string norm_scope) {
+  Arguments arguments({rho, "A", norm_scope, std::nullopt});
+  arguments.add_averages_onto_A(ema, B, scaling);
+  const Tensor factors = arguments.new_norms(ema[0]);
   Device device(ema[0]);
-  device.bound(arguments.pairs, rho, arguments.global_norm, factors);
+  device.bound(arguments.problem(false), factors);
   return factors;
 }
 

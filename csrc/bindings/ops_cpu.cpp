@@ -43,9 +43,9 @@ struct Cpu {
     if (skipped) *static_cast<int64_t*>(skipped->mutable_data_ptr()) += left_alone;
   }
 
-  void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
-    std::vector<double> values(pairs.size());
-    cpu::bound(pairs.data(), int(pairs.size()), rho, global_norm, values.data(), parallel_for);
+  void bound(const Problem& problem, const Tensor& factors) {
+    std::vector<double> values(problem.count);
+    cpu::bound(problem, values.data(), parallel_for);
     write(values, factors);
   }
 };

@@ -28,25 +28,23 @@ class Cuda {
         cuda::perturb(problem, space.mutable_data_ptr(), norms.mutable_data_ptr(), count, stream_));
   }
 
-  void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
-    const Problem problem{pairs.data(), int(pairs.size()), rho,
-                          global_norm,  {false, 0},        dtype_of(factors)};
+  void bound(const Problem& problem, const Tensor& factors) {
     const Tensor space = workspace(problem);
-    STD_CUDA_CHECK(cuda::bound(problem, space.mutable_data_ptr(), factors.mutable_data_ptr(),
-                               dtype_of(factors), stream_));
+    STD_CUDA_CHECK(
+        cuda::bound(problem, space.mutable_data_ptr(), factors.mutable_data_ptr(), stream_));
   }
 
  private:
   // A graph would repeat the step's number, and with it the bias correction of this one step.
   void check_steps(const Problem& problem) const {
-    if (!problem.pairs[0].step) return;
+    if (!problem.pairs[0].target.step) return;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &status));
     if (status == cudaStreamCaptureStatusNone) return;
     for (int l = 0; l < problem.count; ++l) {
-      const Step& step = *problem.pairs[l].step;
+      const Pair& p = problem.pairs[l];
       STD_TORCH_CHECK(
-          step.target.step && step.other.step, "step of pair ", l,
+          p.target.step->step && p.other.step->step, "step of pair ", l,
           " is on the CPU, where a CUDA graph cannot count: while a stream is captured, "
           "step must be on the device of A and B");
     }

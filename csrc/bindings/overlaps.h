@@ -2,7 +2,6 @@
 // pairs are computed in any order; but E[i] may be ema[i].
 #pragma once
 #include <algorithm>
-#include <bit>
 #include <vector>
 
 #include "arguments.h"
@@ -12,10 +11,7 @@ namespace eflat {
 // The memory of a call's arguments. Tensors that were copied to be contiguous are not in it.
 class Overlaps {
  public:
-  explicit Overlaps(size_t most) {
-    ranges_.reserve(most);
-    starts_.reserve(most);
-  }
+  explicit Overlaps(size_t most) { ranges_.reserve(most); }
   void read(const void* at, int64_t bytes, const char* name, int64_t index) {
     add(at, bytes, name, index, false);
   }
@@ -24,13 +20,13 @@ class Overlaps {
   }
 
   void check() {
-    sort();
+    std::sort(ranges_.begin(), ranges_.end(),
+              [](const Range& a, const Range& b) { return a.begin < b.begin; });
     // Of the ranges so far, those that reach furthest.
     const Range *any = nullptr, *written = nullptr;
-    for (const Start& start : starts_) {
-      const Range& r = ranges_[start.range];
+    for (const Range& r : ranges_) {
       const Range* other = r.written ? any : written;
-      STD_TORCH_CHECK(!other || other->end <= start.at, message(*other, r));
+      STD_TORCH_CHECK(!other || other->end <= r.begin, message(*other, r));
       if (!any || r.end > any->end) any = &r;
       if (r.written && (!written || r.end > written->end)) written = &r;
     }
@@ -38,49 +34,26 @@ class Overlaps {
 
  private:
   struct Range {
-    uintptr_t end;
+    uintptr_t begin, end;
     const char* name;
-    int index;
+    int index, order;  // of the arguments
     bool written;
-  };
-  struct Start {
-    uintptr_t at;
-    size_t range;
   };
 
   void add(const void* at, int64_t bytes, const char* name, int64_t index, bool written) {
     const auto begin = reinterpret_cast<uintptr_t>(at);
-    starts_.push_back({begin, ranges_.size()});
-    ranges_.push_back({begin + bytes, name, int(index), written});
+    ranges_.push_back({begin, begin + bytes, name, int(index), int(ranges_.size()), written});
   }
 
-  // By address, digit by digit with about as many buckets as ranges: for hundreds of pairs several
-  // times faster than comparisons, whose branches nothing predicts.
-  void sort() {
-    const auto [least, most] = std::minmax_element(
-        starts_.begin(), starts_.end(), [](const Start& a, const Start& b) { return a.at < b.at; });
-    const uintptr_t base = least->at, span = most->at - base;
-    const int bits = std::min(int(std::bit_width(starts_.size())), 11);
-    std::vector<Start> sorted(starts_.size());
-    for (int shift = 0; shift < 64 && span >> shift; shift += bits) {
-      auto digit = [=](const Start& s) { return (s.at - base) >> shift & ((1 << bits) - 1); };
-      std::vector<uint32_t> next((1 << bits) + 1);
-      for (const Start& s : starts_) ++next[digit(s) + 1];
-      for (size_t i = 1; i < next.size(); ++i) next[i] += next[i - 1];
-      for (const Start& s : starts_) sorted[next[digit(s)]++] = s;
-      starts_.swap(sorted);
-    }
-  }
-
+  // The subject is the one that is written, the later argument of two.
   static std::string message(const Range& a, const Range& b) {
-    const bool a_first = a.written == b.written ? &a > &b : a.written;
+    const bool a_first = a.written == b.written ? a.order > b.order : a.written;
     const Range &subject = a_first ? a : b, &other = a_first ? b : a;
     return argument(subject.name, subject.index) + " must not share memory with " +
            argument(other.name, other.index) + ", since it is updated in place";
   }
 
-  std::vector<Range> ranges_;  // in the order of the arguments
-  std::vector<Start> starts_;
+  std::vector<Range> ranges_;
 };
 
 // counters: the steps of all A, then those of all B; none where pairs have no step.
@@ -88,29 +61,27 @@ inline void check_overlaps(const Arguments& arguments, const std::vector<float*>
                            const Tensor& skipped) {
   const int64_t count = arguments.pairs.size();
   Overlaps overlaps(14 * count + 1);
-  const bool onto_B = arguments.onto_B, both = arguments.both;
   for (int64_t l = 0; l < count; ++l) {
     const Pair& p = arguments.pairs[l];
-    for (bool is_target : {true, false}) {
-      const Side& side = is_target ? p.target : p.other;
-      const bool is_B = is_target == onto_B;
-      const int64_t elements = side.length * p.rank, bytes = elements * size_of(p.dtype),
-                    i = is_B ? count + l : l;
-      if (const void* out = is_target ? p.out : p.out_other) {
-        overlaps.written(out, elements * size_of(p.out_dtype), "ema", both ? i : l);
-        if (side.added && side.added != out)  // it may be the average itself
-          overlaps.read(side.added, elements * size_of(p.out_dtype), "E", both ? i : l);
+    for (const Side* side : {&p.target, &p.other}) {
+      const bool is_A = side->transposed;
+      const int64_t elements = side->length * p.rank, bytes = elements * size_of(p.dtype),
+                    out_bytes = elements * size_of(p.out_dtype), of_factor = is_A ? l : count + l;
+      if (side->out) {
+        const int64_t i = arguments.settings.onto == Onto::both ? of_factor : l;
+        overlaps.written(side->out, out_bytes, "ema", i);
+        if (side->added && side->added != side->out)  // it may be the average itself
+          overlaps.read(side->added, out_bytes, "E", i);
       }
-      overlaps.read(side.grad, bytes, is_B ? "grad_B" : "grad_A", l);
-      if (!p.step) {
-        overlaps.read(side.factor, bytes, is_B ? "B" : "A", l);
+      overlaps.read(side->grad, bytes, is_A ? "grad_A" : "grad_B", l);
+      if (!side->step) {
+        overlaps.read(side->factor, bytes, is_A ? "A" : "B", l);
         continue;
       }
-      const AdamW& a = is_target ? p.step->target : p.step->other;
-      overlaps.written(a.factor, bytes, is_B ? "B" : "A", l);
-      overlaps.written(a.exp_avg, bytes, "exp_avg", i);
-      overlaps.written(a.exp_avg_sq, bytes, "exp_avg_sq", i);
-      overlaps.written(counters[i], sizeof(float), "step", i);
+      overlaps.written(side->factor, bytes, is_A ? "A" : "B", l);
+      overlaps.written(side->step->exp_avg, bytes, "exp_avg", of_factor);
+      overlaps.written(side->step->exp_avg_sq, bytes, "exp_avg_sq", of_factor);
+      overlaps.written(counters[of_factor], sizeof(float), "step", of_factor);
     }
   }
   overlaps.written(skipped.const_data_ptr(), sizeof(int64_t), "skipped");

@@ -8,6 +8,16 @@ namespace eflat {
 
 constexpr int kMaxRank = 256;
 
+// torch.optim.AdamW of one factor; hyperparameters of its own, since parameter groups may differ.
+struct AdamW {
+  void* factor;  // of the side, to be written
+  void* exp_avg;
+  void* exp_avg_sq;    // both of the factor's type
+  float* step;         // steps before this one, where the kernels can read it and raise it by one;
+  double step_number;  // null: this is the number of this step, from 1
+  double lr, beta1, beta2, eps, weight_decay;
+};
+
 // A factor and its gradient, seen as length x r matrices with a row per output (B) or input (A)
 // of the layer. B (n, r) is stored so; A (r, m) is stored transposed.
 //
@@ -20,35 +30,20 @@ struct Side {
   int64_t length;
   bool transposed;
   const void* added = nullptr;  // float64 for a float64 factor, else float32; null: nothing
+  void* out = nullptr;          // for E or its moving average, which may be `added`; null: no E
+  const AdamW* step = nullptr;  // the optimizer's, once E is there; null: none
 };
 
-// torch.optim.AdamW of one factor; hyperparameters of its own, since parameter groups may differ.
-struct AdamW {
-  void* factor;  // of the pair's side, to be written
-  void* exp_avg;
-  void* exp_avg_sq;    // both of the factor's type
-  float* step;         // steps before this one, where the kernels can read it and raise it by one;
-  double step_number;  // null: this is the number of this step, from 1
-  double lr, beta1, beta2, eps, weight_decay;
-};
-
-// The optimizer's step of a pair, after its perturbation has gone into the moving average.
-struct Step {
-  AdamW target, other;
-};
-
-// A LoRA pair and what is to be done with its perturbation E, which has the target's shape.
+// A LoRA pair. The target is perturbed: A or B. The other side is perturbed too where it has an
+// `out`; the target is B then.
 struct Pair {
-  Side target;  // the factor that E is for
+  Side target;
   Side other;
   int rank;
   DType dtype;  // of factors and gradients
   double scaling;
   double rtol;
-  void* out;        // E, or the moving average of it, which may be what was added to the target
-  void* out_other;  // null; or both factors are perturbed: the target is B, and this is for A
   DType out_dtype;
-  const Step* step;  // null: the perturbation alone
 };
 
 // out = E, or out = (1 - beta) out + beta E where E is usable.

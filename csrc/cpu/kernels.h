@@ -30,10 +30,10 @@ struct Kernels {
   void (*second_gram)(const Side& side, DType dtype, int r, const double* T, const double* T_grad,
                       int64_t begin, int64_t end, double* gram, double* scratch);
 
-  // out[begin, end) = scale * [factor | grad] * weights, weights (2r, r), or its moving average.
-  // What is written may be what was added to the factor: of each row it is read before.
+  // side.out[begin, end) = scale * [factor | grad] * weights, weights (2r, r), or its moving
+  // average. What is written may be what was added to the factor: of each row it is read before.
   void (*apply)(const Side& side, DType dtype, int r, int64_t begin, int64_t end,
-                const double* weights, double scale, Update update, void* out, DType out_dtype,
+                const double* weights, double scale, Update update, DType out_dtype,
                 double* scratch);
 
   // AdamW of elements [begin, end) of a factor.

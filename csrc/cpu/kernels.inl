@@ -173,7 +173,7 @@ void second_gram(const Side& side, DType dtype, int r, const double* T, const do
 }
 
 void apply(const Side& side, DType dtype, int r, int64_t begin, int64_t end, const double* weights,
-           double scale, Update update, void* out, DType out_dtype, double* scratch) {
+           double scale, Update update, DType out_dtype, double* scratch) {
   const int columns = pad(r, kTile), chunk = chunk_rows(2 * r), ld = leading_dimension(chunk);
   double* z = scratch;
   double* e = z + int64_t(2 * r) * ld;
@@ -183,21 +183,21 @@ void apply(const Side& side, DType dtype, int r, int64_t begin, int64_t end, con
     const int count = int(end - k < chunk ? end - k : chunk);
     pack(side, dtype, r, k, count, z, ld);
     Ahead ahead(chunk / (kVectors * kLanes));
-    if (out != side.added) ahead.add(out, side, size_of(out_dtype), r, k, count);
+    if (side.out != side.added) ahead.add(side.out, side, size_of(out_dtype), r, k, count);
     ahead.add_side(side, dtype, r, k + chunk, chunk);
     product(z, ld, count, 2 * r, w, r, e, ahead);
     switch (out_dtype) {
       case DType::f64:
-        store_chunk(e, ld, count, r, side, k, scale, update, static_cast<double*>(out));
+        store_chunk<double>(e, ld, count, r, side, k, scale, update);
         break;
       case DType::f32:
-        store_chunk(e, ld, count, r, side, k, scale, update, static_cast<float*>(out));
+        store_chunk<float>(e, ld, count, r, side, k, scale, update);
         break;
       case DType::bf16:
-        store_chunk(e, ld, count, r, side, k, scale, update, static_cast<bf16*>(out));
+        store_chunk<bf16>(e, ld, count, r, side, k, scale, update);
         break;
       case DType::f16:
-        store_chunk(e, ld, count, r, side, k, scale, update, static_cast<f16*>(out));
+        store_chunk<f16>(e, ld, count, r, side, k, scale, update);
         break;
     }
   }

@@ -239,7 +239,8 @@ void store_columns(const double* e, int ld, int count, int r, int64_t length, do
 
 template <class T>
 void store_chunk(const double* e, int ld, int count, int r, const Side& side, int64_t begin,
-                 double scale, Update update, T* out) {
+                 double scale, Update update) {
+  T* out = static_cast<T*>(side.out);
   if (side.transposed)
     return store_columns(e, ld, count, r, side.length, scale, update, out + begin);
   out += begin * r;

@@ -175,7 +175,7 @@ class Perturbation {
       double* work = thread_scratch(r);
       const bool again = t.again || o.again;
       const double *gram_t = again ? t.second : t.gram, *gram_o = again ? o.second : o.gram;
-      if (p.out_other) {
+      if (p.other.out) {
         norms_[l] = k_.tangent_norm_and_weights(
             r, gram_t, t.inverse, gram_o, o.inverse, again ? t.T : nullptr, again ? o.T : nullptr,
             p.scaling, problem_.rho, p.target.length, problem_.norms_dtype, weights_[l],
@@ -190,7 +190,7 @@ class Perturbation {
                                     p.out_dtype);
       };
       sizes_[l] = finish(weights_[l], t, o);
-      if (p.out_other) {
+      if (p.other.out) {
         const double size = finish(weights_other(l), o, t);
         if (!(size <= sizes_[l])) sizes_[l] = size;
       }
@@ -252,12 +252,11 @@ class Perturbation {
       const Pair& p = problem_.pairs[l];
       for (int other : {0, 1}) {
         const Side& side = other ? p.other : p.target;
-        void* out = other ? p.out_other : p.out;
-        if (!out) continue;
+        if (!side.out) continue;
         if (usable(norms_[l])) {
           append_blocks(blocks, 2 * l + other, side, p.rank);
         } else if (!problem_.update.average) {
-          std::memset(out, 0, side.length * p.rank * size_of(p.out_dtype));
+          std::memset(side.out, 0, side.length * p.rank * size_of(p.out_dtype));
         }
       }
     }
@@ -267,8 +266,8 @@ class Perturbation {
       const Pair& p = problem_.pairs[l];
       const bool other = b.owner % 2;
       k_.apply(other ? p.other : p.target, p.dtype, p.rank, b.begin, b.end,
-               other ? weights_other(l) : weights_[l], scales_[l], problem_.update,
-               other ? p.out_other : p.out, p.out_dtype, thread_scratch(p.rank));
+               other ? weights_other(l) : weights_[l], scales_[l], problem_.update, p.out_dtype,
+               thread_scratch(p.rank));
     });
     step(first, last, parallel_for);
   }
@@ -278,9 +277,9 @@ class Perturbation {
     std::vector<Block> blocks;  // of elements, in whatever layout; sides as in lay_out
     for (int l = first; l < last; ++l) {
       const Pair& p = problem_.pairs[l];
-      if (!p.step) continue;
       for (int other : {0, 1}) {
-        const int64_t size = (other ? p.other : p.target).length * p.rank;
+        const Side& side = other ? p.other : p.target;
+        const int64_t size = side.step ? side.length * p.rank : 0;
         for (int64_t begin = 0; begin < size; begin += kStepBlock)
           blocks.push_back({2 * l + other, begin, std::min(begin + kStepBlock, size)});
       }
@@ -288,9 +287,8 @@ class Perturbation {
     parallel_for(blocks.size(), [&](int64_t i) {
       const Block& b = blocks[i];
       const Pair& p = problem_.pairs[b.owner / 2];
-      const bool other = b.owner % 2;
-      const AdamW& a = other ? p.step->other : p.step->target;
-      k_.adamw(a, (other ? p.other : p.target).grad, p.dtype, b.begin, b.end);
+      const Side& side = b.owner % 2 ? p.other : p.target;
+      k_.adamw(*side.step, side.grad, p.dtype, b.begin, b.end);
     });
   }
 
@@ -309,12 +307,12 @@ int64_t perturb(const Problem& problem, double* norms, const ParallelFor& parall
   return Perturbation(problem, norms).run(parallel_for, threads);
 }
 
-void bound(const Pair* pairs, int count, double rho, bool global_norm, double* factors,
-           const ParallelFor& parallel_for) {
+void bound(const Problem& problem, double* factors, const ParallelFor& parallel_for) {
   const Kernels& k = kernels();
+  const int count = problem.count;
   // ||B E||^2 = tr(B^T B E E^T)
   parallel_for(count, [&](int64_t l) {
-    const Pair& p = pairs[l];
+    const Pair& p = problem.pairs[l];
     const int r = p.rank;
     std::vector<double> gram(3 * r * r);
     double* partial = gram.data() + 2 * r * r;
@@ -335,8 +333,8 @@ void bound(const Pair* pairs, int count, double rho, bool global_norm, double* f
   double squares = 0;
   for (int l = 0; l < count; ++l) squares += factors[l] * factors[l];
   for (int l = 0; l < count; ++l) {
-    const double norm = global_norm ? std::sqrt(squares) : factors[l];
-    factors[l] = norm > rho ? rho / norm : 1.0;
+    const double norm = problem.global_norm ? std::sqrt(squares) : factors[l];
+    factors[l] = norm > problem.rho ? problem.rho / norm : 1.0;
   }
 }
 

@@ -15,10 +15,9 @@ using ParallelFor = std::function<void(int64_t count, const std::function<void(i
 int64_t perturb(const Problem& problem, double* norms, const ParallelFor& parallel_for,
                 int threads);
 
-// factors[l] = min(1, rho / (scaling ||B E_A||)): what E_A (r, m), made with an earlier B, has to
-// be multiplied by. `pairs[l]` gives E_A as other.factor (its type is out_dtype) and B as
+// factors[l] = min(1, rho / (scaling ||B E_A||)), by which E_A (r, m), made with an earlier B, is
+// to be multiplied. Pair l gives E_A as other.factor (its type is out_dtype) and B as
 // target.factor.
-void bound(const Pair* pairs, int count, double rho, bool global_norm, double* factors,
-           const ParallelFor& parallel_for);
+void bound(const Problem& problem, double* factors, const ParallelFor& parallel_for);
 
 }  // namespace eflat::cpu

@@ -62,16 +62,16 @@ __device__ void store(void* out, int64_t i, const double* x, int count, bool fou
 
 __device__ inline void store(const Block& block, int64_t i, const double* x, int count) {
   const CallHeader& call = *block.call;
-  const bool four = block.out_vectors && count == 4;
+  const bool four = block.side.out_vectors && count == 4;
   switch (block.pair.out_dtype) {
     case DType::f64:
-      return store<double>(block.out, i, x, count, four, call);
+      return store<double>(block.side.out, i, x, count, four, call);
     case DType::f32:
-      return store<float>(block.out, i, x, count, four, call);
+      return store<float>(block.side.out, i, x, count, four, call);
     case DType::bf16:
-      return store<bf16>(block.out, i, x, count, four, call);
+      return store<bf16>(block.side.out, i, x, count, four, call);
     default:
-      return store<f16>(block.out, i, x, count, four, call);
+      return store<f16>(block.side.out, i, x, count, four, call);
   }
 }
 
@@ -211,7 +211,7 @@ EFLAT_NOINLINE void apply_nothing(Block& block) {
 template <class Math, bool kWide, bool kStep>
 __device__ void apply_block(Block& block, void* space) {
   const PairResult& result = *block.result;
-  if (block.out) {
+  if (block.side.out) {
     if (!usable(result.norm)) {
       apply_nothing(block);
     } else if (result.again_t || result.again_o || block.side.dtype == DType::f64) {

@@ -13,11 +13,12 @@ struct BlockRows {
 struct SideArgs {
   const void* factor;
   const void* grad;   // null: the factor alone
-  const void* added;  // see pairs.h; null: nothing
+  const void* added;  // as `out`, see pairs.h
+  void* out;
   int length;
   DType dtype : 8;
   bool transposed;
-  bool vectors;  // four neighbours at a time: aligned, and none straddles a row
+  bool vectors, out_vectors;  // four neighbours at a time: aligned, and none straddles a row
 };
 
 // AdamW of one factor, see pairs.h.
@@ -40,11 +41,9 @@ struct Hyper {
 
 struct PairArgs {
   SideArgs target, other;
-  void *out, *out_other;  // out_other: null, or both factors are perturbed
   double scaling, rtol;
   int rank;
   DType out_dtype : 8;
-  bool out_vectors, out_other_vectors;             // four neighbours of them at a time
   unsigned workspace;                              // of this pair, in units of kSpaceUnit
   int reduce_before, second_before, apply_before;  // blocks of the pairs before this one
 };
@@ -117,7 +116,7 @@ struct PairSpace {
     bases_t = take(base_fragments);
     bases_o = take(base_fragments);
     work = take(2 * r * r + 2 * r);
-    if (!p.out_other) return;
+    if (!p.other.out) return;
     weights_o = take(2 * r * r);
     packed_o = take(fragments);
     tangent_work = take(4 * r * r);

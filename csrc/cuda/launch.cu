@@ -18,40 +18,32 @@ constexpr int kDefaultSharedBytes = 48 * 1024;
 
 bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-SideArgs side_args(const Side& side, int rank, DType dtype) {
+SideArgs side_args(const Side& side, int rank, DType dtype, DType out_dtype) {
   const int four = 4 * size_of(dtype);
   const bool whole = (side.transposed ? side.length : rank) % 4 == 0;
   SideArgs args{};
   args.factor = side.factor;
   args.grad = side.grad;
   args.added = side.added;
+  args.out = side.out;
   args.length = int(side.length);
   args.dtype = dtype;
   args.transposed = side.transposed;
   args.vectors = whole && side.length * rank < INT_MAX && aligned(side.factor, four) &&
                  aligned(side.grad, four) && aligned(side.added, 4 * size_of(added_to(dtype)));
+  args.out_vectors = whole && aligned(side.out, std::min(4 * size_of(out_dtype), 16));
   return args;
-}
-
-// Whether four neighbours of a side's E can be written at a time.
-bool out_vectors(const Side& side, const void* out, const Pair& p) {
-  return (side.transposed ? side.length : p.rank) % 4 == 0 &&
-         aligned(out, std::min(4 * size_of(p.out_dtype), 16));
 }
 
 PairArgs pair_args(const Pair& p) {
   PairArgs args{};
-  args.target = side_args(p.target, p.rank, p.dtype);
+  args.target = side_args(p.target, p.rank, p.dtype, p.out_dtype);
   // A bare factor (of foreach_bound) has the type of the moving average.
-  args.other = side_args(p.other, p.rank, p.other.grad ? p.dtype : p.out_dtype);
-  args.out = p.out;
-  args.out_other = p.out_other;
+  args.other = side_args(p.other, p.rank, p.other.grad ? p.dtype : p.out_dtype, p.out_dtype);
   args.scaling = p.scaling;
   args.rtol = p.rtol;
   args.rank = p.rank;
   args.out_dtype = p.out_dtype;
-  args.out_vectors = out_vectors(p.target, p.out, p);
-  args.out_other_vectors = out_vectors(p.other, p.out_other, p);
   return args;
 }
 
@@ -176,16 +168,15 @@ class Launch {
     if (c.count == kPairs) return false;
     if constexpr (kStep) {
       const int before = hypers_;
-      const int target = find(hyper_of(pair.step->target)),
-                other = find(hyper_of(pair.step->other));
+      const AdamW &of_target = *pair.target.step, &of_other = *pair.other.step;
+      const int target = find(hyper_of(of_target)), other = find(hyper_of(of_other));
       if (target < 0 || other < 0) {
         hypers_ = before;
         return false;
       }
       const PairArgs p = pair_args(pair);
-      const Step& step = *pair.step;
-      c.steps[c.count] = {adamw_args(step.target, target, p.target, p.rank),
-                          adamw_args(step.other, other, p.other, p.rank)};
+      c.steps[c.count] = {adamw_args(of_target, target, p.target, p.rank),
+                          adamw_args(of_other, other, p.other, p.rank)};
     }
     PairArgs& p = c.pairs[c.count++] = pair_args(pair);
     p.workspace = unsigned(workspace / kSpaceUnit);
@@ -251,11 +242,11 @@ cudaError_t launch_all(const Problem& problem, const CallHeader& header, Arithme
   return error == cudaSuccess ? launch.run(arithmetic, stream, tickets) : error;
 }
 
-CallHeader header_of(const Problem& problem, void* workspace, void* norms, DType norms_dtype) {
+CallHeader header_of(const Problem& problem, void* workspace, void* norms) {
   CallHeader header{};
   header.workspace = static_cast<char*>(workspace);
   header.norms = norms;
-  header.norms_dtype = norms_dtype;
+  header.norms_dtype = problem.norms_dtype;
   header.rho = problem.rho;
   header.beta = problem.update.beta;
   header.average = problem.update.average;
@@ -287,13 +278,13 @@ cudaError_t perturb(const Problem& problem, void* workspace, void* norms, int64_
                     cudaStream_t stream, Arithmetic arithmetic) {
   cudaError_t error = check_and_clear(problem, workspace, stream);
   if (error != cudaSuccess) return error;
-  CallHeader header = header_of(problem, workspace, norms, problem.norms_dtype);
+  CallHeader header = header_of(problem, workspace, norms);
   header.skipped = reinterpret_cast<unsigned long long*>(skipped);
   header.second_lag = lag_of(problem, kSecondLagBytes);
   // One norm for all: no pair can be applied before the last is reduced.
   header.apply_lag =
       problem.global_norm ? problem.count + header.second_lag : lag_of(problem, kApplyLagBytes);
-  const bool step = problem.pairs[0].step;
+  const bool step = problem.pairs[0].target.step;
   const bool one_launch = problem.count <= (step ? Launch<StepCall>::kPairs : Launch<Call>::kPairs);
   int tickets = 0;
   auto run = [&](bool reduces, bool applies) {
@@ -307,12 +298,12 @@ cudaError_t perturb(const Problem& problem, void* workspace, void* norms, int64_
   return error == cudaSuccess ? run(false, true) : error;
 }
 
-cudaError_t bound(const Problem& problem, void* workspace, void* factors, DType factors_dtype,
-                  cudaStream_t stream, Arithmetic arithmetic) {
+cudaError_t bound(const Problem& problem, void* workspace, void* factors, cudaStream_t stream,
+                  Arithmetic arithmetic) {
   const cudaError_t error = check_and_clear(problem, workspace, stream);
   if (error != cudaSuccess) return error;
   int tickets = 0;
-  CallHeader header = header_of(problem, workspace, factors, factors_dtype);
+  CallHeader header = header_of(problem, workspace, factors);
   header.bound = true;
   return launch_all<Call>(problem, header, arithmetic, stream, tickets);
 }

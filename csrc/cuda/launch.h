@@ -21,8 +21,8 @@ int64_t workspace_bytes(const Problem& problem);
 cudaError_t perturb(const Problem& problem, void* workspace, void* norms, int64_t* skipped,
                     cudaStream_t stream, Arithmetic arithmetic = Arithmetic::native);
 
-// As cpu::bound.
-cudaError_t bound(const Problem& problem, void* workspace, void* factors, DType factors_dtype,
-                  cudaStream_t stream, Arithmetic arithmetic = Arithmetic::native);
+// As cpu::bound; factors: of problem.norms_dtype.
+cudaError_t bound(const Problem& problem, void* workspace, void* factors, cudaStream_t stream,
+                  Arithmetic arithmetic = Arithmetic::native);
 
 }  // namespace eflat::cuda

@@ -67,7 +67,7 @@ __global__ void weights_kernel(Pair p, Space s, double rho, DType norms_dtype) {
     correct_inverse(alone, p.rank, s.again[side], s.second[side], p.rtol, s.R[side],
                     s.inverse[side], s.work);
   double** gram = again ? s.second : s.gram;
-  if (p.out_other) {
+  if (p.other.out) {
     *s.norm =
         tangent_norm_and_weights(alone, p.rank, gram[0], s.inverse[0], gram[1], s.inverse[1],
                                  again ? s.T[0] : nullptr, again ? s.T[1] : nullptr, p.scaling, rho,
@@ -77,7 +77,7 @@ __global__ void weights_kernel(Pair p, Space s, double rho, DType norms_dtype) {
                                p.scaling, norms_dtype, s.weights[0], s.work);
   }
   *s.size = 0;
-  for (int side = 0; side < (p.out_other ? 2 : 1); ++side) {
+  for (int side = 0; side < (p.other.out ? 2 : 1); ++side) {
     if (again) leave_bases(alone, p.rank, s.T[side], s.T[1 - side], s.weights[side], s.work);
     const double size = perturbation_size(alone, p.rank, s.gram[side], p.scaling, s.weights[side],
                                           *s.norm, rho, p.out_dtype);
@@ -106,7 +106,7 @@ __device__ void store(void* out, int64_t i, double e, Update update) {
 __global__ void apply_kernel(Pair p, Space s, Update update, bool of_other) {
   const Side& side = of_other ? p.other : p.target;
   const double* weights = s.weights[of_other];
-  void* out = of_other ? p.out_other : p.out;
+  void* out = side.out;
   const bool use = usable(*s.norm);
   if (!use && update.average) return;
   const int r = p.rank;

@@ -20,7 +20,7 @@ struct BlocksBefore {
 
   EFLAT_HD int apply_blocks(const PairArgs& p) const {
     return ceil_div(p.target.length, call.rows.apply) +
-           (step || p.out_other ? ceil_div(p.other.length, call.rows.apply) : 0);
+           (step || p.other.out ? ceil_div(p.other.length, call.rows.apply) : 0);
   }
   EFLAT_HD int reduce(int l) const {
     if (!call.reduces || l <= 0) return 0;
@@ -106,8 +106,6 @@ EFLAT_NOINLINE void make_plan(Block& block, const CallHeader& call, const PairAr
   block.begin = int64_t(index) * rows;
   block.end = block.begin + rows < block.side.length ? block.begin + rows : block.side.length;
   block.on_target = on_target;
-  block.out = on_target ? p.out : p.out_other;
-  block.out_vectors = on_target ? p.out_vectors : p.out_other_vectors;
 }
 
 template <class Arithmetic, bool kWide, bool kStep>

@@ -36,8 +36,6 @@ struct Block {
   PairArgs pair;
   SideArgs side;   // the one that this block reads
   bool on_target;  // whether it is the target
-  void* out;       // for its E; null: it has none
-  bool out_vectors;
   Chunk chunk;
   int64_t begin, end;  // rows of it
   bool two_float;      // the arithmetic
@@ -181,7 +179,7 @@ EFLAT_NOINLINE void finish_pair(Block& block, bool again, double* work) {
   const double* gram_t = again ? s.second_t : s.gram_t;
   const double* gram_o = again ? s.second_o : s.gram_o;
   double norm, size = 0;
-  if (p.out_other) {
+  if (p.other.out) {
     norm = tangent_norm_and_weights(team, r, gram_t, s.inverse_t, gram_o, s.inverse_o,
                                     again ? s.T_t : nullptr, again ? s.T_o : nullptr, p.scaling,
                                     call.rho, p.target.length, call.norms_dtype, s.weights_t,
@@ -191,7 +189,7 @@ EFLAT_NOINLINE void finish_pair(Block& block, bool again, double* work) {
                             call.norms_dtype, s.weights_t, work);
   }
   EFLAT_ROLL
-  for (int side = 0; side < (p.out_other ? 2 : 1); ++side) {
+  for (int side = 0; side < (p.other.out ? 2 : 1); ++side) {
     double* weights = side ? s.weights_o : s.weights_t;
     const double* gram = side ? s.gram_o : s.gram_t;
     Exponents& exponents = side ? result.exponents_o : result.exponents_t;

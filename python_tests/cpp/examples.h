@@ -175,8 +175,10 @@ struct Example {
     const bool onto_B = onto != Onto::A, both = onto == Onto::both;
     CHECK(out.size() == target_size(onto), "%zu elements", out.size());
     CHECK(!both || out_other->size() == A.size(), "%zu elements", out_other->size());
-    const Side side_A{A.data(), grad_A.data(), shape.m, true};
-    const Side side_B{B.data(), grad_B.data(), shape.n, false};
+    Side side_A{A.data(), grad_A.data(), shape.m, true};
+    Side side_B{B.data(), grad_B.data(), shape.n, false};
+    (onto_B ? side_B : side_A).out = out.data();
+    if (both) side_A.out = out_other->data();
     const double rtol = shape.dtype == DType::f64 ? 1e-7 : 1e-5;
     return {onto_B ? side_B : side_A,
             onto_B ? side_A : side_B,
@@ -184,10 +186,7 @@ struct Example {
             shape.dtype,
             scaling,
             rtol,
-            out.data(),
-            both ? out_other->data() : nullptr,
-            out.dtype(),
-            nullptr};
+            out.dtype()};
   }
 
   // The example as it is where `added_A` and `added_B` (null: nothing) were added to its factors.

@@ -49,7 +49,7 @@ inline void perturb(const Problem& problem, double* norms, int64_t* skipped) {
   for (int l = 0; l < problem.count; ++l) {
     const Pair& p = problem.pairs[l];
     EFLAT_LAUNCH(apply_kernel, 1, kThreads, 0, nullptr, p, spaces[l], problem.update, false);
-    if (p.out_other)
+    if (p.other.out)
       EFLAT_LAUNCH(apply_kernel, 1, kThreads, 0, nullptr, p, spaces[l], problem.update, true);
     if (skipped) *skipped += !usable(norms[l]);
   }

@@ -26,13 +26,10 @@ struct HostCuda {
         cuda::perturb(problem, space.data(), norms.mutable_data_ptr(), count, nullptr, arithmetic));
   }
 
-  void bound(const std::vector<Pair>& pairs, double rho, bool global_norm, const Tensor& factors) {
-    const Problem problem{pairs.data(), int(pairs.size()), rho,
-                          global_norm,  {false, 0},        dtype_of(factors)};
+  void bound(const Problem& problem, const Tensor& factors) {
     const std::lock_guard lock(one_at_a_time);
     std::vector<double> space = workspace(problem);
-    check(cuda::bound(problem, space.data(), factors.mutable_data_ptr(), dtype_of(factors), nullptr,
-                      arithmetic));
+    check(cuda::bound(problem, space.data(), factors.mutable_data_ptr(), nullptr, arithmetic));
   }
 
  private:
@@ -54,13 +51,11 @@ struct Naive {
     cuda::naive::perturb(problem, values.data(), count);
     for (int l = 0; l < problem.count; ++l) {
       void* out = norms.mutable_data_ptr();
-      if (dtype_of(norms) == DType::f64) static_cast<double*>(out)[l] = values[l];
-      if (dtype_of(norms) == DType::f32) static_cast<float*>(out)[l] = float(values[l]);
+      if (problem.norms_dtype == DType::f64) static_cast<double*>(out)[l] = values[l];
+      if (problem.norms_dtype == DType::f32) static_cast<float*>(out)[l] = float(values[l]);
     }
   }
-  void bound(const std::vector<Pair>&, double, bool, const Tensor&) {
-    STD_TORCH_CHECK(false, "no naive kernel");
-  }
+  void bound(const Problem&, const Tensor&) { STD_TORCH_CHECK(false, "no naive kernel"); }
 };
 
 using Float64 = HostCuda<cuda::Arithmetic::float64>;

@@ -76,33 +76,22 @@ void pair_of(DType dtype, DType average_dtype, int n, int m, int r, Onto onto, b
   Values<Average> average = normal<Average>(target.value.size(), random), alone = average;
   Values<Average> average_other = normal<Average>(other.value.size(), random),
                   alone_other = average_other;
-  const Step step{target.adamw, other.adamw};
   const Side side_A{A.value.data(), A.grad.data(), m, true},
       side_B{B.value.data(), B.grad.data(), n, false};
-  Pair pair{onto_B ? side_B : side_A,
-            onto_B ? side_A : side_B,
-            r,
-            dtype,
-            2.0,
-            1e-5,
-            alone.data(),
-            both ? alone_other.data() : nullptr,
-            average_dtype,
-            nullptr};
-  auto add_averages = [&] {  // what was added is the averages
-    pair.target.added = pair.out;
-    if (both) pair.other.added = pair.out_other;
+  Pair pair{onto_B ? side_B : side_A, onto_B ? side_A : side_B, r, dtype, 2.0, 1e-5, average_dtype};
+  auto average_into = [&](void* target_average, void* other_average) {  // which were added, too
+    pair.target.added = pair.target.out = target_average;
+    if (both) pair.other.added = pair.other.out = other_average;
   };
-  add_averages();
+  average_into(alone.data(), alone_other.data());
   double norms[2];
   auto run = [&](double* norm) {
     return cpu::perturb({&pair, 1, 0.1, false, {true, 0.3}, DType::f64}, norm, serially, threads);
   };
   CHECK(run(norms) == !usable, "without a step");
-  pair.out = average.data();
-  if (both) pair.out_other = average_other.data();
-  add_averages();
-  pair.step = &step;
+  average_into(average.data(), average_other.data());
+  pair.target.step = &target.adamw;
+  pair.other.step = &other.adamw;
   CHECK(run(norms + 1) == !usable, "with a step");
   CHECK(memcmp(average.data(), alone.data(), sizeof(Average) * alone.size()) == 0, "average");
   CHECK(memcmp(average_other.data(), alone_other.data(), sizeof(Average) * alone_other.size()) == 0,

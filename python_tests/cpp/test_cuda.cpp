@@ -68,14 +68,14 @@ class Steps {
  public:
   Steps(std::vector<Example>& examples, std::vector<Pair>& pairs) {
     memory_.reserve(4 * pairs.size());  // pointers into these stay
-    steps_.reserve(pairs.size());
+    steps_.reserve(2 * pairs.size());
     for (size_t l = 0; l < pairs.size(); ++l) {
-      Pair& p = pairs[l];
-      Example& x = examples[l];
-      const bool onto_B = p.target.factor == x.B.data();
-      Values &target = onto_B ? x.B : x.A, &other = onto_B ? x.A : x.B;
-      steps_.push_back({adamw(target, 0.1), adamw(other, 0.2)});
-      p.step = &steps_.back();
+      for (Side* side : {&pairs[l].target, &pairs[l].other}) {
+        Example& x = examples[l];
+        Values& factor = side->factor == x.B.data() ? x.B : x.A;
+        steps_.push_back(adamw(factor, side == &pairs[l].target ? 0.1 : 0.2));
+        side->step = &steps_.back();
+      }
     }
   }
 
@@ -92,7 +92,7 @@ class Steps {
   }
 
   std::vector<Values> memory_;
-  std::vector<Step> steps_;
+  std::vector<AdamW> steps_;
 };
 
 // With examples of its own, for a step to change.
@@ -105,12 +105,10 @@ Results run(std::vector<Example> examples, const Call& call, bool cuda) {
   std::vector<Values> added;
   added.reserve(2 * pairs.size());
   for (Pair& p : pairs) {
-    for (bool of_other : {false, true}) {
-      const void* out = of_other ? p.out_other : p.out;
-      if (!out || call.added == Added::nothing) continue;
-      Side& side = of_other ? p.other : p.target;
-      added.push_back(some_values(added_to(p.dtype), side.length * p.rank, -0.3));
-      side.added = call.added == Added::average ? out : added.back().data();
+    for (Side* side : {&p.target, &p.other}) {
+      if (!side->out || call.added == Added::nothing) continue;
+      added.push_back(some_values(added_to(p.dtype), side->length * p.rank, -0.3));
+      side->added = call.added == Added::average ? side->out : added.back().data();
     }
   }
   std::optional<Steps> steps;
