@@ -28,7 +28,7 @@ from eflat_ext import trainer as ours
 from eflat_ext.lab.finetune import comparison
 from eflat_ext.lab.finetune.config import FinetuneConfig
 
-STEPS, EVERY = 10, 2  # saved at every second step
+STEPS, EVERY = 6, 2  # saved at every second step
 HOOKS = {"eflat": ours.eflat_optimizer, "flat": ours.flat_optimizer}
 # Whatever writes the files of a checkpoint, and which argument is the file.
 WRITERS = [
