@@ -14,59 +14,22 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eflat_ext.lab.data.tables import InputError, Splits, Texts
+from eflat_ext.lab.data.tables import InputError, Texts
 from eflat_ext.optim.factories import trainable_parameters
 
 from . import loading, objective, run_folder, screen
 from .config import FinetuneConfig
+from .task import Result, Task, Tokens
 
 if TYPE_CHECKING:
     from .loading import Model, Tokenizer
 
 TRAIN_LOSS_SENTENCES = 1000
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Texts as model inputs, and their labels, see :mod:`eflat_ext.lab.finetune.objective`."""
-
-    inputs: list[dict[str, Any]]
-    labels: list[Any]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What all runs of a comparison share."""
-
-    model_path: str
-    tokenizer: Tokenizer
-    splits: Splits
-    train: Tokens
-    held_out: Tokens
-    device: torch.device
-    steps: int
-
-    def text_keys(self) -> list[str]:
-        """The keys of all parts, see :meth:`eflat_ext.lab.data.tables.Texts.text_keys`."""
-        parts = (self.splits.train, self.splits.validation, self.splits.test)
-        return [key for part in parts for key in part.text_keys()]
-
-
-@dataclass(frozen=True)
-class Result:
-    """The figures of one run and the loss of its every step."""
-
-    metrics: dict[str, Any]
-    losses: list[float]
 
 
 def prepare(config: FinetuneConfig) -> Task:

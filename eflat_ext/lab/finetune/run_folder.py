@@ -22,8 +22,8 @@ from .screen import TITLES
 from .versions import versions
 
 if TYPE_CHECKING:
-    from .comparison import Result, Task
     from .loading import Model
+    from .task import Result, Task
 
 
 def free_folder(wanted: Path | None) -> Path:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
     from rich.table import Table
 
-    from .comparison import Task
+    from .task import Task
 
 TITLES: dict[Method, str] = {
     "lora": "LoRA",
