@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from .data.corpora import CORPORA
-from .data.tables import InputError
-from .finetune.config import PACKAGES, FinetuneConfig
-from .measure.landscape_figure import LandscapeConfig
-from .measure.sharpness_table import SharpnessConfig
-
+# What the command needs beside torch: the optional dependencies "finetune" of pyproject.toml.
+PACKAGES = "peft transformers cyclopts pydantic rich PyYAML matplotlib"
 try:
     import cyclopts
+    import pydantic
     from cyclopts import App, Parameter
+
+    from .data.corpora import CORPORA
+    from .data.texts import InputError
+    from .data.validation import read_yaml, sentence
+    from .finetune.config import FinetuneConfig
+    from .measure.landscape_figure import LandscapeConfig
+    from .measure.sharpness_table import SharpnessConfig
 except ModuleNotFoundError as missing:
     sys.exit(f"eflat: {missing}; the command needs: pip install {PACKAGES}")
-
-MAX_CONFIG_BYTES = 1_000_000
 
 
 def _version() -> str:
@@ -48,33 +51,20 @@ def _check_whole_numbers(
 ) -> None:
     """Refuse fractions for whole numbers, which cyclopts would round."""
     for argument in arguments:
-        if int not in (argument.hint, *get_args(argument.hint)):  # of int, int | None, list[int]
-            continue
         for token in argument.tokens:
-            if "." in token.value:
+            if _holds_int(argument.hint) and "." in token.value:
                 where = "" if token.source == "cli" else f" in {token.source}"
                 raise InputError(
-                    f"{argument.name} is {token.value!r}{where}, but must be a whole number"
+                    f"{argument.name} must be a whole number, got {token.value!r}{where}"
                 )
 
 
+def _holds_int(hint: Any) -> bool:
+    return hint is int or any(map(_holds_int, get_args(hint)))
+
+
 def _read_config(path: Path) -> dict[str, Any]:
-    import json
-
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)  # a device may have no end
-        if len(content) > MAX_CONFIG_BYTES:
-            raise ValueError("longer than 1 MB")
-        settings = yaml.safe_load(content.decode())
-    except OSError as error:
-        raise InputError(f"cannot read --config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Arguments may be bytes that are no text.
-        reason = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
-        raise InputError(f"--config {path} is no valid YAML: {reason}") from None
+    settings = read_yaml(path, f"--config {path}")
     if not isinstance(settings, dict):
         raise InputError(f"--config {path} holds no settings, one 'name: value' a line")
     try:
@@ -186,12 +176,17 @@ def landscape(
     run(where, settings or LandscapeConfig())
 
 
-def _surplus(error: cyclopts.UnusedCliTokensError) -> str:
-    """A word that belongs to no option; a file of data may have been meant."""
-    word = (error.unused_tokens or [""])[0]
-    meant = word in CORPORA or Path(word).suffix.lower() in (".csv", ".tsv", ".jsonl")
-    advice = f"; data is given as --data {word}" if meant else ""
-    return f"{word!r} belongs to no option{advice}"
+def _message(error: Exception) -> str:
+    """Return what is wrong with the input, as one sentence."""
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        word = (error.unused_tokens or [""])[0]
+        meant = word in CORPORA or Path(word).suffix.lower() in (".csv", ".tsv", ".jsonl")
+        advice = f"; data is given as --data {word}" if meant else ""
+        return f"{word!r} belongs to no option{advice}"
+    if isinstance(error.__cause__, pydantic.ValidationError):  # cyclopts knows pydantic's types
+        argument = getattr(error, "argument", None)
+        return sentence(error.__cause__, argument.name if argument else "")
+    return str(error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,9 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (cyclopts.CycloptsError, InputError) as error:
-        text = _surplus(error) if isinstance(error, cyclopts.UnusedCliTokensError) else str(error)
         # Arguments may be bytes that are no text.
-        reason = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+        reason = " ".join(_message(error).split()).encode("utf-8", "backslashreplace").decode()
         if len(reason) > 700:  # something long was given: its beginning will do
             reason = f"{reason[:500]} ... {reason[-150:]}"
         print(f"eflat: {reason}", file=sys.stderr)

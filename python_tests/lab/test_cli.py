@@ -153,8 +153,8 @@ WRONG = {
     "rank negative": (["--rank", "-3"], ["--rank", "-3"]),
     "rank too large": (["--rank", "257"], ["--rank", "257", "256"]),
     "rank no number": (["--rank", "many"], ["--rank", "many"]),
-    "rank no whole number": (["--rank", "8.5"], ["--rank is '8.5'", "must be a whole number"]),
-    "rank with a point": (["--rank", "8."], ["--rank is '8.'", "must be a whole number"]),
+    "rank no whole number": (["--rank", "8.5"], ["--rank must be a whole number, got '8.5'"]),
+    "rank with a point": (["--rank", "8."], ["--rank must be a whole number, got '8.'"]),
     "steps no whole number": (["--steps", "2.7"], ["--steps", "2.7", "whole number"]),
     "a seed no whole number": (["--seeds", "3", "1.9"], ["--seeds", "1.9", "whole number"]),
     "batch size no whole number": (["--batch-size", "0.6"], ["--batch-size", "whole number"]),
@@ -216,11 +216,12 @@ def test_wrong_input_is_one_sentence_that_names_it(tiny, capsys, monkeypatch, tm
     ("content", "words"),
     [
         ("rnak: 3\n", ["rnak"]),
+        ("rank: 3\nrank: 4\n", ["--config", "c.yaml, line 2: 'rank' is there twice"]),
         ("config: other.yaml\n", ["c.yaml names a file of settings itself"]),
         ("rank: high\n", ["rank", "high"]),
         ("rank: 0\n", ["--rank"]),
-        ("rank: 8.5\n", ["--rank is '8.5' in ", "c.yaml", "must be a whole number"]),
-        ("seeds: [1, 2.0]\n", ["--seeds is '2.0'", "must be a whole number"]),
+        ("rank: 8.5\n", ["--rank must be a whole number, got '8.5' in ", "c.yaml"]),
+        ("seeds: [1, 2.0]\n", ["--seeds must be a whole number, got '2.0'"]),
         ("steps: 2.5\n", ["--steps", "must be a whole number"]),
         ("method: [lora, sam]\n", ["sam"]),
         ("rank: [3\n", ["no valid YAML"]),
@@ -263,7 +264,7 @@ def test_other_commands_round_no_whole_number_either(capsys):
         ["sharpness", "run", "--samples", "2.5"],
         ["landscape", "run", "--points", "21.5"],
     ):
-        words = [f"{arguments[-2]} is '{arguments[-1]}', but must be a whole number"]
+        words = [f"{arguments[-2]} must be a whole number, got '{arguments[-1]}'"]
         fails_with_one_sentence(capsys, arguments, words)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ import yaml
 from experiment_case import SHARPNESS, make_content, rows_of, write
 from tiny_model import make_rows, write_csv
 
+from bench.experiment import METHODS
 from eflat_ext.lab.data.tables import InputError, flip_labels, with_typos
 from eflat_ext.lab.experiment import plan, runner
+from eflat_ext.lab.experiment.pending import known
 from eflat_ext.lab.experiment.results import Results, columns_of
 from eflat_ext.lab.finetune import comparison
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,9 @@ def test_a_part_is_run_alone_and_is_no_different(content, finished, tmp_path, ca
         ("words", name) for name in methods
     }
     for wrong in ({"task": ["word"]}, {"method": ["eflat"]}):
-        with pytest.raises(InputError, match=r"has no '(word|eflat)', but (words|lora), "):
+        with pytest.raises(
+            InputError, match=r"must be one of (words|lora), .*, got '(word|eflat)'"
+        ):
             runner.run(path, **wrong)
 
 
@@ -182,6 +189,15 @@ def test_killed_processes_go_on_where_they_were(finished, content, tmp_path):
     assert runner.run(path) == csv_file
     assert csv_file.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
     assert figures(csv_file) == figures(finished)
+
+
+def test_the_rows_in_bench_are_still_those_of_their_files():
+    methods = {**comparison.METHODS, **METHODS}
+    for path in (ROOT / "bench" / "experiments").glob("*.yaml"):
+        grid = plan.load(path, methods)
+        rows = rows_of(grid.results) if grid.results.exists() else []
+        results = Results(grid.results, columns_of(grid))
+        assert len([run for run in known(grid, results) if results.of(run)]) == len(rows), path
 
 
 def test_other_settings_than_the_rows_have_are_refused(finished, content, tmp_path):

@@ -232,7 +232,7 @@ def test_settings_out_of_range_are_named():
     for name, value in wrong.items():
         with pytest.raises(InputError, match="--" + name.replace("_", "-")):
             FinetuneConfig(**{name: value}).check()
-    with pytest.raises(InputError, match="seed -1"):
+    with pytest.raises(InputError, match="--data-seed must be at least 0, got -1"):
         FinetuneConfig(data_seed=-1).check()
     FinetuneConfig().check()
 
@@ -245,7 +245,9 @@ def test_a_column_is_used_once():
         {"text_pair_column": "text"},
         {"image_column": "text", "task_type": "CAUSAL_LM"},
     ):
-        with pytest.raises(InputError, match=r"-column and --.*-column are both '(text|label)'"):
+        with pytest.raises(
+            InputError, match=r"-column and --.*-column must be .* got '(text|label)' for both"
+        ):
             FinetuneConfig(**columns).check()
     FinetuneConfig(text_column="label", label_column="text").check()
 

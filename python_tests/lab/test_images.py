@@ -17,6 +17,7 @@ from eflat_ext.lab.experiment import runner
 from eflat_ext.lab.finetune import comparison, loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig
 from eflat_ext.lab.measure import trained_models
+from eflat_ext.lab.measure.config import MeasureConfig
 
 pytest.importorskip("PIL")
 Image = pytest.importorskip("PIL.Image")
@@ -167,7 +168,7 @@ def test_from_training_to_measuring(settings, folder):
     assert metrics["eflat"]["skipped_perturbations"] == 0
     for method in config.method:
         (one,) = trained_models.find([run / method / "seed-0"])
-        loaded = trained_models.load(one, trained_models.MeasureConfig(part="test", device="cpu"))
+        loaded = trained_models.load(one, MeasureConfig(part="test", device="cpu"))
         with torch.no_grad():
             values = [trained_models.loss(loaded.model, batch).item() for batch in loaded.batches]
         assert sum(values) / len(values) == pytest.approx(metrics[method]["loss"], rel=1e-4)
@@ -223,7 +224,9 @@ def test_wrong_input_is_named(settings, tmp_path, folder):
 
     with pytest.raises(InputError, match="--image-column needs --task-type CAUSAL_LM"):
         prepare(task_type="SEQ_CLS")
-    with pytest.raises(InputError, match="--max-length is 40, but a text and its image have"):
+    with pytest.raises(
+        InputError, match=r"--max-length must be greater than \d+, .* its image, got 40"
+    ):
         prepare(max_length=40)
     with pytest.raises(InputError, match="no column 'picture'"):
         prepare(image_column="picture")
@@ -244,7 +247,7 @@ def test_wrong_input_is_named(settings, tmp_path, folder):
 def test_what_is_no_image_is_named(settings, tmp_path, image):
     row = {"text": "what?", "label": "red", "image": image}
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(InputError, match=r"data.jsonl, line 1: column 'image' is a"):
+    with pytest.raises(InputError, match=r"data.jsonl, line 1: column 'image' must be the path"):
         read(str(tmp_path / "data.jsonl"), image_column="image")
 
 

@@ -19,6 +19,7 @@ from eflat_ext.lab.experiment import runner
 from eflat_ext.lab.finetune import comparison, loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig
 from eflat_ext.lab.measure import sharpness_table, trained_models
+from eflat_ext.lab.measure.config import MeasureConfig
 
 END = len(WORDS) + 2
 
@@ -188,7 +189,7 @@ def test_it_learns_and_what_it_left_is_what_was_trained(finished):
         assert metrics["loss"] < {"full": 1}.get(method, 2.5)  # at first 4.5 or more
         assert metrics["accuracy"] > {"full": 0.3}.get(method, 0)
         (run,) = trained_models.find([folder])
-        settings = trained_models.MeasureConfig(part="test", examples=1000, device="cpu")
+        settings = MeasureConfig(part="test", examples=1000, device="cpu")
         loaded = trained_models.load(run, settings)
         with torch.no_grad():
             values = [float(trained_models.loss(loaded.model, batch)) for batch in loaded.batches]
@@ -289,5 +290,5 @@ def test_parts_are_random_where_labels_are_answers():
 
 
 def test_no_room_to_write_is_named(settings):
-    with pytest.raises(InputError, match="--max-length is 1"):
+    with pytest.raises(InputError, match=r"--max-length must be at least 2, .*, got 1"):
         FinetuneConfig(**{**settings, "max_length": 1}).check()

@@ -17,7 +17,7 @@ from eflat_ext.lab.data.tables import InputError
 from eflat_ext.lab.finetune import comparison
 from eflat_ext.lab.finetune.config import FinetuneConfig
 from eflat_ext.lab.measure import trained_models
-from eflat_ext.lab.measure.trained_models import MeasureConfig
+from eflat_ext.lab.measure.config import MeasureConfig
 
 
 @pytest.fixture(scope="module")

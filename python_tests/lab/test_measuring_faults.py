@@ -10,7 +10,7 @@ from tiny_model import make_rows, write_csv
 from eflat_ext.lab import cli
 from eflat_ext.lab.data.tables import InputError
 from eflat_ext.lab.measure import each_model, trained_models
-from eflat_ext.lab.measure.trained_models import MeasureConfig
+from eflat_ext.lab.measure.config import MeasureConfig
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +205,11 @@ def test_a_damaged_run_is_named(folder, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("method: [lora]\nrnak: 3", ["'rnak'"]),
+        ("method: [lora]\nrnak: 3", ["rnak is no known name"]),
         ("max_length: many", ["max_length", "'many'", "whole number"]),
         ("task_type: GUESS", ["task_type", "'GUESS'", "SEQ_CLS"]),
         ("method: lora", ["method", "'lora'", "list"]),
-        ("rank: 0", ["--rank is 0"]),
+        ("rank: 0", ["rank must be at least 1, got 0"]),
         ("lora", ["names and values"]),
         ("{", ["no valid YAML"]),
     ],

@@ -126,8 +126,8 @@ def read(
             if not isinstance(image, str) and not hasattr(image, "convert"):
                 kind = type(image).__name__
                 raise InputError(
-                    f"{source}, {where} {number}: column {image_column!r} is a {kind}, "
-                    "but must be the path of an image, or one of Pillow"
+                    f"{source}, {where} {number}: column {image_column!r} must be the path of an "
+                    f"image, or one of Pillow, got a {kind}"
                 )
         table = replace(table, images=images)
     return table
@@ -392,6 +392,6 @@ def _label_order(label: str) -> tuple[int, float, str]:
 def _check_size(name: str, wanted: int, available: int, left_out: LeftOut) -> None:
     if wanted > available:
         raise InputError(
-            f"--{name}-size {wanted} is more than the {available} sentences that are left for it"
-            + left_out.in_brackets()
+            f"--{name}-size must be at most {available}, the sentences that are left for it"
+            f"{left_out.in_brackets()}, got {wanted}"
         )

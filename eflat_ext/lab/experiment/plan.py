@@ -8,28 +8,41 @@ seeds, on the test part.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-from eflat_ext.lab.data.sections import Section, cast, read_yaml
+from annotated_types import Ge
+from pydantic import BeforeValidator
+
 from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.validation import (
+    DISTINCT,
+    NOT_EMPTY,
+    Count,
+    Name,
+    NotNegative,
+    Section,
+    Seed,
+    Share,
+    named,
+    read_yaml,
+    section_of,
+    validate,
+)
 from eflat_ext.lab.finetune.config import FinetuneConfig
 
 Stage = Literal["tuning", "final"]
 Settings = dict[str, Any]
 TYPOS = "typos"
 
-# What a file may not set, as the plan does.
-_OURS = {"method", "seeds", "evaluate_on", "output_dir"}
-_TYPES = get_type_hints(FinetuneConfig)
+# Settings that an experiment makes itself.
+_OURS = frozenset({"method", "seeds", "evaluate_on", "output_dir"})
 
 
 @dataclass(frozen=True)
@@ -71,8 +84,7 @@ class Method:
         return [dict(zip(self.tune, row, strict=True)) for row in values]
 
 
-@dataclass(frozen=True)
-class Sharpness:
+class Sharpness(Section):
     """What is measured of a final run: the rise of the training loss around its weights.
 
     Both rises are taken in the full space of ``layers``, with one radius for all layers together
@@ -80,18 +92,19 @@ class Sharpness:
 
     Attributes:
         worst_rho, random_rho: radii of the worst case and of random noise.
+        layers: ends of the names of the layers, the same for all methods.
+        norm_scope, radius: as of ``eflat sharpness``.
         samples: of random noise.
         sentences: of the training part, from its start.
-        layers: ends of the names of the layers, the same for all methods.
     """
 
-    worst_rho: float
-    random_rho: float
-    layers: tuple[str, ...]
+    worst_rho: NotNegative
+    random_rho: NotNegative
+    layers: list[Name]
     norm_scope: Literal["layer", "global"] = "global"
     radius: Literal["absolute", "layer", "filter"] = "absolute"
-    samples: int = 2
-    sentences: int = 256
+    samples: Annotated[int, Ge(2)] = 2
+    sentences: Count = 256
 
 
 @dataclass(frozen=True)
@@ -110,8 +123,9 @@ class Run:
 
     def config(self) -> FinetuneConfig:
         """Its settings, with the defaults."""
-        part = "validation" if self.stage == "tuning" else "test"
-        return _config(self.settings(), f"method {self.method.name!r}", part)
+        part: Any = "validation" if self.stage == "tuning" else "test"
+        settings = validate(section_of(FinetuneConfig, _OURS), self.settings())
+        return FinetuneConfig(**settings.given(), evaluate_on=part)
 
     def key(self) -> tuple[str, ...]:
         """What tells it from every other run of the experiment; as the CSV file holds it."""
@@ -156,9 +170,7 @@ class Experiment:
             ("method", methods, [method.name for method in self.methods]),
         ):
             if unknown := [name for name in wanted if name not in there]:
-                raise InputError(
-                    f"--{kind}: {self.name} has no {unknown[0]!r}, but {', '.join(there)}"
-                )
+                raise InputError(f"--{kind} must be one of {', '.join(there)}, got {unknown[0]!r}")
         needed = {*methods, *(self.method(name).like for name in methods)}
         return dataclasses.replace(
             self,
@@ -179,165 +191,135 @@ class Experiment:
         return len(self.tasks) * (sum(each) + len(self.seeds) * len(self.methods))
 
 
+# --- reading a file ----------------------------------------------------------------------
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+_Key = Annotated[str, BeforeValidator(str)]
+_Sizes = Annotated[list[Count | None], BeforeValidator(_listed)]
+
+
+class _Shared(section_of(FinetuneConfig, _OURS)):  # type: ignore[misc]
+    train_size: _Sizes | None = None
+
+
+class _Task(_Shared):
+    label_noise: Annotated[list[Share], BeforeValidator(_listed)] = [0.0]  # noqa: RUF012
+    also_test: list[Name] = []  # noqa: RUF012
+
+
+class _Grid(section_of(FinetuneConfig, _OURS, listed=True)):  # type: ignore[misc]
+    pass
+
+
+class _Method(section_of(FinetuneConfig, _OURS)):  # type: ignore[misc]
+    method: Name | None = None
+    like: Name | None = None
+    tune: _Grid = _Grid()
+
+
+class _Tuning(Section):
+    seeds: Annotated[list[Seed], DISTINCT] = []  # noqa: RUF012
+    choose_by: Literal["accuracy", "loss"] = "accuracy"
+
+
+class _File(Section):
+    settings: _Shared = _Shared()
+    tasks: Annotated[dict[_Key, _Task | None], NOT_EMPTY]
+    methods: Annotated[dict[_Key, _Method | None], NOT_EMPTY]
+    tuning: _Tuning = _Tuning()
+    seeds: Annotated[list[Seed], NOT_EMPTY, DISTINCT]
+    sharpness: Sharpness | None = None
+    results: Name | None = None
+
+
 def load(path: Path, methods: Collection[str]) -> Experiment:
     """Read and check an experiment's file.
 
     Args:
+        path: the file.
         methods: names that a method's ``method:`` may have.
 
     Raises:
         InputError: the file cannot be read or something in it cannot be used; the message names it.
     """
-    content = Section(str(path), read_yaml(path))
-    shared = content.take("settings", {})
-    tuning = Section("tuning", content.take("tuning", {}))
-    sharpness = content.take("sharpness", None)
-    results = cast(content.take("results", f"{path.stem}.csv"), str, "results")
-    try:
-        file = (path.parent / results).resolve()
-    except ValueError:
-        raise InputError(f"results is {results!r}, but must be UTF-8 without NUL") from None
-    experiment = Experiment(
-        name=path.stem,
-        results=file,
-        tasks=[
-            task
-            for name, entry in content.take("tasks", {}).items()
-            for task in _tasks(str(name), entry, shared)
-        ],
-        methods=[_method(str(name), entry) for name, entry in content.take("methods", {}).items()],
-        tuning_seeds=cast(tuning.take("seeds", []), list[int], "tuning: seeds"),
-        seeds=cast(content.take("seeds", []), list[int], "seeds"),
-        choose_by=tuning.take("choose_by", "accuracy"),
-        sharpness=_sharpness(sharpness) if sharpness else None,
-    )
-    content.end()
-    tuning.end()
-    _check(experiment, methods)
+    content = read_yaml(path)
+    file = validate(_File, content, str(path))
+    with named(str(path)):
+        experiment = Experiment(
+            name=path.stem,
+            results=(path.parent / (file.results or f"{path.stem}.csv")).resolve(),
+            tasks=[
+                task
+                for name, entry in content["tasks"].items()
+                for task in _tasks(
+                    str(name), file.tasks[str(name)] or _Task(), entry or {}, content
+                )
+            ],
+            methods=[_method(name, entry or _Method()) for name, entry in file.methods.items()],
+            tuning_seeds=file.tuning.seeds,
+            seeds=file.seeds,
+            choose_by=file.tuning.choose_by,
+            sharpness=file.sharpness,
+        )
+        _check(experiment, methods)
     return experiment
 
 
 def _check(experiment: Experiment, methods: Collection[str]) -> None:
-    for kind in ("tasks", "methods", "seeds"):
-        if not getattr(experiment, kind):
-            raise InputError(f"the experiment has no {kind}")
-    if experiment.choose_by not in ("accuracy", "loss"):
-        raise InputError(f"choose_by is {experiment.choose_by!r}, but must be accuracy or loss")
-    for where, seeds in (("seeds", experiment.seeds), ("tuning: seeds", experiment.tuning_seeds)):
-        if len(set(seeds)) < len(seeds):
-            raise InputError(f"{where} names a seed twice")
-        if seeds:
-            with _named(where):
-                FinetuneConfig(seeds=seeds).check()
     if common := set(experiment.seeds) & set(experiment.tuning_seeds):
-        raise InputError(
-            f"seed {min(common)} is in seeds and in tuning: final runs need fresh ones"
-        )
+        raise InputError(f"seeds must be none of tuning.seeds, got {min(common)} in both")
     tasks = [task.name for task in experiment.tasks]
     if twice := [name for name in tasks if tasks.count(name) > 1]:
-        raise InputError(f"two tasks are called {twice[0]!r}")
+        raise InputError(f"tasks must have distinct names, got {twice[0]!r} twice")
     names = [method.name for method in experiment.methods]
     for method in experiment.methods:
+        key = f"methods.{method.name}"
         if method.builder not in methods:
-            raise InputError(
-                f"method {method.name!r}: there is no {method.builder!r}, "
-                f"but {', '.join(sorted(methods))}"
-            )
+            known = ", ".join(sorted(methods))
+            raise InputError(f"{key}.method must be one of {known}, got {method.builder!r}")
         if method.tune and not experiment.tuning_seeds:
-            raise InputError(f"method {method.name!r} has values to tune, but tuning has no seeds")
+            raise InputError(f"tuning.seeds must be at least one, for {key}.tune, got []")
         if method.like is not None:
             if method.like not in names:
-                raise InputError(
-                    f"method {method.name!r} is like {method.like!r}, but there is no method of "
-                    f"this name, only {', '.join(names)}"
-                )
+                there = ", ".join(names)
+                raise InputError(f"{key}.like must be one of {there}, got {method.like!r}")
             if experiment.method(method.like).like is not None:
-                raise InputError(f"method {method.like!r} is itself like another one")
+                raise InputError(
+                    f"{key}.like must be a method that is like no other, got {method.like!r}"
+                )
     for task, method in itertools.product(experiment.tasks, experiment.methods):
         for tuned in method.grid():
-            with _named(f"task {task.name!r}, method {method.name!r}"):
+            with named(f"task {task.name!r}, method {method.name!r}"):
                 Run("final", task, method, experiment.seeds[0], tuned).config().check()
 
 
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Puts the place before what is wrong there."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+def _tasks(name: str, checked: _Task, given: Settings, content: Settings) -> Iterator[Task]:
+    """Yield a task for each training size and share of label noise that its entry lists.
 
-
-def _tasks(name: str, entry: Any, shared: Mapping[str, Any]) -> Iterator[Task]:
-    """One task for each training size and share of label noise that the entry lists."""
-    section = Section(f"task {name!r}", {} if entry is None else entry)
-    noises = section.take("label_noise", 0.0)
-    also = cast(section.take("also_test", []), tuple[str, ...], f"task {name!r}: also_test")
-    settings = {**shared, **section.rest()}
+    Args:
+        name: of the entry.
+        checked: the entry.
+        given: the entry as it stands in the file.
+        content: of the whole file.
+    """
+    own = {key: value for key, value in given.items() if key not in ("label_noise", "also_test")}
+    # As they stand in the file: the digests in its CSV file are of these.
+    settings = {**content.get("settings", {}), **own}
+    if any(checked.label_noise) and settings.get("task_type", "SEQ_CLS") != "SEQ_CLS":
+        raise InputError(f"tasks.{name}.label_noise needs labels that are classes")
     sizes = settings.get("train_size")
-    for size in sizes if isinstance(sizes, list) else [sizes]:
-        for noise in noises if isinstance(noises, list) else [noises]:
-            noise = cast(noise, float, f"task {name!r}: label_noise")
-            if not 0 <= noise < 1:
-                raise InputError(f"task {name!r}: label_noise is {noise}, but must lie in 0 to 1")
-            full = name
-            full += f"-{size}" if isinstance(sizes, list) else ""
-            full += f"-noise{100 * noise:g}" if isinstance(noises, list) else ""
-            own = {**settings, "train_size": size}
-            config = _config(own, f"task {name!r}", "test")
-            if noise and config.task_type != "SEQ_CLS":
-                raise InputError(f"task {name!r}: label_noise needs labels that are classes")
-            yield Task(full, own, noise, also)
+    for size, noise in itertools.product(_listed(sizes), checked.label_noise):
+        full = name
+        full += f"-{size}" if isinstance(sizes, list) else ""
+        full += f"-noise{100 * noise:g}" if isinstance(given.get("label_noise"), list) else ""
+        yield Task(full, {**settings, "train_size": size}, noise, tuple(checked.also_test))
 
 
-def _method(name: str, entry: Any) -> Method:
-    where = f"method {name!r}"
-    section = Section(where, {} if entry is None else entry)
-    builder = cast(section.take("method", name), str, f"{where}: method")
-    like = cast(section.take("like", None), str | None, f"{where}: like")
-    grid = {}
-    for setting, values in section.take("tune", {}).items():
-        if not isinstance(values, list) or not values:
-            raise InputError(f"{where}: tune: {setting} needs a list of values")
-        kind = _type(setting, where)
-        grid[setting] = [cast(value, kind, f"{where}: {setting}") for value in values]
-        if twice := [value for value in grid[setting] if grid[setting].count(value) > 1]:
-            raise InputError(f"{where}: tune: {setting} names {twice[0]!r} twice")
-    return Method(name, builder, _typed(section.rest(), where), grid, like)
-
-
-def _config(settings: Settings, where: str, part: str) -> FinetuneConfig:
-    return FinetuneConfig(**_typed(settings, where), evaluate_on=part)  # type: ignore[arg-type]
-
-
-def _typed(settings: Mapping[str, Any], where: str) -> Settings:
-    """The settings, checked by name and type."""
-    return {
-        name: cast(value, _type(name, where), f"{where}: {name}")
-        for name, value in settings.items()
-    }
-
-
-def _type(name: str, where: str) -> Any:
-    if name not in _TYPES or name in _OURS:
-        raise InputError(f"{where}: there is no setting {name!r}")
-    return _TYPES[name]
-
-
-def _sharpness(content: Any) -> Sharpness:
-    section = Section("sharpness", content)
-    given: dict[str, Any] = {}
-    kinds = get_type_hints(Sharpness)
-    for f in dataclasses.fields(Sharpness):
-        value = section.take(f.name, dataclasses.MISSING)
-        if value is not dataclasses.MISSING:
-            given[f.name] = cast(value, kinds[f.name], f"sharpness: {f.name}")
-        elif f.default is dataclasses.MISSING:
-            raise InputError(f"sharpness lacks {f.name}")
-    section.end()
-    settings = Sharpness(**given)
-    for name, least in (("worst_rho", 0), ("random_rho", 0), ("samples", 2), ("sentences", 1)):
-        if not least <= getattr(settings, name) < math.inf:
-            value = getattr(settings, name)
-            raise InputError(f"sharpness: {name} is {value}, but must be at least {least}")
-    return settings
+def _method(name: str, entry: _Method) -> Method:
+    settings = entry.given()
+    own = {key: settings.pop(key, None) for key in ("method", "like", "tune")}
+    return Method(name, own["method"] or name, settings, entry.tune.given(), own["like"])

@@ -90,7 +90,7 @@ def run(
     """
     extra = methods or {}
     if jobs < 1:
-        raise InputError(f"--jobs is {jobs}, but must be at least 1")
+        raise InputError(f"--jobs must be at least 1, got {jobs}")
     experiment = load(path, {**comparison.METHODS, **extra})
     results = Results(experiment.results, columns_of(experiment))
     experiment = experiment.only(task, method)
@@ -250,7 +250,9 @@ def draw(pool: comparison.Task, size: int | None, label_noise: float, seed: int)
     """
     available = len(pool.train)
     if size is not None and size > available:
-        raise InputError(f"train_size is {size}, but {available} sentences are left for training")
+        raise InputError(
+            f"train_size must be at most {available}, the sentences left for training, got {size}"
+        )
     order = mixed_order if pool.splits.classes else random_order
     rows = order(pool.splits.train.labels, seed)[:size]
     labels = [pool.train.labels[i] for i in rows]

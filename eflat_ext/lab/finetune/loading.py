@@ -63,7 +63,7 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> Tokenizer:
     limit = min(tokenizer.model_max_length, positions or math.inf)
     if config.max_length > limit:
         raise InputError(
-            f"--max-length is {config.max_length}, but the model takes at most {limit} tokens"
+            f"--max-length must be at most {limit}, as the model takes, got {config.max_length}"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -124,8 +124,8 @@ def _prompts_with_images(
             raise InputError(f"--model {config.model} needs {unknown[0]}, which is not supported")
         if length >= config.max_length:
             raise InputError(
-                f"--max-length is {config.max_length}, "
-                f"but a text and its image have {length} tokens"
+                f"--max-length must be greater than {length}, the tokens of a text and its image, "
+                f"got {config.max_length}"
             )
         yield {**row, "image": image}
 

@@ -15,7 +15,8 @@ from eflat_ext.lab.finetune import loading
 from eflat_ext.lab.finetune.screen import make_progress
 
 from . import trained_models
-from .trained_models import Loaded, MeasureConfig, Trained
+from .config import MeasureConfig
+from .trained_models import Loaded, Trained
 
 ABOUT = ("run", "method", "seed")
 """The first columns of every row."""

@@ -7,15 +7,19 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.validation import Count, File, Positive
 from eflat_ext.lab.finetune.screen import TITLES
 
 from . import trained_models
+from .config import MeasureConfig
 from .each_model import ABOUT, measure_each, named_errors
 from .files import check_files, write_csv, writing
-from .trained_models import Loaded, MeasureConfig, Trained
+from .trained_models import Loaded, Trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,35 +54,29 @@ class LandscapeConfig(MeasureConfig):
     largest eigenvalue; or the line from the first adapter (0) to each other one (1)."""
     dimensions: Literal[1, 2] = 1
     """Curves or a map."""
-    extent: float | None = None
+    extent: Positive | None = None
     """The slice reaches from -extent to extent; by default 1. A line reaches this far beyond its
     ends, by default 0.5."""
-    points: int = 21
+    points: Annotated[int, Ge(3)] = 21
     """Points along each axis."""
-    samples: int = 1
+    samples: Count = 1
     """Random directions that a curve is the mean of."""
     rise: bool = False
     """Draw the rise over the loss in the middle, to compare shapes; --points must be odd."""
     product: Literal["exact", "finite-difference"] = "exact"
     """How the Hessian is multiplied with."""
-    output: Path = Path("landscape.png")
+    output: File = Path("landscape.png")
     """The figure, NAME.png, .svg or .pdf; its numbers go beside it as NAME.csv."""
 
     def check(self) -> None:
         """Raise :class:`InputError` naming the first setting that is out of range."""
         super().check()
-        if self.points < 3:
-            raise InputError(f"--points is {self.points}, but must be at least 3")
-        if self.samples < 1:
-            raise InputError(f"--samples is {self.samples}, but must be at least 1")
-        if self.extent is not None and not (math.isfinite(self.extent) and self.extent > 0):
-            raise InputError(f"--extent is {self.extent}, but must be greater than 0")
         if self.directions == "line" and self.dimensions == 2:
             raise InputError("--directions line has one dimension, but --dimensions is 2")
         if self.rise and (self.points % 2 == 0 or self.directions == "line"):
             raise InputError("--rise needs an odd number of --points around a middle")
         if self.output.suffix.lower() not in FORMATS:
-            raise InputError(f"--output {self.output} must end in {', '.join(FORMATS)}")
+            raise InputError(f"--output must end in {', '.join(FORMATS)}, got {self.output}")
 
 
 def run(places: Sequence[Path], config: LandscapeConfig) -> list[dict[str, Any]]:

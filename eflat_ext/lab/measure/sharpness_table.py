@@ -8,17 +8,21 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from eflat_ext.analysis.full_space import adapted_layers, gradients, mean_loss
 from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.validation import NOT_EMPTY, File, NotNegative
+from eflat_ext.lab.finetune.config import Rtol
 from eflat_ext.lab.finetune.versions import versions
-from eflat_ext.ops.checks import MIN_RTOL
 
 from . import trained_models
+from .config import MeasureConfig
 from .each_model import ABOUT, about, measure_each
 from .files import Columns, check_files, make_folder, write_csv, writing
-from .trained_models import Loaded, MeasureConfig, Trained
+from .trained_models import Loaded, Trained
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,14 +37,14 @@ _PARTS = ("versions", "settings", "numbers", "estimates")  # of a JSON file
 class SharpnessConfig(MeasureConfig):
     """Settings of ``eflat sharpness``."""
 
-    rho: list[float] = field(default_factory=lambda: [0.05, 0.2])
+    rho: Annotated[list[NotNegative], NOT_EMPTY] = field(default_factory=lambda: [0.05, 0.2])
     """Radii of the perturbation."""
     radius: Literal["absolute", "layer", "filter"] = "absolute"
     """What a radius is: the norm of the perturbation, or its ratio to the norm of each layer's
     weight, or of each of its rows."""
     norm_scope: Literal["layer", "global"] = "layer"
     """Each layer moves by a radius of its own, or all layers share one."""
-    samples: int = 10
+    samples: Annotated[int, Ge(0)] = 10
     """Random perturbations for the average case; 0 leaves it out."""
     hessian: list[Literal["full", "lora"]] = field(default_factory=list)
     """Also the Hessian's largest eigenvalue and trace: of the adapted layers' whole weights, of
@@ -49,28 +53,20 @@ class SharpnessConfig(MeasureConfig):
     """How the Hessian is multiplied with."""
     estimate: bool = False
     """Also how good the estimate of the gradient by the factors' gradients is, in every layer."""
-    rtol: list[float] | None = None
+    rtol: list[Rtol] | None = None
     """Cutoffs of the pseudo-inverses: the first for the transfer, all for --estimate; the default
     follows from a layer's type and shape."""
-    output: Path | None = None
+    output: File | None = None
     """Write all numbers to this file, .csv or .json; those of --estimate go beside a NAME.csv as
     NAME-estimate.csv."""
 
     def check(self) -> None:
         """Raise :class:`InputError` naming the first setting that is out of range."""
         super().check()
-        if not self.rho:
-            raise InputError("--rho needs at least one value")
-        for rho in self.rho:
-            if not (math.isfinite(rho) and rho >= 0):
-                raise InputError(f"--rho is {rho}, but must not be less than 0")
-        if self.samples != 0 and self.samples < 2:
-            raise InputError(f"--samples is {self.samples}, but must be 0 or at least 2")
-        for rtol in self.rtol or []:
-            if not MIN_RTOL <= rtol < 1:
-                raise InputError(f"--rtol is {rtol}, but must lie in {MIN_RTOL} to 1, without 1")
+        if self.samples == 1:
+            raise InputError("--samples must be 0 or at least 2, got 1")
         if self.output is not None and self.output.suffix.lower() not in (".csv", ".json"):
-            raise InputError(f"--output {self.output} must end in .csv or .json")
+            raise InputError(f"--output must end in .csv or .json, got {self.output}")
 
 
 def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]:

@@ -7,77 +7,25 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from eflat_ext.lab.data import sections
 from eflat_ext.lab.data.tables import InputError, Table, Texts, class_names
+from eflat_ext.lab.data.validation import named, read_yaml, section_of, validate
 from eflat_ext.lab.finetune import loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig, Method, TaskType
+
+from .config import MeasureConfig
 
 if TYPE_CHECKING:
     from eflat_ext.lab.finetune.loading import Tokenizer
 
 ADAPTER = "adapter"
 """In place of a method, for an adapter that is not in a run folder."""
-# Settings that a run folder has of its own.
-_OF_DATA = ("data", "text_column", "text_pair_column", "label_column", "max_length")
-
-
-@dataclass(kw_only=True)
-class MeasureConfig:
-    """On what a loss is measured."""
-
-    part: Literal["train", "validation", "test"] = "train"
-    """Part of a run folder's data; for an adapter of its own --data is taken from its start."""
-    examples: int = 256
-    """Number of texts, or all if there are fewer."""
-    batch_size: int = 32
-    """Texts of a batch."""
-    data: str | None = None
-    """Data for an adapter that is not in a run folder, as for eflat finetune; a run folder has
-    its own, and the columns and length."""
-    text_column: str = "text"
-    """Column of the texts of --data."""
-    text_pair_column: str | None = None
-    """Column of the second texts, where a task is on pairs of them."""
-    label_column: str = "label"
-    """Column of the labels; a causal language model needs none."""
-    max_length: int = 128
-    """Tokens of a text of --data."""
-    layers: list[str] | None = None
-    """Measure these layers only (the ends of their names); by default all with an adapter."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """Device as torch names it (cpu, cuda, cuda:1); auto takes the GPU if there is one."""
-
-    def check(self) -> None:
-        """Raise :class:`InputError` naming the first setting that is out of range."""
-        for name in ("examples", "batch_size", "max_length"):
-            if (value := getattr(self, name)) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
-        if self.layers == []:
-            raise InputError("--layers needs at least one name")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"the seed {self.seed} does not lie in 0 to 2^32 - 1")
-
-    def check_use(self, runs: Sequence[Trained]) -> None:
-        """Raise :class:`InputError` naming a setting that none of the runs has a use for."""
-        given = [f.name for f in fields(MeasureConfig) if getattr(self, f.name) != f.default]
-        if useless := [name for name in _OF_DATA if name in given and all(r.config for r in runs)]:
-            raise InputError(
-                f"--{useless[0].replace('_', '-')} is for an adapter that is not in a run folder; "
-                f"{runs[0].folder} has its own"
-            )
-        if "part" in given and not any(run.config for run in runs):
-            raise InputError(
-                f"--part is for run folders; {runs[0].folder} is none and is measured on --data"
-            )
 
 
 @dataclass(frozen=True)
@@ -237,18 +185,10 @@ def _find(place: Path) -> list[Trained]:
 
 
 def _read_config(path: Path) -> FinetuneConfig:
-    section = sections.Section(str(path), sections.read_yaml(path))
-    settings = {
-        name: sections.cast(section.take(name, None), kind, f"{path}: {name}")
-        for name, kind in get_type_hints(FinetuneConfig).items()
-        if name in section.rest()
-    }
-    section.end()
-    config = FinetuneConfig(**settings)
-    try:
+    content = validate(section_of(FinetuneConfig), read_yaml(path), str(path))
+    config = FinetuneConfig(**content.given())
+    with named(str(path)):
         config.check()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
     return config
 
 
