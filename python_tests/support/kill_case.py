@@ -5,16 +5,12 @@ The processes are forked from one that has imported everything.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import peft.peft_model
 import torch
@@ -139,17 +135,6 @@ def _count_writes(tear: tuple[int, float] | None) -> list[int]:
     for writer in WRITERS:
         wrap(*writer)
     return counted
-
-
-def start(target: Callable, *args: Any) -> Any:
-    """A process that has everything imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kill_case"])
-    process = context.Process(target=target, args=args)
-    # Some Pythons do not tell the process that forks where the parent finds modules.
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
-        process.start()
-    return process
 
 
 # What is imported late is imported before the fork, too.

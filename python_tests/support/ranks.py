@@ -1,4 +1,4 @@
-"""Processes that form groups: started once, and given one function after another to run."""
+"""Run functions on the ranks of process groups, in processes that are started once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import forked
+
 TIMEOUT = 120  # seconds for one function, imports included
 _pool: list[tuple[Any, Connection]] = []
 
 
 def together(world: int, function: str, *args: Any, **kwargs: Any) -> list[Any]:
-    """What ``function`` ("module:name") returns on each of ``world`` ranks of a gloo group.
+    """Run ``function`` ("module:name") on ``world`` ranks of a gloo group; return their results.
 
-    An AssertionError with the tracebacks of all ranks if one raises or does not answer.
+    Raises:
+        AssertionError: a rank raised or did not answer; with the tracebacks of all ranks.
     """
     _start(world)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,20 +54,10 @@ def stop() -> None:
 
 
 def _start(count: int) -> None:
-    context = multiprocessing.get_context("spawn")
     while len(_pool) < count:
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there,), daemon=True)
-        settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        before = dict(os.environ)
-        os.environ.update(settings)
-        try:
-            process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        here, there = multiprocessing.Pipe()
+        _pool.append((forked.start("fsdp_cases", _serve, there), here))
         there.close()
-        _pool.append((process, here))
 
 
 def _serve(connection: Connection) -> None:
@@ -72,6 +65,7 @@ def _serve(connection: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     while True:
         try:
             world, rank, folder, function, args, kwargs = connection.recv()

@@ -13,9 +13,10 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from kill_case import EVERY, STEPS, compare, start, train
+from kill_case import EVERY, STEPS, compare, train
 from models import assert_same_bits
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills by signal")
 
 
 def finished(hook: str, folder: Path, resume: str | None, outcome: Path) -> dict[str, Any]:
-    process = start(train, hook, folder, resume, outcome)
+    process = forked.start("kill_case", train, hook, folder, resume, outcome)
     process.join()
     assert process.exitcode == 0
     return torch.load(outcome, weights_only=False)
@@ -38,7 +39,7 @@ def killed(kind: str, hook: str, folder: Path, whole: dict[str, Any], rng: rando
     """Start a run and kill it: at any time, a moment after a save began, or within a write."""
     ours, theirs = Pipe(duplex=False)
     tear = (rng.randrange(whole["writes"]), rng.random()) if kind == "write" else None
-    process = start(train, hook, folder, None, folder / "never", theirs, tear)
+    process = forked.start("kill_case", train, hook, folder, None, folder / "never", theirs, tear)
     if tear is None:
         assert ours.recv() == "begin"
         seconds = whole["seconds"][0]
@@ -145,7 +146,7 @@ def test_a_killed_comparison_leaves_nothing_that_looks_complete(tmp_path: Path) 
         "device": "cpu",
     }
     begin = time.monotonic()
-    process = start(compare, {**settings, "output_dir": tmp_path / "whole"})
+    process = forked.start("kill_case", compare, {**settings, "output_dir": tmp_path / "whole"})
     process.join()
     assert process.exitcode == 0
     seconds = time.monotonic() - begin
@@ -158,7 +159,7 @@ def test_a_killed_comparison_leaves_nothing_that_looks_complete(tmp_path: Path) 
     unfinished = 0
     for number in range(4):
         folder = tmp_path / str(number)
-        process = start(compare, {**settings, "output_dir": folder})
+        process = forked.start("kill_case", compare, {**settings, "output_dir": folder})
         if number == 0:
             time.sleep(rng.uniform(0, seconds))
         else:  # while it saves
