@@ -2,23 +2,15 @@
 
 # Annotations are no strings here: cyclopts would look up their names in the subclasses' modules.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from eflat_ext.lab.data.texts import InputError
-from eflat_ext.lab.data.validation import NOT_EMPTY, Checked, Count, Name, Seed, option
-
-if TYPE_CHECKING:
-    from .trained_models import Trained
-
-# Settings that a run folder has of its own.
-_OF_DATA = ("data", "text_column", "text_pair_column", "label_column", "max_length")
+from eflat_ext.lab.data.validation import NOT_EMPTY, Checked, Count, Name, Seed
 
 
 @dataclass(kw_only=True)
 class MeasureConfig(Checked):
-    """On what a loss is measured."""
+    """Settings of the texts that a loss is measured on."""
 
     part: Literal["train", "validation", "test"] = "train"
     """Part of a run folder's data; for an adapter of its own --data is taken from its start."""
@@ -43,16 +35,3 @@ class MeasureConfig(Checked):
     """Seed of everything random."""
     device: Name = "auto"
     """Device as torch names it (cpu, cuda, cuda:1); auto takes the GPU if there is one."""
-
-    def check_use(self, runs: Sequence["Trained"]) -> None:
-        """Raise :class:`InputError` naming a setting that none of the runs has a use for."""
-        given = [f.name for f in fields(MeasureConfig) if getattr(self, f.name) != f.default]
-        if useless := [name for name in _OF_DATA if name in given and all(r.config for r in runs)]:
-            raise InputError(
-                f"{option(useless[0])} is for an adapter that is not in a run folder; "
-                f"{runs[0].folder} has its own"
-            )
-        if "part" in given and not any(run.config for run in runs):
-            raise InputError(
-                f"--part is for run folders; {runs[0].folder} is none and is measured on --data"
-            )

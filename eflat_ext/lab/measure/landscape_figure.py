@@ -92,7 +92,7 @@ def run(places: Sequence[Path], config: LandscapeConfig) -> list[dict[str, Any]]
 
     config.check()
     runs = trained_models.find(places)
-    config.check_use(runs)
+    trained_models.check_use(config, runs)
     along_line = config.directions == "line"
     if along_line and len(runs) < 2:
         raise InputError("--directions line needs two adapters or more")

@@ -82,7 +82,7 @@ def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]
 
     config.check()
     runs = trained_models.find(places)
-    config.check_use(runs)
+    trained_models.check_use(config, runs)
     files = _files(config)
     if files:
         check_files(files, trained_models.data_of(runs, config))

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eflat_ext.lab.data.tables import InputError, Table, Texts, class_names
-from eflat_ext.lab.data.validation import named, read_yaml, section_of, validate
+from eflat_ext.lab.data.validation import named, option, read_yaml, section_of, validate
 from eflat_ext.lab.finetune import loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig, Method, TaskType
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter"
 """In place of a method, for an adapter that is not in a run folder."""
+
+# Settings that a run folder has of its own.
+_OF_DATA = ("data", "text_column", "text_pair_column", "label_column", "max_length")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,20 @@ class Loaded:
     model: nn.Module
     layers: list[str] | None
     batches: list[Batch]
+
+
+def check_use(config: MeasureConfig, runs: Sequence[Trained]) -> None:
+    """Raise :class:`InputError` naming a setting that none of the runs has a use for."""
+    given = [f.name for f in fields(MeasureConfig) if getattr(config, f.name) != f.default]
+    if useless := [name for name in _OF_DATA if name in given and all(r.config for r in runs)]:
+        raise InputError(
+            f"{option(useless[0])} is for an adapter that is not in a run folder; "
+            f"{runs[0].folder} has its own"
+        )
+    if "part" in given and not any(run.config for run in runs):
+        raise InputError(
+            f"--part is for run folders; {runs[0].folder} is none and is measured on --data"
+        )
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
