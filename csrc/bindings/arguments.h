@@ -296,8 +296,8 @@ class Arguments {
     const int64_t index = lists.single ? -1 : int64_t(l);
     const Tensor &A = lists.A[l], &B = lists.B[l];
     const std::string a = argument("A", index), b = argument("B", index);
-    check_device(A, a, lists.A[0], "A[0]");
     Pair p = pair_of(A, a, B, b, lists.scaling[l], index);
+    check_device(A, a, lists.A[0], "A[0]");
     p.dtype = checked_dtype(A, a);
     check_dtype(B, b, A, a);
     check_device(B, b, A, a);
