@@ -40,6 +40,7 @@ def default_rtol(A: Tensor, B: Tensor) -> float:
         ``min(max(n, m, r) eps32, 1e-3)`` for types of up to 32 bits,
         ``max(1e-7, max(n, m, r) eps64)`` for float64.
     """
+    # As default_rtol of csrc/bindings/arguments.h; python_tests/ops/test_default_rtol.py compares.
     size = max(B.shape[0], A.shape[1], A.shape[0])
     if A.dtype == torch.float64:
         return max(1e-7, size * torch.finfo(torch.float64).eps)

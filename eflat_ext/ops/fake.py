@@ -15,10 +15,12 @@ from .checks import (
     check_averages,
     check_devices,
     check_length,
+    check_norm_scope,
     check_one_factor,
     check_options,
     check_pair,
     check_pairs,
+    check_rho,
     check_shapes,
 )
 
@@ -108,6 +110,8 @@ def foreach_adamw_step_(
 
 
 def foreach_bound(ema, B, scaling, rho, norm_scope="layer"):
+    check_rho(rho)
+    check_norm_scope(norm_scope)
     check_length("B", B, len(ema))
     check_length("scaling", scaling, len(ema))
     for name, tensors in (("ema", ema), ("B", B)):

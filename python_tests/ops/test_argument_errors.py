@@ -6,7 +6,9 @@ the same message as RuntimeError, since the stable ABI knows no other. Nothing i
 
 import math
 import re
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from strategies import RHO, Pair, lists, make_pair, same_bits
 
 import eflat_ext
+from eflat_ext.ops import checks
 
 ops = torch.ops.eflat
 R, M, N = 3, 11, 9
@@ -171,6 +174,36 @@ def test_options_of_empty_lists_are_checked_too():
         call.update({field: [] for field in Pair._fields})
         with pytest.raises(error, match=name):
             eflat_ext.foreach_perturb(**call)
+
+
+@pytest.mark.parametrize(
+    "check, right, wrong",
+    [
+        (checks.check_rho, (0, 0.05, np.float32(2), torch.tensor(0.5)), (-1, math.nan, 10**400)),
+        (checks.check_rtol, (None, 1e-7, 0.5), (1e-8, 1.0, math.nan)),
+        (checks.check_beta, (0, 0.9, True), (-0.1, 1.1, math.inf)),
+        (partial(checks.check_beta, positive=True), (1e-9, 1), (0.0, -1)),
+        (checks.check_onto, ("A", "B", "both"), ("C", "b", "", None)),
+        (checks.check_norm_scope, ("layer", "global"), ("both", None)),
+    ],
+    ids=["rho", "rtol", "beta", "positive beta", "onto", "norm_scope"],
+)
+def test_options_are_checked_one_by_one(check, right, wrong):
+    for value in right:
+        check(value)
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"\w+ must be .*, got {re.escape(repr(value))[:20]}"):
+            check(value)
+    if check not in (checks.check_onto, checks.check_norm_scope):
+        for value in ("0.5", b"1", 1j, [0.1], torch.ones(2), object):
+            with pytest.raises(TypeError, match=rf"must be a number, got {type(value).__name__}"):
+                check(value)
+
+
+def test_an_option_goes_by_another_name():
+    assert checks.check_rho(2, "radius") == 2.0
+    with pytest.raises(ValueError, match="radius must be finite and at least 0, got -2"):
+        checks.check_rho(-2, "radius")
 
 
 def test_errors_while_tracing():
