@@ -365,7 +365,7 @@ def test_odd_counters(skipped):
 
 
 def test_inference_tensors_are_written_within_inference_mode():
-    """As torch's own operators do it; alone or beside others, whose versions are raised."""
+    """Torch's own operators do; alone or beside others, whose versions are raised."""
     call, other = average_arguments(), average_arguments()
     norms = ops.foreach_perturb_ema_(**other)
     with torch.inference_mode():

@@ -16,6 +16,8 @@ from adamw_case import (
     FOR_AVERAGES,
     WRITTEN,
     adds_averages,
+    assert_same,
+    assert_stepped,
     copied,
     on_meta,
     one_after_another,
@@ -29,12 +31,12 @@ from strategies import (
     DTYPES,
     ONTO,
     Pair,
+    all_same_bits,
     error,
     make_pair,
     moved,
     ontos,
     pairs,
-    rounding_errors,
     same_bits,
     scopes,
     seeds,
@@ -48,21 +50,11 @@ def check(call: dict[str, Any]) -> None:
     expected, norms = one_after_another(call)
     before = copied(call)
     assert same_bits(ops.foreach_adamw_step_(**call), norms)
-    assert int(call["skipped"]) == int(expected["skipped"])
-    for name in ("ema", "step"):
-        assert all(same_bits(x, y) for x, y in zip(call[name], expected[name], strict=True)), name
-    for name in ("grad_A", "grad_B", "ema" if adds_averages(call) else "E"):
-        old = expected if name == "ema" else before
-        assert all(same_bits(x, y) for x, y in zip(call[name], old[name], strict=True)), name
-    for name in ("A", "B", "exp_avg", "exp_avg_sq"):
-        for i, (x, y) in enumerate(zip(call[name], expected[name], strict=True)):
-            finite = y.to(x.dtype).isfinite()
-            assert torch.equal(x.isfinite(), finite), (name, i)
-            x, y = (t.where(finite, 0) for t in (x, y))
-            if x.dtype.itemsize == 2:
-                assert rounding_errors(x, y) <= 1.01, (name, i)
-            else:
-                assert error(x, y) <= (1e-12 if x.dtype == torch.float64 else 2e-6), (name, i)
+    assert_same(call, expected, ("ema", "step"))
+    if not adds_averages(call):
+        assert_same(call, before, ("E",))
+    assert_same(call, before, ("grad_A", "grad_B"))
+    assert_stepped(call, expected, ("A", "B", "exp_avg", "exp_avg_sq"), 1e-12)
 
 
 @given(st.lists(pairs(), min_size=1, max_size=4), ontos, scopes, seeds, st.sampled_from(ADDED))
@@ -90,8 +82,7 @@ def test_a_graph_needs_steps_on_the_device() -> None:
         with pytest.raises(RuntimeError, match="step of pair 0 is on the CPU"):
             ops.foreach_adamw_step_(**call, step=on_host)
     graph.replay()
-    for name in set(WRITTEN) - {"step"}:
-        assert all(same_bits(x, y) for x, y in zip(call[name], before[name], strict=True)), name
+    assert_same(call, before, [name for name in WRITTEN if name != "step"])
 
 
 def test_the_first_step_starts_from_moments_of_zero() -> None:
@@ -206,14 +197,13 @@ def test_bad_pairs_are_stepped_and_not_averaged(
     average = [t.clone() for t in call["ema"][1::3]]
     check(call)
     assert int(call["skipped"]) == 4
-    assert all(map(same_bits, call["ema"][1::3], average))
+    assert all_same_bits(call["ema"][1::3], average)
     assert int(call["A"][1].isnan().sum()) == (0 if bad == 0 else 1)
     ops.foreach_adamw_step_(**alone)
-    for name in ("A", "B", "ema"):
-        assert all(map(same_bits, others(call[name]), alone[name])), name
+    assert_same({name: others(call[name]) for name in WRITTEN}, alone, ("A", "B", "ema"))
 
 
-# What is written, and how.
+# Memory that is written, and memory that is not.
 
 
 @given(st.lists(pairs(), min_size=1, max_size=3), ontos, seeds, st.integers(0, 9))
@@ -232,8 +222,7 @@ def test_nothing_beside_the_tensors_is_written(
             frames.append((frame, t.numel()))
     norms = ops.foreach_adamw_step_(**call)
     assert same_bits(ops.foreach_adamw_step_(**amid), norms)
-    for name in WRITTEN:
-        assert all(same_bits(x, y) for x, y in zip(amid[name], call[name], strict=True)), name
+    assert_same(amid, call)
     for frame, size in frames:
         assert bool(frame[:offset].isnan().all()) and bool(frame[offset + size :].isnan().all())
 
@@ -253,7 +242,7 @@ def test_threads_make_no_difference(count: int, onto: str, norm_scope: str) -> N
             torch.set_num_threads(1)
         results.append([norms, *(t for name in WRITTEN for t in call[name])])
     for other in results[1:]:
-        assert all(same_bits(x, y) for x, y in zip(other, results[0], strict=True))
+        assert all_same_bits(other, results[0])
 
 
 @pytest.mark.parametrize("onto", ["B", "both"])
@@ -265,11 +254,10 @@ def test_what_is_read_may_have_any_strides(onto: str) -> None:
         assert not strided[name][0].is_contiguous()
     ops.foreach_adamw_step_(**call)
     ops.foreach_adamw_step_(**strided)
-    for name in WRITTEN:
-        assert all(same_bits(x, y) for x, y in zip(call[name], strided[name], strict=True)), name
+    assert_same(call, strided)
 
 
-# As an operator of PyTorch.
+# The operator in PyTorch.
 
 
 @pytest.mark.parametrize("onto", ONTO)
@@ -286,8 +274,7 @@ def test_parameters_outside_no_grad_are_refused() -> None:
     before = copied(call)
     with pytest.raises(RuntimeError, match=r"torch\.no_grad\(\)"):
         ops.foreach_adamw_step_(**call)
-    for name in WRITTEN:
-        assert all(same_bits(x, y) for x, y in zip(call[name], before[name], strict=True)), name
+    assert_same(call, before)
     versions = {name: [t._version for t in call[name]] for name in WRITTEN}
     with torch.no_grad():
         ops.foreach_adamw_step_(**call)
@@ -361,8 +348,7 @@ def test_errors_name_the_entry(
     before = copied(call)
     with pytest.raises(RuntimeError, match=says):
         ops.foreach_adamw_step_(**call)
-    for written in WRITTEN:
-        assert all(same_bits(x, y) for x, y in zip(call[written], before[written], strict=True))
+    assert_same(call, before)
     assert int(call["skipped"]) == int(before["skipped"])
 
 

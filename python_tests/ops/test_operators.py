@@ -1,4 +1,4 @@
-"""How far the operators are from equations (1)-(3) in float64, and what must hold of them.
+"""The operators against equations (1)-(3) in float64, and their invariants.
 
 The bounds, for the same rtol, onto B, A and both, whatever the condition numbers: float32 1e-6;
 16-bit types the rounding of E; float64 1e-10 up to condition number 1e4, 2e-7 up to the cutoff of
@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from strategies import (
     ADDED,
     DTYPES,
+    HOST_CUDA,
     ONTO,
     RHO,
     Pair,
     added,
+    all_near,
+    all_same_bits,
     ambiguous,
     averages,
     dtypes,
@@ -40,7 +43,6 @@ from strategies import (
     perturb_ema_,
     perturbations,
     points,
-    rounding_errors,
     same_bits,
     scopes,
     seeds,
@@ -58,11 +60,7 @@ def check(pair: Pair, onto: str, bound: float, rtol: float | None = None) -> Non
     expected, expected_norm = expected_perturbations(pair, RHO, onto, rtol)
     assert error(norm, expected_norm) <= max(bound, 2e-7 if norm.dtype == torch.float32 else 0)
     least = floors([pair], onto, RHO, expected_norm.reshape(1), rtol)
-    for e, x, floor in zip(E, expected, least, strict=True):
-        if e.dtype in (torch.float32, torch.float64):
-            assert error(e, x, floor) <= bound
-        else:
-            assert rounding_errors(e, x, floor) <= 1.001
+    assert all_near(E, expected, least, bound)
 
 
 # Ranks around and beyond every multiple of a vector, factors taller and flatter than r, and lengths
@@ -85,7 +83,10 @@ def any_seed() -> int:
 
 @pytest.mark.parametrize("n, m, r", SHAPES)
 def test_every_shape(n, m, r):
-    for dtype in DTYPES:
+    # On the executor of CUDA threads such a rank takes seconds, most of them in float64 whatever
+    # the type.
+    one = HOST_CUDA and r > 64
+    for dtype in [DTYPES[any_seed() % 4]] if one else DTYPES:
         pair = make_pair(any_seed(), n, m, r, dtype)
         bound = 1e-10 if dtype == torch.float64 else 1e-6
         for onto in ONTO:
@@ -95,6 +96,7 @@ def test_every_shape(n, m, r):
             check(small, "both", bound)
 
 
+@pytest.mark.skipif(HOST_CUDA, reason="test_cuda_sources.py has those of the CUDA kernels")
 @pytest.mark.parametrize("dtype, shape, onto", [*zip(DTYPES, SHAPES_256, "BABA", strict=True)])
 def test_large_ranks(dtype, shape, onto):
     pair = make_pair(any_seed(), *shape, dtype)
@@ -178,7 +180,7 @@ def test_foreach_is_perturb_pair_by_pair(listed, onto):
     E, norms = foreach_perturb(listed, RHO, onto)
     for i, pair in enumerate(listed):
         alone, norm = perturbations(pair, RHO, onto)
-        assert all(same_bits(x, y) for x, y in zip(E[i :: len(listed)], alone, strict=True))
+        assert all_same_bits(E[i :: len(listed)], alone)
         assert float(norms[i]) == float(norm.to(norms.dtype))
     expected = all(p.A.dtype == torch.float64 for p in listed)
     assert norms.dtype == (torch.float64 if expected else torch.float32)
@@ -194,17 +196,13 @@ def test_global_norm(listed, onto):
     for norm, expected_norm in zip(norms, expected_norms, strict=True):
         assert error(norm, expected_norm) <= 1e-6
     least = floors(listed, onto, RHO, expected_norms.norm().expand(len(listed)))
-    for e, x, floor in zip(E, expected, least, strict=True):
-        if e.dtype.itemsize == 2:
-            assert rounding_errors(e, x, floor) <= 1.01
-        else:
-            assert error(e, x, floor) <= 1e-6
+    assert all_near(E, expected, least, 1e-6, roundings=1.01)
 
 
 @pytest.mark.parametrize("onto", ["B", "both"])
 def test_many_layers_in_one_call(onto):
-    # More than one group of the cache, ragged.
-    sizes = torch.randint(1, 900, (60, 2)).tolist()
+    # On the CPU more than one group of the cache, ragged.
+    sizes = torch.randint(1, 900, (20 if HOST_CUDA else 60, 2)).tolist()
     listed = [make_pair(i, n, m, 1 + i % 20) for i, (n, m) in enumerate(sizes)]
     if onto == "both":
         listed[::3] = [with_small_B(pair) for pair in listed[::3]]
@@ -217,7 +215,7 @@ def test_many_layers_in_one_call(onto):
         assert max(map(error, E, expected, least)) <= 1e-6
 
 
-# What must hold whatever the reference says.
+# Invariants, without the reference.
 
 
 @given(pairs(st.sampled_from([torch.float32, torch.float64])), ontos)

@@ -1,4 +1,4 @@
-"""What the operators do where the equations have no answer, or none that fits the type.
+"""The operators where the equations have no answer, or none that fits the type.
 
 E is finite always. A layer whose norm is zero or not finite, or whose E would not fit its type,
 gets E = 0; its moving average stays as it is and is counted; the other layers do not notice.
@@ -15,6 +15,8 @@ from strategies import (
     ONTO,
     RHO,
     Pair,
+    all_near,
+    all_same_bits,
     ambiguous,
     averages,
     dtypes,
@@ -53,11 +55,7 @@ def check(pair: Pair, onto: str, rtol: float | None = None) -> None:
     bound = 1e-9 if norm.dtype == torch.float64 else 1e-6
     assert error(norm, expected_norm) <= bound
     least = floors([pair], onto, RHO, expected_norm.reshape(1), rtol)
-    for e, x, floor in zip(E, expected, least, strict=True):
-        if e.dtype.itemsize == 2:
-            assert rounding_errors(e, x, floor) <= 1.001
-        else:
-            assert error(e, x, floor) <= bound
+    assert all_near(E, expected, least, bound)
 
 
 def moves(E: list[Tensor]) -> bool:
@@ -198,7 +196,7 @@ def test_scratch_memory_keeps_nothing_of_a_bad_call():
             assert same_bits(value, e)
 
 
-# What does not fit the type.
+# Results beyond the type.
 
 
 @given(seeds, sides)  # onto both in its own file
@@ -334,7 +332,7 @@ def test_moving_average_of_a_bad_layer_is_untouched(listed, onto, scope, name, v
     ema = [torch.randn_like(e) for e in averages(listed, onto)]
     before, skipped = [e.clone() for e in ema], torch.tensor(40)
     perturb_ema_(listed, ema, skipped, 0.9, onto, scope)
-    assert all(same_bits(x, y) for x, y in zip(ema, before, strict=True))
+    assert all_same_bits(ema, before)
     assert int(skipped) == 40 + len(listed)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from adamw_case import copied, mapped, on_meta, random_call
+from adamw_case import assert_same, copied, mapped, on_meta, random_call
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import (
@@ -13,6 +13,7 @@ from strategies import (
     ONTO,
     RHO,
     added,
+    all_same_bits,
     ambiguous,
     averages,
     error,
@@ -269,7 +270,7 @@ def test_compiled_is_eager(backend, dynamic, onto):
         listed = [make_pair(seed, 9 + 4 * seed, 11, 3), make_pair(7, 12, 7, 4)]
         arguments = (*lists(listed), onto)
         for x, y in zip(compiled(*arguments), doubled(*arguments), strict=True):
-            assert all(same_bits(i, j) for i, j in zip(x, y, strict=True))
+            assert all_same_bits(x, y)
         *columns, scaling = lists(listed)
         states = [(averages(listed, onto), torch.tensor(seed, device=DEVICE)) for _ in range(2)]
         results = [
@@ -277,8 +278,8 @@ def test_compiled_is_eager(backend, dynamic, onto):
             for function, state in zip((compiled_average, averaged), states, strict=True)
         ]
         for x, y in zip(*results, strict=True):
-            assert all(same_bits(i, j) for i, j in zip(x, y, strict=True))
-        assert all(same_bits(i, j) for i, j in zip(states[0][0], states[1][0], strict=True))
+            assert all_same_bits(x, y)
+        assert all_same_bits(states[0][0], states[1][0])
         assert same_bits(states[0][1], states[1][1])
 
 
@@ -299,9 +300,8 @@ def test_compiled_fused_step_is_eager(backend, dynamic, onto, kind):
         other = copied(call)
         (norms, moved), (expected, moved_too) = compiled(call), stepped(other)
         assert same_bits(norms, expected)
-        assert all(same_bits(x, y) for x, y in zip(moved, moved_too, strict=True))
-        for name in ("A", "B", "ema", "exp_avg", "exp_avg_sq", "step"):
-            assert all(same_bits(x, y) for x, y in zip(call[name], other[name], strict=True)), name
+        assert all_same_bits(moved, moved_too)
+        assert_same(call, other)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -31,7 +31,7 @@ def gradient_of(pair: Pair) -> Tensor:
 
 
 def carried(pair: Pair, E: Tensor, onto: str) -> Tensor:
-    """What E does to W."""
+    """Return the change of W by E."""
     A, B = pair.A.double(), pair.B.double()
     return pair.scaling * (E @ A if onto == "B" else B @ E)
 

@@ -1,12 +1,12 @@
-"""Calls of ``foreach_adamw_step_`` at random, and what they have to leave behind."""
+"""Random calls of ``foreach_adamw_step_``, and their expected results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from strategies import RHO, Pair, added, averages, generator, lists
+from strategies import RHO, Pair, added, all_near, all_same_bits, averages, generator, lists
 from torch import Tensor, nn
 
 ops = torch.ops.eflat
@@ -22,8 +22,8 @@ def random_call(
     seed: int = 0,
     kind: str = "own",
 ) -> dict[str, Any]:
-    """A call in the middle of training: every factor has moments, a step and numbers of its own.
-    ``kind`` is that of :func:`strategies.added`."""
+    """Return a call in the middle of training: every factor has moments, a step and numbers of its
+    own. ``kind`` is that of :func:`strategies.added`."""
     g = generator(seed)
 
     def one_of(*values: float) -> list[float]:
@@ -68,7 +68,7 @@ def adds_averages(call: dict[str, Any]) -> bool:
 
 
 def mapped(call: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The call with every tensor replaced; what is one tensor stays one."""
+    """Return the call with every tensor replaced; one that is given twice stays one."""
     made: dict[int, Tensor] = {}
 
     def of(value: Any) -> Any:
@@ -84,15 +84,41 @@ def mapped(call: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[s
 
 
 def copied(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the call with copies of its tensors."""
     return mapped(call, Tensor.clone)
 
 
 def on_meta(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the call with tensors that have no memory."""
     return mapped(call, lambda t: t.to("meta"))
 
 
+def assert_same(
+    call: dict[str, Any], other: dict[str, Any], names: Sequence[str] = WRITTEN
+) -> None:
+    """Assert that two calls hold the same tensors, bit for bit, in these of their lists."""
+    for name in names:
+        assert all_same_bits(call[name], other[name]), name
+
+
+def assert_stepped(
+    call: dict[str, Any], expected: dict[str, Any], names: Sequence[str], float64: float
+) -> None:
+    """Assert that a call has left behind what is expected, see :func:`one_after_another`: float64
+    within a relative error, float32 within 2e-6, 16-bit types within their rounding."""
+    assert int(call["skipped"]) == int(expected["skipped"])
+    for name in names:
+        for i, (x, y) in enumerate(zip(call[name], expected[name], strict=True)):
+            finite = y.to(x.dtype).isfinite()
+            assert torch.equal(x.isfinite(), finite), (name, i)
+            x, y = (t.where(finite, 0) for t in (x, y))
+            near = {"float64": float64, "roundings": 1.01}
+            assert all_near([x], [y], [0.0], 2e-6, **near), (name, i)
+
+
 def one_after_another(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """What the operator has to leave behind; 16-bit factors are float64, before rounding."""
+    """Return the call as the operator has to leave it, from the average and torch's AdamW one after
+    another, and the norms. 16-bit factors are float64, before rounding."""
     call = copied(call)
     norms = ops.foreach_perturb_ema_(
         **{name: call[name] for name in FOR_AVERAGES},

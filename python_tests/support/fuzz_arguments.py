@@ -1,4 +1,4 @@
-"""Wrong and odd values for the arguments of operators: what users, and their bugs, pass."""
+"""Wrong and odd values for the arguments of operators."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Subclass(Tensor):
 
 
 def number(rng: random.Random) -> tuple[Any, bool]:
-    """A value in place of a number, and whether its legality is left open."""
+    """Return a value in place of a number, and whether its legality is left open."""
     kind = rng.random()
     if kind < 0.6:
         return rng.choice(NUMBERS), False

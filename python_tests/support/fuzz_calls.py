@@ -22,13 +22,13 @@ TWO_ONTO_BOTH = ("E", "ema")
 
 
 def two_per_pair(arguments: dict[str, Any]) -> tuple[str, ...]:
-    """The lists that have an entry for all A, then one for all B."""
+    """Return the names of lists with an entry for each A, then one for each B."""
     both = arguments.get("onto") == "both"
     return TWO_PER_PAIR + TWO_ONTO_BOTH if both else TWO_PER_PAIR
 
 
 def schemas() -> dict[str, Any]:
-    """Every operator of torch.ops.eflat."""
+    """Return the schema of every operator of torch.ops.eflat."""
     found = (s for s in torch._C._jit_get_all_schemas() if s.name.startswith("eflat::"))
     return {schema.name.removeprefix("eflat::"): schema for schema in found}
 
@@ -91,7 +91,7 @@ def short(value: Any) -> str:
     return repr(value[:60] if isinstance(value, (str, bytes)) else value)[:60]
 
 
-# What tensors are.
+# Kinds of tensors.
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -107,7 +107,7 @@ def is_fake(t: Tensor) -> bool:
 
 
 def usable(t: Any) -> bool:
-    """Whether the kernels can read it at all."""
+    """Return whether the kernels can read a tensor at all."""
     return (
         isinstance(t, Tensor)
         and t.layout == torch.strided
@@ -127,7 +127,7 @@ def in_storage(t: Tensor) -> bool:
 
 
 def virtual(call: Call) -> bool:
-    """Whether a tensor has no memory: fake kernels run then."""
+    """Return whether a tensor of the call has no memory: fake kernels run then."""
     tensors = tensors_of(list(call.arguments.values()))
     return any(t.device.type == "meta" or is_fake(t) for t in tensors)
 
@@ -188,13 +188,13 @@ def changed_tensor(rng: random.Random, call: Call, name: str, t: Any) -> Any:
     except (RuntimeError, TypeError, ValueError, AssertionError):
         return t  # that cannot be had of such a tensor
     call.changes.append(f"{name}: {function.__name__}")
-    # Of no pairs the counter is the only tensor: on meta the call is one that is traced.
+    # Without pairs the counter is the only tensor: with it on meta, the call is traced.
     call.unsure |= function in change.UNSURE or (function is change.other_device and no_pairs(call))
     return new
 
 
 def shared(rng: random.Random, call: Call, name: str, t: Tensor) -> Tensor:
-    """Another argument, or a view of its memory with the shape of this one."""
+    """Return another argument, or a view of its memory with the shape of this one."""
     others = [
         x
         for value in call.arguments.values()
@@ -257,7 +257,7 @@ def every_tensor(call: Call, function: Any) -> None:
 
 
 def change_all(rng: random.Random, call: Call) -> None:
-    """One change of the whole call: all tensors elsewhere, arguments missing, surplus, swapped."""
+    """Change the whole call: all tensors elsewhere, arguments missing, surplus, swapped."""
     kind = rng.randrange(8)
     names = sorted(call.arguments)
     call.changes.append(f"whole call, kind {kind}")

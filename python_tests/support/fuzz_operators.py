@@ -36,7 +36,7 @@ IN_WORDS = re.compile(r"must|expected|Expected|missing|Unknown|unexpected|takes"
 
 
 def state_of(value: Any) -> list[tuple]:
-    """Everything of an argument that a call could change, down to the memory around views."""
+    """Return everything of an argument that a call could change, with the memory around views."""
     states: list[tuple] = []
     if isinstance(value, (list, tuple)):
         states.append(tuple(map(id, value)))
@@ -58,7 +58,7 @@ def state_of(value: Any) -> list[tuple]:
 
 
 def check_result(call: Call, before: dict[str, Any], result: Any) -> str:
-    """Compares with the reference where it has one answer; says what was compared."""
+    """Compare with the reference where it has one answer; return the kind of comparison."""
     a = call.arguments
     if virtual(call):
         assert all(t.device.type == "meta" or is_fake(t) for t in tensors_of(result))
@@ -153,7 +153,7 @@ def scalings(a: dict[str, Any]) -> list[float]:
 
 
 def plain(value: Any) -> Any:
-    """Copies without strides, flags and subclasses."""
+    """Return copies without strides, flags and subclasses."""
     if isinstance(value, Tensor):
         return value.detach().resolve_conj().resolve_neg().clone().as_subclass(Tensor)
     return [plain(x) for x in value]
@@ -180,7 +180,7 @@ def assert_near(name: str, value: Tensor, expected: Tensor, dtype: torch.dtype) 
 
 
 def copy_of(call: Call) -> dict[str, Any]:
-    """The arguments before a call; of the tensors only those that can be copied."""
+    """Return the arguments before a call, with copies of the tensors that can be copied."""
 
     def of(x: Any) -> Any:
         if isinstance(x, (list, tuple)):
@@ -191,7 +191,7 @@ def copy_of(call: Call) -> dict[str, Any]:
 
 
 def judge(call: Call) -> str:
-    """Runs a call; gives its outcome. AssertionError if it is none of those that are promised."""
+    """Run a call and return its outcome; AssertionError if none of the promised ones."""
     wrong = wrong_arguments(call)
     before = copy_of(call)
     states = {name: state_of(value) for name, value in call.arguments.items()}
@@ -214,7 +214,7 @@ def judge(call: Call) -> str:
 
 
 def shares(call: Call, name: str) -> bool:
-    """Whether an argument lies in the storage of one that is written."""
+    """Return whether an argument lies in the storage of one that is written."""
     written = {
         t.untyped_storage().data_ptr()
         for n in call.written

@@ -1,4 +1,4 @@
-"""What a call of an operator should do, from the documentation, not from the code."""
+"""Judge calls of operators by the documentation, not by the code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_number(x: Any) -> bool:
 
 
 def wrong_arguments(call: Call) -> set[str]:
-    """The arguments of which an error has to name one; none: the call is right."""
+    """Return the arguments of which an error has to name one; none if the call is right."""
     a, types = call.arguments, call.types
     wrong = {name for name in a if name not in types}
     for argument in SCHEMAS[call.operator].arguments:
@@ -76,7 +76,7 @@ def legal_strings(operator: str, name: str) -> tuple[str, ...]:
 
 
 def wrong_numbers(a: dict[str, Any]) -> set[str]:
-    """Of those that are one per pair or factor."""
+    """Return the wrong ones among the lists of numbers."""
     limits = {
         "scaling": lambda x: math.isfinite(x) and x != 0,
         "lr": lambda x: 0 <= x < math.inf,
@@ -95,7 +95,7 @@ def wrong_numbers(a: dict[str, Any]) -> set[str]:
 
 
 def wrong_shapes(call: Call, lists: dict[str, Any]) -> set[str]:
-    """Shapes and types that do not belong together; both sides may be named."""
+    """Return arguments whose shapes or types do not belong together; either may be named."""
     wrong: set[str] = set()
 
     def of(name: str, i: int) -> Tensor | None:
@@ -144,7 +144,7 @@ def wrong_shapes(call: Call, lists: dict[str, Any]) -> set[str]:
 
 
 def perturbed(call: Call) -> tuple[str, ...]:
-    """The factors that are."""
+    """Return the names of the perturbed factors."""
     onto = call.arguments.get("onto", "B")
     return ("A", "B") if onto == "both" else ("A",) if onto == "A" else ("B",)
 
@@ -158,7 +158,7 @@ def same_memory(t: Tensor, other: Any) -> bool:
 
 
 def wrong_to_write(call: Call, lists: dict[str, Any]) -> set[str]:
-    """Not contiguous, part of something else that is given, or recorded by autograd."""
+    """Return written arguments that are not contiguous, share memory, or require a gradient."""
     wrong: set[str] = set()
     ranges = []
     averages = lists.get("ema", ())

@@ -23,7 +23,7 @@ KEPT: list[torch.library.Library] = []
 
 @cache
 def build() -> None:
-    """Registers ``torch.ops.eflat_float64``, ``eflat_two_float`` and ``eflat_naive``."""
+    """Register ``torch.ops.eflat_float64``, ``eflat_two_float`` and ``eflat_naive``."""
     folder = ROOT / "build" / "host_cuda"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".being_built"):  # tests run in several processes
@@ -51,7 +51,7 @@ def build() -> None:
 
 
 def replace_cpu_kernels(library: str) -> torch.library.Library:
-    """While the result lives, ``torch.ops.eflat`` on CPU tensors is ``torch.ops.<library>``."""
+    """Make ``torch.ops.eflat`` on CPU tensors ``torch.ops.<library>`` while the result lives."""
     build()
     import eflat_ext  # noqa: F401  (registers what is replaced)
 

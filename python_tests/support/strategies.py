@@ -1,4 +1,4 @@
-"""Random LoRA pairs, and how far an operator's result is from the reference.
+"""Random LoRA pairs, and the error of an operator's result against the reference.
 
 Factors are made from their singular values, so that a test can say how ill-conditioned they are.
 Gradients are either consistent, ``G_A = s B^T G_W`` and ``G_B = s G_W A^T`` as back-propagation
@@ -25,7 +25,11 @@ from eflat_ext import reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICE = torch.device(os.environ.get("EFLAT_TEST_DEVICE", "cpu"))
-cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU's kernels")
+# The CUDA kernels in place of the CPU's, run thread by thread: see host_cuda.py.
+HOST_CUDA = "EFLAT_TEST_KERNELS" in os.environ
+cpu_only = pytest.mark.skipif(
+    DEVICE.type != "cpu" or HOST_CUDA, reason="about the CPU's kernels, their threads and vectors"
+)
 SCALINGS = (1.0, 2.0, 0.25, -1.5, 16.0)
 RHO = 0.05
 
@@ -49,8 +53,8 @@ class Pair(NamedTuple):
 
 
 def moved(x: Any, device: torch.device | str) -> Any:
-    """A copy of x, its tensors on another device, of the same strides in storage of the same size:
-    an operator sees there what it would see here."""
+    """Return a copy of x with its tensors on another device, of the same strides in storage of the
+    same size."""
     if isinstance(x, Tensor):
         storage = x.detach().untyped_storage().clone().to(device=device)
         copy = torch.empty(0, dtype=x.dtype, device=device)
@@ -63,7 +67,7 @@ def moved(x: Any, device: torch.device | str) -> Any:
 
 
 def on_device(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments) on DEVICE, results and what it writes in place back on the CPU."""
+    """Call a function on DEVICE; bring results and arguments written in place back to the CPU."""
     if torch.device("cpu") == DEVICE:
         return function(*arguments)
     copies = moved(arguments, DEVICE)
@@ -93,7 +97,7 @@ def normal(g: torch.Generator, *shape: int) -> Tensor:
 def factor(
     g: torch.Generator, rows: int, columns: int, condition: float = 10.0, rank: int | None = None
 ) -> Tensor:
-    """A float64 matrix with singular values from 1 down to ``1 / condition``, then zeros."""
+    """Return a float64 matrix with singular values from 1 down to ``1 / condition``, then zeros."""
     full = min(rows, columns)
     rank = full if rank is None else min(rank, full)
     left = torch.linalg.qr(normal(g, rows, rank)).Q
@@ -145,7 +149,7 @@ def pairs(
     sizes: st.SearchStrategy[int] = sizes,
     ranks: st.SearchStrategy[int] = ranks,
 ) -> st.SearchStrategy[Pair]:
-    """Pairs of factors whose condition numbers are 1 to ``max_condition``."""
+    """Draw pairs of factors whose condition numbers are 1 to ``max_condition``."""
     conditions = st.floats(0, 1).map(lambda x: max_condition**x)
     return st.builds(
         make_pair,
@@ -162,7 +166,7 @@ def pairs(
 
 
 def full_rank_pairs(dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Pair]:
-    """Pairs whose factors have rank r: n, m >= r."""
+    """Draw pairs whose factors have rank r: n, m >= r."""
 
     def full_rank_pair(seed: int, n_beyond: int, m_beyond: int, r: int) -> Pair:
         return make_pair(seed, r + n_beyond, r + m_beyond, r, dtype)
@@ -172,17 +176,17 @@ def full_rank_pairs(dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Pai
 
 
 def lists(pairs: list[Pair]) -> tuple[list, list, list, list, list]:
-    """A list of pairs as the arguments of a foreach operator."""
+    """Return a list of pairs as the arguments of a foreach operator."""
     return tuple(list(column) for column in zip(*pairs, strict=True))
 
 
 def targets(pairs: list[Pair], onto: str = "B") -> list[Tensor]:
-    """The factors that are perturbed: of both, all A, then all B."""
+    """Return the perturbed factors: onto both, all A, then all B."""
     return [*(p.A for p in pairs if onto != "B"), *(p.B for p in pairs if onto != "A")]
 
 
 def averages(pairs: list[Pair], onto: str = "B") -> list[Tensor]:
-    """Moving averages of the pairs' perturbations, as they are before the first step."""
+    """Return moving averages of the pairs' perturbations, as they are before the first step."""
     wide = (torch.float64, torch.float32)
     return [
         torch.zeros(t.shape, dtype=wide[t.dtype != wide[0]], device=t.device)
@@ -208,7 +212,7 @@ def added(ema: list[Tensor], kind: str, seed: int, size: float = 0.1) -> list[Te
 
 
 def points(pairs: list[Pair], E: list[Tensor], onto: str) -> list[Pair]:
-    """The pairs as they were where their gradients were taken."""
+    """Return the pairs at the point where their gradients were taken."""
     result = list(pairs)
     for i, e in enumerate(E):
         at, name = (
@@ -223,9 +227,9 @@ def points(pairs: list[Pair], E: list[Tensor], onto: str) -> list[Pair]:
 def ambiguous(
     pair: Pair, rtol: float | None = None, onto: str = "B", rho: float | None = None
 ) -> bool:
-    """Whether the reference's own answer is a matter of luck: a singular value within 5 % of the
+    """Return whether rounding decides the reference's own answer: a singular value within 5 % of a
     cutoff (either rank is right), or two terms of equation (1) that nearly cancel. Onto both: a
-    gradient of B nearly within B's columns, or a product of the two E within 1 % of what is allowed
+    gradient of B nearly within B's column space, or a product of the two E within 1 % of its limit
     (see :func:`product_share`)."""
     rtol = reference.default_rtol(pair.A, pair.B) if rtol is None else rtol
     for t in (pair.A, pair.B):
@@ -243,14 +247,14 @@ def ambiguous(
 
 
 def column_space(t: Tensor, rtol: float) -> Tensor:
-    """An orthonormal basis of the columns of t, float64."""
+    """Return an orthonormal basis of the columns of t, float64."""
     left, values, _ = torch.linalg.svd(t.double(), full_matrices=False)
     return left[:, values > rtol * values[0]]
 
 
 def tangent_terms(pair: Pair, rtol: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """What the gradients say of s G, float64: B's rows of it, their part beside B's columns (of
-    which no rounding is left where B has all columns), and A's columns."""
+    """Return three projections of ``s G`` that the gradients give, float64: ``s G A^+ A``, its
+    part outside B's column space (exactly zero where that is everything), and ``B B^+ s G``."""
     rtol = reference.default_rtol(pair.A, pair.B) if rtol is None else rtol
     A, B, grad_A, grad_B = (t.double() for t in pair[:4])
     columns = column_space(B, rtol)
@@ -262,7 +266,7 @@ def tangent_terms(pair: Pair, rtol: float | None = None) -> tuple[Tensor, Tensor
 
 
 def product_share(pair: Pair, rho: float, rtol: float | None = None) -> float:
-    """||s E_B E_A|| over the most that is allowed, rho / 2, if both factors are perturbed."""
+    """Return ||s E_B E_A|| over its limit, rho / 2, if both factors are perturbed."""
     rtol = reference.default_rtol(pair.A, pair.B) if rtol is None else rtol
     _, beside, of_A = tangent_terms(pair, rtol)
     size = float((beside.square().sum() + of_A.square().sum()).sqrt())
@@ -274,15 +278,15 @@ def product_share(pair: Pair, rho: float, rtol: float | None = None) -> float:
 
 
 def with_small_B(pair: Pair, scale: float = 2.0**-10) -> Pair:
-    """The pair with a smaller B and the gradient of A that goes with it."""
+    """Return the pair with a smaller B and the gradient of A that goes with it."""
     return pair._replace(B=pair.B * scale, grad_A=pair.grad_A * scale)
 
 
 def floors(
     pairs: list[Pair], onto: str, rho: float, scope_norms: Tensor, rtol: float | None = None
 ) -> list[float]:
-    """What :func:`error` should take for the least size of each perturbation: zero, but for E_B
-    onto both where B has all columns and nothing is left of G_B beside them but rounding."""
+    """Return the floors of :func:`error` for each perturbation: zero, but for E_B onto both where B
+    spans all columns and its gradient has nothing outside them but rounding."""
     if onto != "both":
         return [0.0] * len(pairs)
     of_B = []
@@ -296,13 +300,13 @@ def floors(
 
 
 def error(value: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """Relative error in the Frobenius norm; absolute where nothing is expected."""
+    """Return the relative error in the Frobenius norm; the absolute one where zero is expected."""
     size = max(float(expected.double().norm()), floor)
     return float((value.double() - expected.double()).norm()) / (size if size > 0 else 1.0)
 
 
 def rounding_errors(value: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """Largest elementwise error in units of the half step of ``value``'s dtype there, after an
+    """Return the largest elementwise error in units of ``value``'s half step there, after an
     allowance of 1e-6 of the largest element for the arithmetic itself."""
     info = torch.finfo(value.dtype)
     half_step = torch.maximum(
@@ -313,7 +317,7 @@ def rounding_errors(value: Tensor, expected: Tensor, floor: float = 0.0) -> floa
 
 
 def poison(*tensors: Tensor) -> None:
-    """Leaves NaN in memory that the allocator is likely to hand out next for such tensors."""
+    """Leave NaN in memory that the allocator is likely to hand out next for such tensors."""
     for t in tensors:
         held = [torch.full(t.shape, torch.nan, dtype=t.dtype, device=DEVICE) for _ in range(3)]
         del held
@@ -335,7 +339,7 @@ def perturb(
 def perturbations(
     pair: Pair, rho: float = RHO, onto: str = "B", rtol: float | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """:func:`perturb`, also onto both."""
+    """Call :func:`perturb`, or its foreach form onto both."""
     if onto != "both":
         E, norm = perturb(pair, rho, onto, rtol)
         return [E], norm
@@ -346,7 +350,7 @@ def perturbations(
 def expected_perturbations(
     pair: Pair, rho: float = RHO, onto: str = "B", rtol: float | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """The reference's :func:`perturbations`."""
+    """Return the reference's :func:`perturbations`."""
     E, norms = reference.foreach_perturb(*lists([pair]), rho, onto, "layer", rtol)
     return E, norms[0]
 
@@ -376,14 +380,43 @@ def perturb_ema_(
     norm_scope: str = "layer",
     E: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The operator in place on ``ema`` and ``skipped``; gives the norms."""
+    """Call the operator in place on ``ema`` and ``skipped``; return the norms."""
     *columns, scaling = lists(pairs)
     arguments = (*columns, list(E), ema, skipped, scaling, RHO, beta, onto, norm_scope)
     return on_device(torch.ops.eflat.foreach_perturb_ema_, *arguments)
 
 
+def all_near(
+    E: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    least: Sequence[float],
+    bound: float,
+    *,
+    float64: float | None = None,
+    roundings: float = 1.001,
+) -> bool:
+    """Return whether perturbations are the expected ones: within a relative error (that of float64
+    may be another), and those of 16-bit types within so many half steps.
+
+    Args:
+        least: the sizes below which errors count as absolute, see :func:`floors`.
+    """
+    for e, x, floor in zip(E, expected, least, strict=True):
+        if e.dtype.itemsize == 2:
+            if rounding_errors(e, x, floor) > roundings:
+                return False
+        elif error(e, x, floor) > (float64 if float64 and e.dtype == torch.float64 else bound):
+            return False
+    return True
+
+
+def all_same_bits(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Return whether two lists hold the same tensors, bit for bit."""
+    return all(same_bits(x, y) for x, y in zip(tensors, others, strict=True))
+
+
 def same_bits(x: Tensor, y: Tensor) -> bool:
-    """Equality of every bit; NaNs of equal bits are equal."""
+    """Return whether every bit is equal; NaNs of equal bits are equal."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     x, y = x.contiguous(), y.contiguous()
