@@ -1,4 +1,4 @@
-"""Builds the CPU module always, the CUDA module where there is a CUDA torch and nvcc.
+"""Build the CPU module always, the CUDA module where there is a CUDA torch and nvcc.
 
 EFLAT_CUDA=auto|0|1 (auto): 1 insists on CUDA; with a CPU build of torch the CUDA module is then
 compiled and linked all the same, to check that it builds; it loads under a CUDA torch only.
@@ -33,7 +33,7 @@ def is_toolkit(folder):
 
 
 def find_cuda_home():
-    """Return the toolkit's folder, also where nvcc is a wrapper script; None without nvcc."""
+    """Return the toolkit's folder, also if the nvcc on the path is a wrapper script, or None."""
     given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if given:
         if not is_toolkit(given):
@@ -83,7 +83,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
 
 def wanted_architectures():
-    """Return the given architectures, else the visible GPUs', else all that nvcc knows."""
+    """Return architectures in torch's spelling: the given ones, visible GPUs', or all of nvcc."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if given:
         names = re.split("[; ]+", given.strip("; "))
@@ -103,7 +103,7 @@ def wanted_architectures():
 
 
 def architectures():
-    """Return the wanted ones that the kernels can be compiled for, with float64 tensor cores."""
+    """Return the wanted architectures that have the float64 tensor cores of the kernels."""
     wanted = wanted_architectures()
     able = [name for name in wanted if float(re.match(r"[\d.]+", name)[0]) >= 8]
     if able != wanted or not able:
@@ -128,8 +128,8 @@ WITH_CUDA = bool(ARCHITECTURES)
 
 
 class Build(BuildExtension):
-    """Compiles the .cu files of an extension itself: they include no torch header, so torch's
-    nvcc flags are not needed, and torch refuses nvcc altogether where it is a CPU build."""
+    """Compile the .cu files of an extension without torch: they include none of its headers, and a
+    CPU build of torch refuses nvcc."""
 
     def build_extension(self, ext):
         for source in getattr(ext, "cuda_sources", []):
@@ -154,7 +154,7 @@ class Build(BuildExtension):
 
 
 class BuildPython(build_py):
-    """Writes what the build knows of itself as a Python constant."""
+    """Write the facts of the build as a Python constant."""
 
     def run(self):
         super().run()

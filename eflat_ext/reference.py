@@ -1,4 +1,4 @@
-"""The paper, word for word: slow, float64, everything materialised.
+"""The paper's equations and training loops as written: slow, float64, everything materialised.
 
 Deng et al., "EFlat-LoRA" (arXiv 2508.00522), with ``W = W0 + s B A``:
 
@@ -7,10 +7,10 @@ Deng et al., "EFlat-LoRA" (arXiv 2508.00522), with ``W = W0 + s B A``:
     (3)  E_B   = (1/s) E_W A^+                             transfer onto B          (n, r)
          E_A   = (1/s) B^+ E_W                             transfer onto A          (r, m)
 
-Not the paper's is ``onto="both"``: the perturbation of both factors that is, to first order, rho
-times the direction of the gradient's projection on the tangent space of the matrices of rank r.
+``onto="both"`` is not the paper's: to first order, the perturbation of both factors is rho times
+the direction of the gradient's projection on the tangent space of the matrices of rank r.
 
-Every test of the fast operators and optimizers compares with this page.
+The tests of operators and optimizers compare with this module.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def perturbed_factors(onto: str, A: Sequence[T], B: Sequence[T]) -> list[T]:
 
 
 def default_rtol(A: Tensor, B: Tensor) -> float:
-    """Relative singular value below which a factor's direction counts as zero.
+    """Return the relative singular value below which a factor's direction counts as zero.
 
     Args:
         A: (r, m) factor. B: (n, r) factor.
@@ -40,7 +40,7 @@ def default_rtol(A: Tensor, B: Tensor) -> float:
         ``min(max(n, m, r) eps32, 1e-3)`` for types of up to 32 bits,
         ``max(1e-7, max(n, m, r) eps64)`` for float64.
     """
-    # As default_rtol of csrc/bindings/arguments.h; python_tests/ops/test_default_rtol.py compares.
+    # Again in csrc/bindings/arguments.h; python_tests/ops/test_default_rtol.py compares them.
     size = max(B.shape[0], A.shape[1], A.shape[0])
     if A.dtype == torch.float64:
         return max(1e-7, size * torch.finfo(torch.float64).eps)
@@ -50,7 +50,7 @@ def default_rtol(A: Tensor, B: Tensor) -> float:
 def full_space_gradient(
     A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: float, rtol: float | None = None
 ) -> Tensor:
-    """Equation (1): the (n, m) float64 estimate of the gradient of W.
+    """Return the (n, m) float64 estimate of the gradient of W, equation (1).
 
     Args:
         A: (r, m). B: (n, r). grad_A, grad_B: their gradients, of the same shapes. Any float dtype.
@@ -67,7 +67,7 @@ def full_space_gradient(
 def transfer(
     E_W: Tensor, A: Tensor, B: Tensor, scaling: float, onto: str = "B", rtol: float | None = None
 ) -> Tensor:
-    """Equation (3): the (n, m) perturbation of W carried by one factor, float64.
+    """Transfer an (n, m) perturbation of W onto one factor, equation (3), in float64.
 
     Returns:
         E_B of shape (n, r) for ``onto="B"``, E_A of shape (r, m) for ``onto="A"``.
@@ -87,12 +87,12 @@ def tangent(
     rho: float,
     rtol: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(E_A, E_B, norm)`` of both factors, float64: ``s (E_B A + B E_A)`` is ``rho P / ||P||``.
+    """Return ``(E_A, E_B, norm)`` in float64, with ``s (E_B A + B E_A) = rho P / ||P||``.
 
     ``P = (1/s) [ (1 - B B^+) G_B (A^T)^+ + (B^T)^+ G_A ]`` is the projection of the gradient of W
-    on the tangent space at ``B A``, exact for LoRA's gradients, and ``norm`` its norm. What moves
-    are both factors, so that W also moves by ``s E_B E_A``. Where that is more than half of rho,
-    which it is while B is small, B alone is perturbed, along ``P = (1/s) G_B (A^T)^+``.
+    on the tangent space at ``B A``, exact for LoRA's gradients, and ``norm`` its norm. Since both
+    factors move, W also moves by ``s E_B E_A``. Where that is more than half of rho, as while B is
+    small, B alone is perturbed, along ``P = (1/s) G_B (A^T)^+``.
     """
     rtol = default_rtol(A, B) if rtol is None else rtol
     A, B, grad_A, grad_B = (t.double() for t in (A, B, grad_A, grad_B))
@@ -125,7 +125,7 @@ def perturb(
     onto: str = "B",
     rtol: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Equations (1)-(3) for one pair, in float64: ``(E, norm of G_hat)``.
+    """Return ``(E, norm of G_hat)`` of one pair by equations (1)-(3), in float64.
 
     E is zero where the norm is zero or not finite (the pseudo-inverse of a factor that is not
     finite does not exist: the norm is NaN then).
@@ -147,11 +147,11 @@ def foreach_perturb(
     norm_scope: str = "layer",
     rtol: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Equations (1)-(3) for a list of pairs, in float64: ``(list of E, norms per layer)``.
+    """Return ``(list of E, norms per layer)`` by equations (1)-(3), in float64.
 
     ``norm_scope="global"`` divides by the root of the sum of squares over the layers whose own
-    norm is finite; a layer whose norm is zero or not finite gets E = 0. For ``onto="both"`` the
-    list has those of all A, then those of all B.
+    norm is finite; a layer whose norm is zero or not finite gets E = 0. For ``onto="both"``
+    the list holds E_A of all pairs, then E_B of all pairs.
     """
     pairs = list(zip(A, B, grad_A, grad_B, scaling, strict=True))
     if onto == "both":
@@ -223,7 +223,7 @@ def _perturbations(
 
 
 def bounded(pairs: Pairs, ema: Sequence[Tensor], rho: float, norm_scope: str) -> list[Tensor]:
-    """Averages onto A, scaled down until ``||s B E_A|| <= rho``: they were made with an earlier B.
+    """Return averages onto A, made with an earlier B, scaled down to ``||s B E_A|| <= rho``.
 
     ``norm_scope="global"`` scales all of them by one factor, so that the root of the sum of
     squares is at most rho.
@@ -246,7 +246,7 @@ def flat_lora_step(
     norm_scope: str = "layer",
     rtol: float | None = None,
 ) -> Tensor:
-    """One step of Flat-LoRA: two gradients, the second at the perturbed point."""
+    """Take one step of Flat-LoRA: two gradients, the second at the perturbed point."""
     loss = closure()
     targets = _targets(pairs, onto)
     clean = [t.detach().clone() for t in targets]
@@ -274,7 +274,7 @@ def eflat_lora_step(
     norm_scope: str = "layer",
     rtol: float | None = None,
 ) -> Tensor:
-    """One step of EFlat-LoRA: one gradient, at the point perturbed by the moving average.
+    """Take one step of EFlat-LoRA: one gradient, at the point perturbed by the moving average.
 
     ``ema`` holds the moving averages (zeros at the start) and is updated in place; those of A are
     bounded where they are applied.
@@ -305,7 +305,7 @@ def lora_sam_step(
     rho: float,
     norm_scope: str = "layer",
 ) -> Tensor:
-    """One step of LoRA-SAM, the peer: A and B each perturbed along its own gradient."""
+    """Take one step of LoRA-SAM: A and B each perturbed along its own gradient."""
     loss = closure()
     squares = [
         _gradient(a).double().square().sum() + _gradient(b).double().square().sum()

@@ -132,7 +132,7 @@ inline void* written(const Tensor& t, const std::string& name) {
   return t.mutable_data_ptr();
 }
 
-// As default_rtol of eflat_ext/reference.py; python_tests/ops/test_default_rtol.py compares them.
+// Again in eflat_ext/reference.py; python_tests/ops/test_default_rtol.py compares the two.
 inline double default_rtol(const Pair& p) {
   const double size = double(std::max({p.target.length, p.other.length, int64_t(p.rank)}));
   return p.dtype == DType::f64 ? std::max(1e-7, size * 2.220446049250313e-16)

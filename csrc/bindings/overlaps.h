@@ -1,5 +1,5 @@
-// What an operator writes must share no memory with anything else it is given, since blocks of all
-// pairs are computed in any order; but E[i] may be ema[i].
+// An argument that is written must share no memory with any other, since blocks of all pairs are
+// computed in any order; but E[i] may be ema[i].
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -22,7 +22,7 @@ class Overlaps {
   void check() {
     std::sort(ranges_.begin(), ranges_.end(),
               [](const Range& a, const Range& b) { return a.begin < b.begin; });
-    // Of the ranges so far, those that reach furthest.
+    // The ranges so far that reach furthest.
     const Range *any = nullptr, *written = nullptr;
     for (const Range& r : ranges_) {
       const Range* other = r.written ? any : written;

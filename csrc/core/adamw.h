@@ -1,8 +1,8 @@
 // torch.optim.AdamW of one element, in torch's order of operations; host and device.
 //
-// What torch has multiplied in an operation of its own, it rounds before it adds to it: the two
-// products of `decay`. Products that are added to something in the same operation are fused
-// multiply-adds where the compiler has them, there as here.
+// Torch rounds a product that is an operation of its own before it adds to it: the two of `decay`.
+// Products that are added to something in the same operation are fused multiply-adds where the
+// compiler has them, there as here.
 //
 // On the CPU, moments of float64 and float32 are torch's to the last bit, foreach or not, where
 // both libraries run on the same instruction set or on two that have fused multiply-adds. So are
@@ -21,7 +21,7 @@ namespace eflat {
 EFLAT_HD float square_root(float x) { return sqrtf(x); }
 EFLAT_HD double square_root(double x) { return sqrt(x); }
 
-// What is the same for all elements of a factor. C: float for factors of up to 32 bits, else
+// Numbers that all elements of a factor share. C: float for factors of up to 32 bits, else
 // double.
 template <class C>
 struct AdamWNumbers {
@@ -51,7 +51,7 @@ EFLAT_HD void decay(C& x, C& exp_avg_sq, const AdamWNumbers<C>& a) {
   exp_avg_sq *= a.beta2;
 }
 
-// Of an element after decay.
+// The step of one element, after its decay.
 template <class C>
 EFLAT_HD void adamw(C& x, C grad, C& exp_avg, C& exp_avg_sq, const AdamWNumbers<C>& a) {
   const C difference = grad - exp_avg;

@@ -1,4 +1,4 @@
-// How the rows of a side are divided among threads and thread blocks.
+// The division of a side's rows among threads and thread blocks.
 #pragma once
 #include <algorithm>
 #include <vector>

@@ -40,8 +40,8 @@ EFLAT_HD bool usable(double norm) { return norm > 0 && norm <= 1.797693134862315
 
 inline namespace EFLAT_TARGET {
 
-// What a norm counts as in the type that norms are reported in; NaN or infinite when a factor or
-// gradient is not finite, which shows in a trace whatever became of it in `norm`.
+// A norm as it counts in the type that norms are reported in; NaN or infinite when a factor or
+// gradient is not finite, which the trace shows even where `norm` does not.
 template <class Team>
 EFLAT_HD double reported_norm(const Team& team, int r, const double* gram_t, const double* gram_o,
                               double norm, DType norms_dtype) {
@@ -51,7 +51,7 @@ EFLAT_HD double reported_norm(const Team& team, int r, const double* gram_t, con
     trace += gram_t[i * d + i] + gram_o[i * d + i];
   trace = team.total(trace);
   norm += trace - trace;
-  // What is zero or infinite there counts as such.
+  // A norm that is zero or infinite in that type counts as such.
   const double reported = static_cast<float>(norm);
   return norms_dtype == DType::f64 || usable(reported) ? norm : reported;
 }
@@ -145,7 +145,7 @@ EFLAT_HD double tangent_norm_and_weights(const Team& team, int r, const double* 
   team.sync();
   multiply(team, r, r, r, S, P_t, y);
   if (T_t) leave_basis(team, r, T_t, T_t, y, S);
-  // As of gradients of norm 1, whose fourth powers do not leave float64.
+  // Scaled to gradients of norm 1, whose fourth powers fit float64.
   for (int e = thread_of(team); e < n; e += threads_of(team)) {
     x[e] /= square;
     y[e] /= square;

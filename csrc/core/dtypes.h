@@ -76,8 +76,8 @@ EFLAT_HD f16 from_double<f16>(double x) {  // round to nearest, ties to even
   return {uint16_t(sign | ((rounded - (112u << 23)) >> 13))};
 }
 
-// What is added to a factor is float64 for float64, else float32; the sum is rounded to the
-// factor's type, as torch's (factor + added).to(factor.dtype).
+// Addends of a float64 factor are float64, all others float32; the sum is rounded to the factor's
+// type, as torch's (factor + added).to(factor.dtype).
 template <class T>
 struct AddedTo {
   using type = float;

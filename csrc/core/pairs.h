@@ -1,4 +1,4 @@
-// What the kernels are given: plain pointers and sizes, no tensors.
+// The input of the kernels: plain pointers and sizes, no tensors.
 #pragma once
 #include <stdint.h>
 

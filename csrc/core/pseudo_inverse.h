@@ -18,7 +18,7 @@
 namespace eflat {
 inline namespace EFLAT_TARGET {
 
-// What may be lost to rounding before a pair is read again, relative to M^+.
+// The largest rounding error, relative to M^+, without a second pass over the pair.
 EFLAT_HD double inversion_tolerance(DType dtype) { return dtype == DType::f64 ? 1e-12 : 1e-8; }
 
 EFLAT_HD double largest_of(int k, const double* values) {

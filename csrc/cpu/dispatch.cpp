@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this processor runs.
+// Chooses the best compiled instruction set that this processor runs.
 #include <cstdlib>
 #include <string_view>
 

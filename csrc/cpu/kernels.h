@@ -39,7 +39,7 @@ struct Kernels {
   // AdamW of elements [begin, end) of a factor.
   void (*adamw)(const AdamW& a, const void* grad, DType dtype, int64_t begin, int64_t end);
 
-  // Of pseudo_inverse.h and coefficients.h.
+  // See pseudo_inverse.h and coefficients.h.
   bool (*invert_gram)(int r, const double* M, double rtol, DType dtype, double* inverse, double* R,
                       double* T, double* work);
   void (*correct_inverse)(int r, bool again, const double* second, double rtol, const double* R,

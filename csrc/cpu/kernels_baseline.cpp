@@ -1,4 +1,4 @@
-// What every processor of the architecture runs: SSE2, NEON.
+// For every processor of the architecture: SSE2, NEON.
 #define EFLAT_TARGET baseline
 #define EFLAT_LANES 2
 #define EFLAT_VECTORS 2

@@ -233,7 +233,7 @@ class Perturbation {
 
   double* weights_other(int l) { return weights_[l] + 2 * square(problem_.pairs[l].rank); }
 
-  // What finish_scales asks of the layers from `first` on.
+  // The layers from `first` on, as finish_scales takes them.
   struct Layers {
     Perturbation& p;
     int first;

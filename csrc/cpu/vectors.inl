@@ -69,7 +69,7 @@ EFLAT_HD void save(const VecF& v, T* p) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_double<T>(v[i]);
 }
 
-// What numbers are once they have been stored as a type.
+// Numbers rounded to a type, as a store rounds them.
 EFLAT_HD Vec rounded(const Vec& v, double) { return v; }
 EFLAT_HD VecF rounded(const VecF& v, float) { return v; }
 EFLAT_HD VecF rounded(const VecF& v, bf16) {  // as from_double<bf16>

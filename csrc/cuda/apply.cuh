@@ -88,7 +88,7 @@ class ResultTiles {
     tile_ = warp() % groups * kTiles;
   }
 
-  // Which operand is which follows the layout of the output: a lane's two results are neighbours.
+  // The layout of the output decides the order of operands: a lane's two results are neighbours.
   __device__ void multiply(const Element* z, const Chunk& chunk, const Weight* weights,
                            const double* packed, bool transposed) {
     EFLAT_UNROLL
@@ -194,7 +194,7 @@ EFLAT_NOINLINE void apply(Block& block, void* space) {
   });
 }
 
-// What is left of the block's rows of a side of a pair that has no perturbation.
+// Writes the block's rows of a side of a pair that has no perturbation.
 EFLAT_NOINLINE void apply_nothing(Block& block) {
   const SideArgs& side = block.side;
   const int r = block.pair.rank, rows = int(block.end - block.begin);

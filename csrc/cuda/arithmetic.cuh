@@ -1,6 +1,6 @@
 // The multiply-adds of the kernels: a warp's d (8, 8) += a (8, 4) b (4, 8), as good as float64's.
 //
-// Which entry a lane holds is fixed by the mma instruction; with g = lane / 4, t = lane % 4:
+// The mma instruction fixes the entry that a lane holds; with g = lane / 4, t = lane % 4:
 //
 //     a   entry (g, t)          b   entry (t, g)          d   entries (g, 2t), (g, 2t + 1)
 //

@@ -1,5 +1,5 @@
-// What a launch is told, as one kernel argument (so that CUDA graphs keep it), and how the device
-// workspace is laid out. Host and device compute the same layout from the same numbers.
+// The argument of a launch (one, so that CUDA graphs keep it), and the layout of the device
+// workspace. Host and device compute the same layout from the same numbers.
 #pragma once
 #include "../core/pairs.h"
 
@@ -123,7 +123,7 @@ struct PairSpace {
   }
 };
 
-// How far a call has come; zero at its start.
+// The progress of a call; zero at its start.
 struct Progress {
   int ticket;    // blocks that have begun
   int solved;    // pairs whose norm is known
@@ -142,7 +142,7 @@ struct Exponents {
   int factor, grad, sum;
 };
 
-// Of a pair, for the kernels and for finish_scales.
+// The results of a pair, for the kernels and for finish_scales.
 struct PairResult {
   double norm, size, scale, scaling;
   DType dtype;

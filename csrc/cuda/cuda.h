@@ -1,4 +1,4 @@
-// What the kernels need of CUDA, so that the same sources can be compiled for the host, too: there
+// The parts of CUDA that kernels use, so that the same sources compile for the host, too: there
 // EFLAT_HOST_CUDA names a header that runs CUDA threads on the CPU. Hence dynamic shared memory
 // and launches through macros, and a plain twin beside each piece of code that only a GPU has.
 #pragma once
@@ -41,14 +41,14 @@ __device__ inline int read_flag(const int* flag) {
 #endif
 }
 
-// What is computed from x in a loop is computed in each round: kept, it would take registers.
+// Makes the compiler compute from x anew in each round of a loop: kept, it would take registers.
 __device__ inline void recompute_from([[maybe_unused]] int& x) {
 #if !defined(EFLAT_HOST_CUDA)
   asm volatile("" : "+r"(x));
 #endif
 }
 
-// What follows is not begun before what comes first is done: both at once would take registers.
+// Keeps the compiler from starting the next part before this one: both would take registers.
 __device__ inline void one_by_one() {
 #if !defined(EFLAT_HOST_CUDA)
   asm volatile("" ::: "memory");
@@ -138,7 +138,7 @@ __device__ inline double element(const void* x, DType dtype, int64_t i) {
   }
 }
 
-// Of the point, see pairs.h.
+// An element of a side's point, see pairs.h.
 template <class T>
 __device__ double element(const void* factor, const void* added, int64_t i) {
   const auto e = static_cast<const typename AddedTo<T>::type*>(added)[i];

@@ -61,7 +61,7 @@ BlockRows block_rows(const Problem& problem) {
   return {rows, 2 * rows, std::min(rows, 512)};
 }
 
-// How many pairs that is.
+// The number of pairs that read so many bytes.
 int lag_of(const Problem& problem, int64_t lag_bytes) {
   int64_t bytes = 0;
   for (int l = 0; l < problem.count; ++l) {
@@ -81,7 +81,7 @@ constexpr int64_t shared_bytes(int rank, int width) {
   }
   return kBlockBytes + doubles * int64_t(sizeof(double));
 }
-// What bench/kernel_table.py reckons with: at the largest ranks that the kernels are made for.
+// Used by bench/kernels/kernel_table.py: at the largest ranks that the kernels are made for.
 constexpr int kSharedBytesSmall = 42112;
 constexpr int kSharedBytesWide = 101120;
 static_assert(shared_bytes(16, 32) == kSharedBytesSmall &&
@@ -216,7 +216,7 @@ class Launch {
   bool wide_;
 };
 
-// Where the workspace of each pair begins.
+// Calls body with the place of each pair's workspace; returns the end of the last.
 template <class Body>
 int64_t lay_out(const Problem& problem, const BlockRows& rows, Body body) {
   int64_t at = spaces_at(problem.count);

@@ -23,7 +23,7 @@ __global__ void gram_kernel(Side side, DType dtype, int r, double* gram) {
   }
 }
 
-// As gram_kernel, of [factor * T | grad * T_grad].
+// The Gram matrix of [factor * T | grad * T_grad].
 __global__ void second_gram_kernel(Side side, DType dtype, int r, const double* T,
                                    const double* T_grad, double* gram) {
   const int d = 2 * r;

@@ -12,7 +12,7 @@
 
 namespace eflat::cuda {
 
-// How many blocks the pairs before pair l have; l from 0 to count.
+// Numbers of blocks of the pairs before pair l; l from 0 to count.
 struct BlocksBefore {
   const CallHeader& call;
   const PairArgs* pairs;

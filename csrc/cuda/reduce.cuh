@@ -149,7 +149,7 @@ class GramShare {
     }
   }
 
-  // Where tile i of the upper half of a square is.
+  // Row and column of tile i of the upper half of a square.
   __device__ static constexpr int row_of(int i) { return (i >= 4) + (i >= 7) + (i >= 9); }
   __device__ static constexpr int column_of(int i) {
     return i - (i >= 4 ? 3 : 0) - (i >= 7 ? 2 : 0) - (i >= 9 ? 1 : 0);
@@ -249,7 +249,7 @@ __device__ inline void pack_bases(int r, const double* T, const double* T_grad, 
   }
 }
 
-// As reduce, of [factor * T | grad * T_grad], in float64. The upper half of the staged rows' space
+// Reduces [factor * T | grad * T_grad] in float64. The upper half of the staged rows' space
 // holds the products.
 template <bool kWide>
 EFLAT_NOINLINE void second_reduce(const SideArgs& side, const Chunk& chunk, int64_t begin,

@@ -21,8 +21,8 @@ struct Task {
   int index;  // of the block among those of the pair and stage
 };
 
-// What a block knows of its work, in shared memory before what the stages use: so that it takes no
-// registers where it is not needed. Written by one thread.
+// A block's work, written by one thread. In shared memory, before that of the stages, it takes no
+// registers where it is not needed.
 struct Block {
   const CallHeader* call;
   const StepArgs* step;  // of the pair; null: none
@@ -61,7 +61,7 @@ __device__ inline bool last_to_arrive(int* arrived, int total, Block& block) {
   return block.flag;
 }
 
-// What the block has written can be read by those that see `state` here.
+// Makes the block's writes visible to blocks that see `state` here.
 __device__ inline void publish(int* state, int value) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -133,7 +133,7 @@ __device__ inline int exponent_of(double x, int limit) {
   return exponent < -limit ? -limit : exponent > limit ? limit : exponent;
 }
 
-// Of a side whose weights are known: powers of two for its factor and gradient and for the larger
+// For a side whose weights are known: powers of two for its factor and gradient and for the larger
 // of their products with the weights.
 EFLAT_NOINLINE void set_exponents(Block& block, const double* gram, const double* weights,
                                   Exponents& exponents) {
@@ -220,8 +220,8 @@ EFLAT_NOINLINE void finish_pair(Block& block, bool again, double* work) {
   publish(&block.pair_progress->state, kReady);
 }
 
-// Of foreach_bound's pairs, bare factors: |s| ||B E_A||, from ||B E_A||^2 = tr(B^T B E_A E_A^T);
-// the last pair's block turns them into factors.
+// The norm of a pair of bare factors, for foreach_bound: |s| ||B E_A||, from
+// ||B E_A||^2 = tr(B^T B E_A E_A^T); the last pair's block turns them into factors.
 EFLAT_NOINLINE void bound_pair(Block& block) {
   const CallHeader& call = *block.call;
   const int r = block.pair.rank;

@@ -44,7 +44,7 @@ struct Chunk {
   }
 };
 
-// Of a chunk in float64, rounded up so that what follows is aligned.
+// A chunk in float64 takes so many doubles, rounded up to keep the next array aligned.
 EFLAT_HD constexpr int64_t stage_doubles(const Chunk& chunk) {
   return (chunk.elements() + 1) / 2 * 2;
 }
@@ -102,7 +102,7 @@ class Stage {
   }
 
  private:
-  // Which fours of a chunk are this thread's, and where they go: the first half are the factor's,
+  // Chooses this thread's fours of a chunk and their places: the first half are the factor's,
   // and the others the gradient's, if there is one.
   __device__ void place_fours() {
     const int r = chunk_.rank, rows = chunk_.rows, total = rows * r / 4;
@@ -143,7 +143,7 @@ class Stage {
     }
   }
 
-  // What was added to four elements of the factor: kept until they are written, it would take
+  // The addends of four elements of the factor, read late: held until the write, they would take
   // registers.
   __device__ const float4* added_four(int u) const {
     const int64_t begin = side_.transposed ? begin_ : begin_ * chunk_.rank;

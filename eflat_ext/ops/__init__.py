@@ -23,10 +23,11 @@ def perturb(
     onto: str = "B",
     rtol: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Full-space perturbation of a LoRA pair ``W = W0 + scaling * B @ A``, carried by one factor.
+    """Compute the full-space perturbation of a LoRA pair, carried by one factor.
 
-    Equations (1)-(3) of EFlat-LoRA (arXiv 2508.00522), from r x r Gram matrices: no n x m matrix is
-    formed. Differentiable in ``A, B, grad_A, grad_B`` where both factors have full rank.
+    With ``W = W0 + scaling * B @ A``: equations (1)-(3) of EFlat-LoRA (arXiv 2508.00522) from r x r
+    Gram matrices, without an n x m matrix. Differentiable in ``A, B, grad_A, grad_B`` where both
+    factors have full rank.
 
     Args:
         A: (r, m) factor; float64, float32, bfloat16 or float16; 1 <= r <= 256; any strides.
@@ -34,7 +35,7 @@ def perturb(
         grad_A, grad_B: gradients of the loss, like A and B. A frozen factor's is zeros.
         scaling: the layer's scaling ``s``, not 0.
         rho: radius of the perturbation in the full weight space, >= 0.
-        onto: the factor that carries the perturbation, "B" or "A".
+        onto: the perturbed factor, "B" or "A".
         rtol: a singular value of a factor counts as zero when at most rtol times its largest;
             None for ``min(max(n, m, r) * eps32, 1e-3)`` (float64: ``max(1e-7, max(n, m, r) *
             eps64)``); at least 1e-7.
@@ -70,20 +71,20 @@ def foreach_perturb(
     norm_scope: str = "layer",
     rtol: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """:func:`perturb` for a list of pairs of any shapes, ranks and dtypes on one device.
+    """Compute :func:`perturb` for pairs of any shapes, ranks and dtypes on one device.
 
-    Onto both factors is not the paper's: ``scaling (E_B A + B E_A)``, of norm rho, is then the
-    projection of the gradient on the tangent space of the matrices of rank r, and the norm that is
-    returned the projection's; where ``scaling E_B E_A`` would be larger than rho / 2, as while B is
+    ``onto="both"`` is not the paper's: ``scaling (E_B A + B E_A)``, of norm rho, is then along the
+    projection of the gradient on the tangent space of the matrices of rank r, and the returned norm
+    is the projection's. Where ``scaling E_B E_A`` would be larger than rho / 2, as long as B is
     small, E_A is zero (:func:`eflat_ext.reference.tangent`).
 
     Args:
-        onto: the factor that carries the perturbation, "B" or "A", or "both".
+        onto: the perturbed factor, "B" or "A", or "both".
         norm_scope: "layer" divides each perturbation by its own norm; "global" all of them by the
             root of the sum of squares, leaving out layers whose norm is not finite.
 
     Returns:
-        The perturbations, one for each pair (onto both, those of all A, then those of all B), and
+        The perturbations, one for each pair (onto both, E_A of all pairs, then E_B of all), and
         the norms per layer as one tensor (float64 when all inputs are, else float32). Empty lists
         give an empty list and an empty tensor.
 

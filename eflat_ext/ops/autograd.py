@@ -1,4 +1,4 @@
-"""The derivative of the perturbation: its algebra in plain torch, again in the backward pass."""
+"""Derivatives of the perturbation: the backward pass computes it again in plain torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def gram_form(
     onto: str = "B",
     rtol: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(U, norm, c)`` with ``E = c * U``, the Gram form of :func:`eflat_ext.ops.perturb`.
+    """Return ``(U, norm, c)`` with ``E = c * U``, the Gram form of :func:`eflat_ext.ops.perturb`.
 
     In plain torch and the dtype of its arguments. ``c = rho / (2 scaling^2 norm)``; dividing by
     another norm gives the perturbation of ``norm_scope="global"``.
@@ -50,14 +50,14 @@ def tangent_form(
     rho: float,
     rtol: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(U_A, U_B, norm)`` onto both: as :func:`gram_form`, with the same c."""
+    """Return ``(U_A, U_B, norm)`` onto both factors, for the c of :func:`gram_form`."""
     inverse_A = torch.linalg.pinv(A @ A.T, rtol=rtol**2, hermitian=True)
     inverse_B = torch.linalg.pinv(B.T @ B, rtol=rtol**2, hermitian=True)
     C, K_B = B.T @ grad_B, grad_B.T @ grad_B
     U_A = inverse_B @ grad_A
     U_B = (grad_B - B @ (inverse_B @ C)) @ inverse_A
     of_B = (inverse_A * (K_B - C.T @ inverse_B @ C)).sum().clamp_min(0)
-    if B.shape[0] <= B.shape[1]:  # of full rank: nothing is beside its columns
+    if B.shape[0] <= B.shape[1]:  # of full rank: no gradient is outside its column space
         U_B, of_B = torch.zeros_like(U_B), torch.zeros_like(of_B)
     square = of_B + (inverse_B * (grad_A @ grad_A.T)).sum().clamp_min(0)
     # ||U_B U_A||
@@ -69,7 +69,7 @@ def tangent_form(
 
 
 def _forms(pair, scaling, rho, onto, rtol):
-    """The perturbations of a pair over c, and its norm."""
+    """Return the perturbations of a pair, divided by c, and its norm."""
     A, B, grad_A, grad_B = pair
     if onto == "both":
         U_A, U_B, norm = tangent_form(A, B, grad_A, grad_B, scaling, rho, rtol)
@@ -79,7 +79,7 @@ def _forms(pair, scaling, rho, onto, rtol):
 
 
 def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
-    """E and norms of a list of pairs; tensors: all A, all B, all grad_A, all grad_B."""
+    """Return E and norms of a list of pairs; tensors: all A, all B, all grad_A, all grad_B."""
     count = len(scaling)
     lists = [tensors[i * count : (i + 1) * count] for i in range(4)]
     Us, norms, usable, results = [], [], [], []
@@ -89,7 +89,7 @@ def _differentiable(tensors, scaling, rho, onto, norm_scope, rtol):
         with torch.no_grad():
             _, norm = _forms(pair, s, rho, onto, cutoff)
             ok = norm.isfinite() & (norm > 0)
-        # A layer that is left alone has no gradient; anything that has one stands in for it.
+        # A layer without a perturbation has no gradient; a differentiable one stands in for it.
         stand_ins = [torch.eye(*t.shape, dtype=t.dtype, device=t.device) for t in pair]
         pair = [torch.where(ok, t, x) for t, x in zip(pair, stand_ins, strict=True)]
         U, norm = _forms(pair, s, rho, onto, cutoff)

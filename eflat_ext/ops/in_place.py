@@ -53,7 +53,7 @@ def register(operator: torch._ops.OpOverload) -> None:
                 "not be an inference tensor outside InferenceMode, since it is updated in place: "
                 "make a clone of it before",
             )
-        # What is read is resolved by torch's fallback, which does not write back what is written.
+        # Torch's fallback resolves tensors that are read, and fails for those that are written.
         if any(map(keyset.has, LAZY)):
             refuse(
                 lambda t: t.is_neg() or t.is_conj(),

@@ -31,7 +31,7 @@ inline std::string name_of(const void* caller, int max_frames = 2) {
   return frames ? name : unknown;
 }
 
-// Whether two callers are one line of the sources, of which the compiler may have made copies.
+// True if two callers are one line of the sources, of which the compiler may have made copies.
 inline bool same_line(const void* caller, const void* other) {
   return caller == other || !__sanitizer_symbolize_pc || name_of(caller, 1) == name_of(other, 1);
 }

@@ -44,7 +44,7 @@ def barriers(command: list[str]) -> list[str]:
 
 
 def noticed(command: list[str], barrier: str) -> str:
-    """What showed the absence of a barrier; empty if nothing did."""
+    """Return the words in which a missing barrier was reported; empty if it was not."""
     status, output = run(command, "EFLAT_HOST_CUDA_DROP_BARRIER", barrier)
     if status is None:
         return "no end"

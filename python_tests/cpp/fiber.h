@@ -24,7 +24,7 @@ void __tsan_release(void*) EFLAT_WEAK;
 
 namespace host_cuda {
 
-// What came before release(p) in its thread is ordered before what follows acquire(p) in another.
+// Orders all before release(p) in its thread before all after acquire(p) in another.
 inline void acquire(void* p) {
   if (__tsan_acquire) __tsan_acquire(p);
 }
@@ -151,7 +151,7 @@ class Clock {
   }
   Clock(const Clock&) = delete;
 
-  // What is released at `from` becomes released at `to`.
+  // Releases at `to` all that is released at `from`.
   void pass(void* from, void* to) {
     if (!tsan_) return;
     void* me = __tsan_get_current_fiber();

@@ -68,11 +68,11 @@ namespace host_cuda {
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// How many blocks are resident, and the seed of the order in which they advance. One block: in
+// The number of resident blocks, and the seed of the order in which they advance. One block: in
 // order, whatever the seed.
 void set_schedule(int resident_blocks, unsigned seed);
 
-// Whether atomics are relaxed, as CUDA's, or acquire and release.
+// True: atomics are relaxed, as CUDA's. False: they acquire and release.
 void set_strict_fences(bool strict);
 
 constexpr int kMaxThreads = 1024;
@@ -106,7 +106,7 @@ using Slots = unsigned char[32][kSlotBytes];
 // slot of a lane without a live thread is filled with NaN.
 const Slots& exchange(unsigned mask, const void* value, size_t bytes);
 
-// What each lane of the warp passed, valid until this thread's next exchange but one.
+// The values that the lanes of the warp passed, valid until this thread's next exchange but one.
 template <class T>
 class WarpValues {
  public:

@@ -7,7 +7,7 @@
 
 namespace eflat::cuda::naive {
 
-// As cuda::perturb, waiting for each pair. norms: `count` values in float64.
+// Does what cuda::perturb does, pair by pair. norms: `count` values in float64.
 inline void perturb(const Problem& problem, double* norms, int64_t* skipped) {
   std::vector<std::vector<double>> memory;
   std::vector<Space> spaces;

@@ -134,7 +134,7 @@ Results run(std::vector<Example> examples, const Call& call, bool cuda) {
   return results;
 }
 
-// Of one pair: what rounding to its type allows, and for float64 what the condition allows.
+// The error that rounding allows a pair of this type; for float64 also its condition.
 double tolerance(DType dtype) {
   switch (dtype) {
     case DType::f64:

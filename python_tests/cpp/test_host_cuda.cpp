@@ -20,7 +20,7 @@ std::vector<T> random_values(size_t count) {
   return x;
 }
 
-// What one warp's shuffles and votes give, by lane.
+// The results of one warp's shuffles and votes, by lane.
 struct WarpResults {
   std::array<double, 32> exact, rotated, exchanged, down, up, sum;
   std::array<unsigned, 32> ballot;

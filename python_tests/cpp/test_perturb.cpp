@@ -69,7 +69,7 @@ void agrees_with_the_formula_onto_both(std::mt19937& random) {
   }
 }
 
-// What was added to the factors, perhaps the averages themselves, is as good as in them.
+// Addends of the factors, perhaps the averages themselves, give what factors that hold them give.
 void points(std::mt19937& random) {
   const Shape shapes[] = {{1, 1, 1}, {40, 30, 7}, {33, 700, 16}, {1100, 50, 20}, {60, 50, 3}};
   for (Shape shape : shapes) {
