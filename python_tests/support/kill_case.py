@@ -5,6 +5,7 @@ The processes are forked from one that has imported everything.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -24,7 +25,7 @@ from eflat_ext import trainer as ours
 from eflat_ext.lab.finetune import comparison
 from eflat_ext.lab.finetune.config import FinetuneConfig
 
-STEPS, EVERY = 6, 2  # saved at every second step
+STEPS, EVERY = 10, 2  # saved at every second step
 HOOKS = {"eflat": ours.eflat_optimizer, "flat": ours.flat_optimizer}
 # Whatever writes the files of a checkpoint, and which argument is the file.
 WRITERS = [
@@ -137,6 +138,7 @@ def _count_writes(tear: tuple[int, float] | None) -> list[int]:
     return counted
 
 
-# What is imported late is imported before the fork, too.
+# Late imports happen before the fork, too.
 with tempfile.TemporaryDirectory() as _folder:
     make(lora_gpt2(), arguments(Path(_folder)))
+gc.freeze()  # Trainer collects garbage: without copying the pages of what was imported
