@@ -1,4 +1,4 @@
-"""Run by ``make test-wheel`` in a clean environment: is the installed package whole, and right?"""
+"""Check the installed package in a clean environment, for ``make test-wheel``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the tests of torch.distributed.checkpoint run on each rank."""
+"""Functions that the tests of torch.distributed.checkpoint run on each rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COUNTERS = ("perturbation_steps", "perturbation_skipped")
 
 
 def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Weights, averages and moments, gathered."""
+    """Return gathered weights, averages and moments."""
     tensors = named(model)
     tensors.update({f"average {n}": t for n, t in whole(optimizer.averages).items()})
     for index, state in enumerate(optimizer.state.values()):
@@ -42,7 +42,7 @@ def fresh(onto: str = "B") -> tuple[nn.Module, Any]:
 
 
 def save(folder: str, onto: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Save in the middle of an accumulated step; what is there now, and two steps later."""
+    """Save within an accumulated step; return the state of now and of two steps later."""
     data = batches(6, torch.float32)
     model, optimizer = fresh(onto)
     train(model, optimizer, data[:4])
@@ -62,7 +62,7 @@ def save(folder: str, onto: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def load(folder: str, onto: str, full: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same from the file, with whatever number of ranks there is."""
+    """Return the same from the file, on this number of ranks."""
     data = batches(6, torch.float32)
     model, optimizer = fresh(onto)
     weights, state = get_state_dict(model, optimizer)
@@ -90,7 +90,7 @@ def load(folder: str, onto: str, full: bool = False) -> tuple[dict[str, Tensor],
 
 
 def state_before_the_first_step(method: str) -> None:
-    """torch initialises the state by a step with zeros for gradients; it does not count."""
+    """Check that torch's step to initialise the state, with zero gradients, does not count."""
     model = shard_model(lora_mlp())
     optimizer = optimizer_of(model, method)
     before = named(model)
@@ -98,7 +98,7 @@ def state_before_the_first_step(method: str) -> None:
     assert [state["param_groups"][0][name] for name in COUNTERS] == [0, 0]
     assert int(optimizer.skipped_perturbations) == 0
     assert_same_bits(named(model), before)
-    # A first step of warm-up has a learning rate of zero, too, and gradients: it counts.
+    # A first step of warm-up has a learning rate of zero, too, but gradients: it counts.
     warm = shard_model(lora_mlp())
     optimizer = optimizer_of(warm, method, lr=0.0)
     train(warm, optimizer, batches(1))

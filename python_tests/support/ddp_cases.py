@@ -1,4 +1,4 @@
-"""What the tests of DistributedDataParallel run on each rank."""
+"""Functions that the tests of DistributedDataParallel run on each rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what is communicated within."""
+    """Count the collective operations within the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class Collectives(TorchDispatchMode):
 def against_one_process(
     method: str, steps: int = 20, config: Any = None, wrapped: bool = False, **options: Any
 ) -> dict[str, float]:
-    """Errors after some steps, and equal bits on all ranks without a word more between them."""
+    """Return errors after some steps; check equal bits on all ranks without more communication."""
     config = config or {}
     one, single = one_process(method, steps, config, **options)
     model = lora_mlp(**config)
     net = DistributedDataParallel(model)
     optimizer = optimizer_of(net if wrapped else model, method, **options)
     data = batches(steps)
-    train(net, optimizer, data[:3])  # DDP arranges its buckets anew in the first steps
+    train(net, optimizer, data[:3])  # DDP rebuilds its buckets in the first steps
     with Collectives() as ours:
         train(net, optimizer, data[3:6])
     train(net, optimizer, data[6:])
@@ -69,7 +69,7 @@ def against_one_process(
 
 
 def accumulation(method: str) -> None:
-    """Micro-batches within ``no_sync``: equal bits, and the same as one process."""
+    """Check micro-batches within ``no_sync``: equal bits, and the same as one process."""
     data = batches(6)
     one, model = lora_mlp(), lora_mlp()
     net = DistributedDataParallel(model)
@@ -96,7 +96,7 @@ def accumulation(method: str) -> None:
 
 
 def evaluation_of_the_inner_model() -> None:
-    """On one rank alone, within a step, while the wrapper stays in training mode."""
+    """Evaluate on one rank alone, within a step, while the wrapper stays in training mode."""
     model, data = lora_mlp(), batches(4)
     net = DistributedDataParallel(model)
     optimizer = optimizer_of(net)
@@ -117,7 +117,7 @@ def evaluation_of_the_inner_model() -> None:
 
 
 def layer_unused_on_one_rank(onto: str) -> None:
-    """As layer drop does: the gradient of a layer comes from the other rank, and its point."""
+    """Drop a layer on one rank: its gradient, and its point, come from the other rank."""
     model = lora_mlp(init_lora_weights=False)
     inner = model.base_model.model
     up = inner.up
@@ -137,7 +137,7 @@ def layer_unused_on_one_rank(onto: str) -> None:
 
 
 def bad_gradient_on_one_rank(value: float, **options: Any) -> None:
-    """All ranks skip alike; nothing of it is in the average."""
+    """Check that all ranks skip it and that the averages are unchanged."""
     model = lora_mlp()
     net = DistributedDataParallel(model)
     optimizer = optimizer_of(net, **options)
@@ -154,7 +154,7 @@ def bad_gradient_on_one_rank(value: float, **options: Any) -> None:
 
 
 def in_trainer(folder: str) -> None:
-    """Hugging Face Trainer, DDP through accelerate."""
+    """Train by Hugging Face Trainer, which uses DDP."""
     from trainer_case import arguments, make, own
 
     model = lora_gpt2()

@@ -1,4 +1,4 @@
-"""What the tests of FSDP2 run on each rank."""
+"""Functions that the tests of FSDP2 run on each rank."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def against_one_process(
     replicas: int = 1,
     **options: Any,
 ) -> dict[str, float]:
-    """Errors after some steps."""
+    """Return the errors after some steps."""
     config = config or {}
     one, single = one_process(method, steps, config, **options)
     world = dist.get_world_size()
@@ -104,7 +104,7 @@ def operators(
     dim_B: int | None = 0,
     condition: float = 1.0,
 ) -> dict[str, float]:
-    """Errors of perturbations and norms against the reference, for one kind of layer."""
+    """Return the errors of perturbations and norms against the reference for one kind of layer."""
     if kind == "experts":
         model = lora_experts()
         with torch.no_grad():
@@ -151,7 +151,7 @@ def operators(
 
 
 def refused(kind: str) -> str:
-    """The error at construction."""
+    """Return the message of the error at construction."""
     model = lora_mlp()
     world = dist.get_world_size()
     mesh = dist.init_device_mesh("cpu", (world,))
@@ -199,7 +199,7 @@ class Plain:
             return self.load(perturbed)(x)
 
     def gradients(self, batch: Any) -> dict[str, Tensor]:
-        """At the perturbed weights, by the names of all that is trained."""
+        """Return the gradients at the perturbed weights by the names of trained parameters."""
         model = self.load(True)
         model.zero_grad()
         loss_of(model, batch).backward()
@@ -215,7 +215,7 @@ def trained_beside_plain(layers: bool) -> tuple[nn.Module, Any, Plain]:
 
 
 def life_cycle(layers: bool) -> None:
-    """Training forward passes are perturbed and nothing else is."""
+    """Check that training forward passes are perturbed and nothing else is."""
     data = batches(4)
     model, optimizer, plain = trained_beside_plain(layers)
     x = data[0][0]
@@ -225,12 +225,12 @@ def life_cycle(layers: bool) -> None:
         model.train(training)
         with torch.no_grad():
             torch.testing.assert_close(model(x), plain.output(x, training))
-        if save:  # clean, at any moment, and sharded as the parameters are
+        if save:  # clean, and sharded as the parameters are
             state = model.state_dict()
             assert all(hasattr(value, "full_tensor") for value in state.values())
             assert_same_bits(whole({n: state[n] for n in plain.clean}), plain.clean)
 
-    # FSDP2 keeps what its root module has gathered, until a state_dict or a backward pass.
+    # FSDP2 keeps what its root has gathered until a state_dict or a backward pass.
     for save in (False, True):
         for training in (True, False, True, True, False, False, True):
             check(training, save)
@@ -247,10 +247,7 @@ def life_cycle(layers: bool) -> None:
 
 
 def interrupted_step(layers: bool, checkpointed: bool) -> None:
-    """An evaluation and a ``state_dict()`` between forward and backward leave the gradients alone.
-
-    Also where the pass is computed again, which was refused when parameters were perturbed.
-    """
+    """Check that evaluation and ``state_dict()`` before backward leave the gradients alone."""
     model, optimizer, plain = trained_beside_plain(layers)
     batch = batches(4)[3]
     if checkpointed:
@@ -267,7 +264,7 @@ def interrupted_step(layers: bool, checkpointed: bool) -> None:
                 with torch.no_grad():
                     found = model(batch[0])
                 torch.testing.assert_close(found, plain.output(batch[0], False))
-                model.train(saved_within)  # whatever the mode is when the backward pass begins
+                model.train(saved_within)  # in either mode at the beginning of the backward pass
             if between in ("state_dict", "both"):
                 state = model.state_dict()
                 assert_same_bits(whole({n: state[n] for n in plain.clean}), plain.clean)
@@ -281,7 +278,7 @@ def interrupted_step(layers: bool, checkpointed: bool) -> None:
 
 
 def mixed_precision(onto: str) -> None:
-    """Forward and backward in bfloat16, shards in float32; the first average is the reference's."""
+    """Check the first average against the reference, with bfloat16 passes and float32 shards."""
     model = shard_model(
         lora_mlp(torch.float32, init_lora_weights=False),
         mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
@@ -305,7 +302,7 @@ def mixed_precision(onto: str) -> None:
 
 
 def bad_gradient_on_one_rank(value: float, dim_A: int, factor: str, **options: Any) -> None:
-    """A single element of one shard: the pair is left out on all ranks, the other goes on."""
+    """Check that one bad element of a shard skips its pair on all ranks, and only that."""
     data = batches(4)
     model = shard_model(lora_mlp(), dim_A)
     optimizer = optimizer_of(model, **options)
@@ -328,7 +325,7 @@ def bad_gradient_on_one_rank(value: float, dim_A: int, factor: str, **options: A
 
 
 def missing_gradients_on_one_rank(method: str) -> None:
-    """Every rank takes part in what is exchanged, whatever gradients it has."""
+    """Check that ranks without gradients take part in collective operations."""
     data = batches(3)
     model = shard_model(lora_mlp())
     optimizer = optimizer_of(model, method)
@@ -352,7 +349,7 @@ def missing_gradients_on_one_rank(method: str) -> None:
 
 
 def missing_gradients_at_the_first_step(method: str) -> None:
-    """A warm-up that begins at zero: whether this is a step at all, all ranks decide together."""
+    """Check a first step at a learning rate of zero, which all ranks have to judge alike."""
     model = shard_model(lora_mlp())
     optimizer = optimizer_of(model, method, lr=0.0)
     loss_of(model, own_part(batches(1)[0])).backward()
@@ -365,7 +362,7 @@ def missing_gradients_at_the_first_step(method: str) -> None:
 
 
 def replicated() -> None:
-    """Factors that are DTensors, whole on every rank."""
+    """Check factors that are replicated DTensors."""
     model, plain = lora_mlp(), lora_mlp()
     for each in (model, plain):
         loss_of(each, batches(1)[0]).backward()
@@ -386,13 +383,13 @@ def replicated() -> None:
 
 
 def sharded_after_construction(method: str, loaded: bool) -> None:
-    """As accelerate does: the optimizer comes first, and is given the shards in place."""
+    """Create the optimizer first and give it the shards in place, as Accelerate does."""
     data = batches(8)
     one, single = lora_mlp(), None
     single = optimizer_of(one, method)
     model = lora_mlp()
     optimizer = optimizer_of(model, method)
-    if loaded:  # the first pass is perturbed; such a resumption was refused
+    if loaded:  # the first pass is perturbed
         train(one, single, data[:4], lambda batch: batch)
         model.load_state_dict(one.state_dict())
         optimizer.load_state_dict(copy.deepcopy(single.state_dict()))
@@ -422,7 +419,7 @@ def give_shards(model: nn.Module, optimizer: Any) -> None:
 
 
 def sharded_around_an_attached_one(moment: str) -> None:
-    """A perturbation of its own, and a model that is sharded before, between or after."""
+    """Shard a model before, between or after creating and attaching a perturbation."""
     data = batches(6)
     one = lora_mlp()
     single = optimizer_of(one)
@@ -451,7 +448,7 @@ def sharded_around_an_attached_one(moment: str) -> None:
 
 
 def replaced_parameters() -> None:
-    """An engine that gives the base optimizer parameters of its own, as DeepSpeed ZeRO does."""
+    """Give the base optimizer other parameters, as DeepSpeed ZeRO does."""
     model = lora_mlp()
     optimizer = optimizer_of(model)
     loss_of(model, batches(1)[0]).backward()
@@ -465,7 +462,7 @@ def replaced_parameters() -> None:
 
 
 def experts(onto: str) -> None:
-    """A whole step where the experts of a layer share sharded parameters."""
+    """Take a step with experts that share sharded parameters."""
     models = [lora_experts(), lora_experts()]
     shard_model(models[0], layers=False)
     optimizers = [optimizer_of(model, onto=onto, norm_scope="global") for model in models]

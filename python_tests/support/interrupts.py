@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# Python looks for signals where a function begins and where a C function has returned.
+# Python checks for signals where a function begins and where a C function has returned.
 _MOMENTS = ("call", "c_return")
 
 
@@ -18,7 +18,7 @@ def interrupted(action: Callable[[], Any], at: int | None = None) -> tuple[bool,
     """Run ``action``; interrupt it at moment number ``at``, counted from 0 (None: never).
 
     Returns:
-        Whether it was interrupted, and the name of the module that ran, for each moment.
+        True if it was interrupted, and the name of the module that ran at each moment.
     """
     moments: list[str] = []
 
@@ -51,7 +51,7 @@ def interrupted_within(
         at: the number of the line or opcode, counted from 0 as they run (None: never).
 
     Returns:
-        Whether it was interrupted, and how many lines or opcodes began.
+        True if it was interrupted, and the number of lines or opcodes that began.
     """
     count = 0
 
@@ -66,7 +66,7 @@ def interrupted_within(
                 raise KeyboardInterrupt  # which ends the tracing, too
         return trace
 
-    gc.disable()  # what is raised while garbage is collected is dropped
+    gc.disable()  # exceptions raised within a garbage collection are dropped
     try:
         sys.settrace(trace)
         action()

@@ -1,7 +1,4 @@
-"""Runs of Trainer that are killed, in processes of their own, and what they leave behind.
-
-The processes are forked from one that has imported everything.
-"""
+"""Runs of Trainer and of ``eflat finetune`` in processes that tests kill."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from eflat_ext.lab.finetune.config import FinetuneConfig
 
 STEPS, EVERY = 10, 2  # saved at every second step
 HOOKS = {"eflat": ours.eflat_optimizer, "flat": ours.flat_optimizer}
-# Whatever writes the files of a checkpoint, and which argument is the file.
+# The functions that write the files of a checkpoint, and the position of the path.
 WRITERS = [
     (torch, "save", 1),
     (peft.peft_model, "safe_save_file", 1),
@@ -36,7 +33,7 @@ WRITERS = [
 
 
 class Record(TrainerCallback):
-    """What a run that nothing happens to holds after each step."""
+    """Record weights and optimizer state at each save of a run that is not killed."""
 
     def __init__(self) -> None:
         self.run: Any = None
@@ -57,15 +54,15 @@ def train(
     tell: Any = None,
     tear: tuple[int, float] | None = None,
 ) -> None:
-    """One run, to its end if it is not killed; what it ended with goes to the file ``outcome``.
+    """Train to the end unless killed; write the final state to the file ``outcome``.
 
     Args:
         hook: "eflat" or "flat".
-        folder: for its checkpoints.
+        folder: folder of its checkpoints.
         resume: the checkpoint it starts from.
         outcome: the file.
-        tell: the end of a pipe that hears "begin", and "save" before each save.
-        tear: (n, share): it kills itself within writing file number n, that much of it written.
+        tell: end of a pipe that is sent "begin", and "save" before each save.
+        tear: (n, share): kill itself while it writes file number n, when this share is written.
     """
     torch.set_num_threads(1)
     counted = _count_writes(tear)
@@ -111,7 +108,7 @@ def train(
 
 
 def compare(settings: dict[str, Any]) -> None:
-    """``eflat finetune``."""
+    """Run ``eflat finetune``."""
     torch.set_num_threads(1)
     comparison.run(FinetuneConfig(**settings))
 

@@ -1,4 +1,4 @@
-"""A tiny model around each kind of layer that LoRA goes onto, and its weight as a matrix."""
+"""Tiny models around each kind of layer with LoRA, and their weights as matrices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Around(nn.Module):
 
 
 class Calls(TorchDispatchMode):
-    """Names of the package's operators that were called within."""
+    """Record the names of the package's operators that are called within the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ KINDS: dict[str, Callable[[], Around]] = {
 
 
 def lora_around(kind: str, seed: int = 0, **config: Any) -> nn.Module:
-    """A float64 PEFT model in training mode, rank 2, all its factors random."""
+    """Return a float64 PEFT model in training mode, of rank 2, with random factors."""
     torch.manual_seed(seed)
     config = {"r": 2, "lora_alpha": 6, "target_modules": ["layer"], **config}
     model = get_peft_model(KINDS[kind](), LoraConfig(**config)).double().train()
@@ -78,12 +78,12 @@ def batch_of(model: nn.Module) -> Tensor:
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """(rows, everything else), as a copy."""
+    """Return a copy of shape (rows, everything else)."""
     return tensor.detach().reshape(len(tensor), -1).clone()
 
 
 def weight_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A tensor of the shape of the base layer's weight as the W of ``W = W0 + s B A``."""
+    """Return a tensor of the base weight's shape as the W of ``W = W0 + s B A``."""
     return as_matrix(weight.T if isinstance(layer.get_base_layer(), nn.Embedding) else weight)
 
 
@@ -92,7 +92,7 @@ def factors(pair: LoraPair) -> tuple[Tensor, Tensor]:
 
 
 def gradient_matrices(pair: LoraPair) -> tuple[Tensor, Tensor]:
-    """Gradients of A and B; zeros for a frozen one."""
+    """Return the gradients of A and B; zeros for a frozen one."""
     A, B = (
         as_matrix(torch.zeros_like(p) if p.grad is None else p.grad)
         for p in (pair.parameter_A, pair.parameter_B)
@@ -103,11 +103,11 @@ def gradient_matrices(pair: LoraPair) -> tuple[Tensor, Tensor]:
 def step_as_the_reference(
     optimizer: EFlatLoRA, loss: Callable[[int], Tensor], steps: int = 3
 ) -> None:
-    """Steps whose averages must be the reference's, of the gradients and where they were taken.
+    """Take steps and compare the averages with the reference's at the gradients' points.
 
     Args:
         optimizer: of radius ``RHO`` and weight ``BETA``, its averages zero.
-        loss: the loss at a step's number; random numbers are drawn anew in each call.
+        loss: returns the loss of a step by its number; draws new random numbers in each call.
     """
     expected = {name: 0.0 for name in optimizer.averages}
     for step in range(steps):
@@ -128,12 +128,12 @@ def step_as_the_reference(
         optimizer.step()
     for name, average in optimizer.averages.items():
         torch.testing.assert_close(as_matrix(average), expected[name], **CLOSE)
-        # Onto both, B may carry it alone.
+        # Onto both, B alone may be perturbed.
         assert average.any() or (optimizer.onto == "both" and name.endswith(".A"))
 
 
 def average_names(optimizer: EFlatLoRA, pair: LoraPair) -> list[str]:
-    """The names of a pair's averages."""
+    """Return the names of a pair's averages."""
     return [f"{pair.name}.{f}" for f in "AB"] if optimizer.onto == "both" else [pair.name]
 
 
@@ -144,8 +144,10 @@ def step_beside(
     parameters: list[Tensor],
     averages: list[Tensor],
 ) -> None:
-    """A step of ``plain`` on copies of the parameters, with their gradients, and one of
-    ``optimizer``: the same weights must come out, and the averages given."""
+    """Step ``plain`` on copies of the parameters and ``optimizer``, with the same gradients.
+
+    The weights must be the same afterwards, and the averages those given.
+    """
     for parameter, copy in zip(parameters, shadow, strict=True):
         copy.grad = parameter.grad.clone()
     plain.step()

@@ -1,4 +1,4 @@
-"""Small models with LoRA, data for them, and ways to look at their weights bit by bit."""
+"""Small models with LoRA, data for them, and comparisons of weights bit by bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CREATE = {
 
 
 class Mlp(nn.Module):
-    """12 -> 16 -> 10 -> 3, tanh between; ``up`` and ``down`` are meant for LoRA."""
+    """Layers 12 -> 16 -> 10 -> 3 with tanh between; ``up`` and ``down`` are meant for LoRA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Mlp(nn.Module):
 
 
 def lora_mlp(dtype: torch.dtype = torch.float64, seed: int = 0, **config: object) -> nn.Module:
-    """A PEFT model: rank 4 on ``up`` and ``down``, the head trained whole; in training mode."""
+    """Return a PEFT model in training mode: rank 4 on ``up`` and ``down``, a trained head."""
     torch.manual_seed(seed)
     config = {
         "r": 4,
@@ -51,7 +51,7 @@ def lora_mlp(dtype: torch.dtype = torch.float64, seed: int = 0, **config: object
 
 
 def lora_gpt2(**config: object) -> nn.Module:
-    """A two-layer GPT-2 of width 16 with random weights, LoRA on attention (a Conv1D) and head."""
+    """Return a random two-layer GPT-2 of width 16, LoRA on attention (a Conv1D) and head."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def lora_gpt2(**config: object) -> nn.Module:
 
 
 def lora_bert(**config: object) -> nn.Module:
-    """A two-layer BERT of width 16 with random weights, LoRA on attention, a classifier of 3."""
+    """Return a random two-layer BERT of width 16, LoRA on attention, a classifier of 3 classes."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def train_on(
     model: nn.Module, optimizer: torch.optim.Optimizer, data: list[tuple[Tensor, Tensor]]
 ) -> None:
-    """One step with a closure for each batch."""
+    """Take a step with a closure for each batch."""
     for batch in data:
 
         def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
@@ -129,16 +129,13 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what the parameters hold, read past every hook."""
+    """Return copies of the parameters' values."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 @contextmanager
 def at_points(optimizer: Any) -> Iterator[None]:
-    """Within, the parameters hold the values at which the next gradients will be taken.
-
-    Parameters are never perturbed: tests that look at a step's point look here.
-    """
+    """Give the parameters the values at which the next gradients are taken, within the context."""
     points = optimizer.points()
     clean = {parameter: parameter.detach().clone() for parameter in points}
     try:
@@ -151,20 +148,20 @@ def at_points(optimizer: Any) -> Iterator[None]:
 
 
 def accelerator(**kwargs: object) -> Any:
-    """An Accelerator on the CPU that knows nothing of the one before."""
+    """Return an Accelerator on the CPU without the state of the one before."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    for name in list(os.environ):  # what transformers 4 leaves behind
+    for name in list(os.environ):  # set by transformers 4
         if name.startswith(("ACCELERATE_DYNAMO_", "ACCELERATE_MIXED_PRECISION")):
             del os.environ[name]
     return Accelerator(cpu=True, **kwargs)
 
 
 def scale_gradients(engine: Any, init_scale: float) -> None:
-    """What Accelerator does by itself for fp16 on a GPU; on the CPU it leaves the scaler out."""
+    """Add a gradient scaler, as Accelerator does for fp16 on a GPU but not on the CPU."""
     engine.state._mixed_precision = "fp16"
     engine.native_amp = True
     engine.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
@@ -188,7 +185,7 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def relative_error(model: nn.Module, reference: nn.Module) -> float:
-    """Largest relative difference of a parameter in the Frobenius norm."""
+    """Return the largest relative difference of a parameter in the Frobenius norm."""
     pairs = zip(model.parameters(), reference.parameters(), strict=True)
     return max(
         float((p - q).detach().norm() / q.detach().norm().clamp_min(1e-300)) for p, q in pairs

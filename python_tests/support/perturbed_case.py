@@ -1,4 +1,4 @@
-"""A LoRA model whose training passes run at factors B that are higher by one."""
+"""A LoRA model whose training passes run at B + 1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ X = torch.linspace(-1, 1, 24).reshape(2, 12)
 
 
 def assert_nothing_in_place(model: nn.Module) -> None:
-    """No value stands in the place of a parameter."""
+    """Assert that no value hides a parameter."""
     for name, module in model.named_modules():
         assert not module.__dict__.keys() & module._parameters.keys(), name
 
@@ -41,7 +41,7 @@ class Case:
         self.perturbation.put({B: torch.full_like(B, value) for B in lora_weights(self.inner)})
 
     def plain(self, *added: float) -> nn.Module:
-        """A model without a perturbation, to whose factors B these numbers are added, if any."""
+        """Return a model without a perturbation, with these numbers added to its factors B."""
         config = LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"])
         other = get_peft_model(Mlp(), config).to(self.B[0].dtype)
         other.load_state_dict(self.before)
@@ -51,7 +51,7 @@ class Case:
         return other
 
     def assert_runs_at(self, *added: float, x: Tensor = X) -> None:
-        """Passes run at these numbers above the factors B, in which nothing is changed by it."""
+        """Assert that passes run at the factors B plus these numbers, and change no parameter."""
         assert_same_bits({"": self.model(x).detach()}, {"": self.plain(*added).eval()(x).detach()})
         self.assert_clean()
 
@@ -62,7 +62,7 @@ class Case:
         self.assert_runs_at(x=x)
 
     def assert_clean(self) -> None:
-        """Every parameter is as it was, whoever reads it."""
+        """Assert that every parameter is unchanged."""
         assert_same_bits(weights(self.inner), self.before)
         assert_same_bits(dict(self.inner.state_dict()), self.before)
         assert_nothing_in_place(self.model)

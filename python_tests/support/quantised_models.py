@@ -1,4 +1,4 @@
-"""A small Llama with random weights, quantised as users do it; steps that the reference checks."""
+"""A small random Llama, quantised by each library, and steps compared with the reference."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ BASES: dict[str, Callable[[], Any]] = {
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
-    """Skips a test, or all of a module, where a package is not installed."""
+    """Return a mark that skips tests if a package is not installed."""
     missing = [name for name in packages if find_spec(name) is None]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 def save_llama(folder: Path) -> Path:
-    """A one-layer Llama of width 64 in ``folder``."""
+    """Save a one-layer Llama of width 64 in ``folder``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def quantised_lora(
     autocast_adapter_dtype: bool = True,
     **config: Any,
 ) -> nn.Module:
-    """The model of ``folder``, quantised by ``BASES[base]``, rank 4 on three layers, training.
+    """Load the model quantised by ``BASES[base]``, with rank 4 on three layers, in training mode.
 
     Args:
         checkpointing: arguments of gradient checkpointing, which is off without them.
@@ -109,9 +109,9 @@ def quantised_lora(
         folder, quantization_config=BASES[base](), dtype=dtype
     )
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # a processor's own, inexact forward pass
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # an inexact forward pass for some CPUs
             module.support_avx512bf16_for_cpu = False
-    if dtype == torch.float32:  # it would make bfloat16 float32
+    if dtype == torch.float32:  # it would convert bfloat16 to float32
         model = prepare_model_for_kbit_training(
             model, checkpointing is not None, gradient_checkpointing_kwargs=checkpointing
         )
@@ -141,7 +141,7 @@ def lora_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def base_state(model: nn.Module) -> dict[str, Any]:
-    """A copy of all that the quantised base saves, scales included; torchao's dequantised."""
+    """Return copies of the quantised base's state, scales included; torchao's dequantised."""
     from torchao.utils import TorchAOBaseTensor
 
     return {
@@ -159,7 +159,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 def perturbations(optimizer: Any) -> dict[tuple[str, str], Tensor]:
-    """By pair and factor, what the reference makes of the gradients there are now."""
+    """Return the reference's perturbations for the current gradients, by pair and factor."""
     found = {}
     with at_points(optimizer):
         points = [factors(pair) for pair in optimizer.pairs]
@@ -177,7 +177,7 @@ def perturbations(optimizer: Any) -> dict[tuple[str, str], Tensor]:
 
 
 def assert_points(optimizer: Any, expected: dict, limit: float) -> None:
-    """The passes' points are the factors moved by these perturbations, and the others as is."""
+    """Assert that points are the factors plus these perturbations, and other weights unchanged."""
     points = optimizer.points()
     for pair in optimizer.pairs:
         for factor, parameter in (("A", pair.parameter_A), ("B", pair.parameter_B)):
@@ -190,9 +190,9 @@ def assert_points(optimizer: Any, expected: dict, limit: float) -> None:
 
 
 def assert_taken_at_the_points(model: nn.Module, optimizer: Any, loss: Callable[..., Any]) -> None:
-    """The gradients there are now are, bit for bit, those of a copy at the points."""
+    """Assert that the current gradients have the bits of those of a copy at the points."""
     with at_points(optimizer):
-        other = copy.deepcopy(model)  # runs as it is
+        other = copy.deepcopy(model)  # runs unperturbed
     other.zero_grad()
     loss(other).backward()
     for parameter, copied in zip(trainable(model), trainable(other), strict=True):
@@ -206,12 +206,12 @@ def steps_as_the_reference(
     steps: int = 3,
     limit: float = 1e-5,
 ) -> None:
-    """Every step perturbs as the reference does, steps as AdamW does, leaves the base alone.
+    """Take steps; assert the reference's perturbations, AdamW's updates and an unchanged base.
 
     Args:
         optimizer: of radius ``RHO``, around an AdamW of learning rate ``LR``.
-        loss: of the model at a step's number.
-        limit: of relative errors.
+        loss: returns the loss of the model in a step, by its number.
+        limit: bound on relative errors.
     """
     base = base_state(model)
     parameters = trainable(model)
@@ -229,7 +229,7 @@ def steps_as_the_reference(
             optimizer.first_step()
             loss(model, step).backward()
             assert_points(optimizer, new, limit)
-        elif optimizer.onto == "B":  # averages onto A are bounded where they are applied
+        elif optimizer.onto == "B":  # averages onto A are bounded when they are applied
             assert_points(optimizer, average, limit)
         assert_taken_at_the_points(model, optimizer, lambda other, step=step: loss(other, step))
         assert_same_bits(lora_only(weights(model)), saved)

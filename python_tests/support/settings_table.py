@@ -1,6 +1,6 @@
-"""The table of settings in README.md, made from the tests' ``proves`` markers.
+"""Make the table of settings in README.md from the tests' ``proves`` markers.
 
-``python python_tests/support/settings_table.py`` renews it; a test checks that it is up to date.
+``python python_tests/support/settings_table.py`` writes it; a test checks that it is up to date.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETTINGS = [
 
 
 def markers() -> Iterator[tuple[str, str, Path, str]]:
-    """Setting, promise, file and name of every test that proves one."""
+    """Return setting, promise, file and name of every test that proves one."""
     for path in sorted(TESTS.rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.FunctionDef):
@@ -37,10 +37,10 @@ def markers() -> Iterator[tuple[str, str, Path, str]]:
 
 
 def table() -> str:
-    """The table in Markdown.
+    """Return the table in Markdown.
 
     Raises:
-        ValueError: a marker names a setting that is none.
+        ValueError: a marker names an unknown setting.
     """
     lines = ["| setting | what holds | proved by |", "| --- | --- | --- |"]
     rows = sorted(markers(), key=lambda row: (SETTINGS.index(row[0]), row[2], row[1]))

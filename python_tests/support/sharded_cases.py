@@ -1,4 +1,4 @@
-"""Models that are sharded or replicated among ranks, and comparisons between ranks."""
+"""Models sharded or replicated among ranks, and comparisons between ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def own_part(batch: Batch) -> Batch:
-    """This rank's rows of a batch."""
+    """Return this rank's rows of a batch."""
     rank, world = dist.get_rank(), dist.get_world_size()
     x, y = (t.chunk(world)[rank] for t in batch)
     return x, y
@@ -30,7 +30,7 @@ def shard_model(
     mesh: Any = None,
     **options: Any,
 ) -> nn.Module:
-    """``fully_shard`` of LoRA layers and of the root; A is sharded along ``dim_A``."""
+    """Apply ``fully_shard`` to LoRA layers and to the root; A is sharded along ``dim_A``."""
 
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(dim_A if id(parameter) in A else 0)
@@ -61,7 +61,7 @@ def train(model: nn.Module, optimizer: Any, data: list[Batch], part: Callable = 
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, gathered where they are sharded; copies."""
+    """Return copies of the tensors, gathered if they are sharded."""
     return {
         name: (t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()).clone()
         for name, t in tensors.items()
@@ -79,7 +79,7 @@ def relative_errors(given: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
 
 
 def assert_same_on_all_ranks(tensors: dict[str, Tensor]) -> None:
-    """Bit for bit; sharded tensors are gathered first."""
+    """Assert the same bits on all ranks; sharded tensors are gathered first."""
     digest = hashlib.sha256()
     for name, tensor in sorted(whole(tensors).items()):
         digest.update(
@@ -95,7 +95,7 @@ def named(model: nn.Module) -> dict[str, Tensor]:
 
 
 def one_process(method: str, steps: int, config: dict[str, Any], **options: Any) -> Any:
-    """A model trained on whole batches, and its optimizer."""
+    """Return a model trained on whole batches, and its optimizer."""
     model = lora_mlp(**config)
     optimizer = optimizer_of(model, method, **options)
     train(model, optimizer, batches(steps), lambda batch: batch)
@@ -105,7 +105,7 @@ def one_process(method: str, steps: int, config: dict[str, Any], **options: Any)
 def errors_against(
     model: nn.Module, optimizer: Any, one: nn.Module, single: Any
 ) -> dict[str, float]:
-    """Relative errors of weights, averages and norms; equal counts."""
+    """Return relative errors of weights, averages and norms; assert equal counts."""
     errors = {"weights": relative_errors(named(model), named(one))}
     if hasattr(single, "averages"):
         errors["averages"] = relative_errors(whole(optimizer.averages), single.averages)

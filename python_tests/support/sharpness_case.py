@@ -1,4 +1,4 @@
-"""A model small enough to hold the Hessian of its adapted weights, and its loss without LoRA."""
+"""A model small enough to hold the Hessian of its adapted weights, and its merged form."""
 
 import copy
 
@@ -13,7 +13,7 @@ DATA = batches(2)
 
 
 def trained_mlp(seed=0, dtype=torch.float64):
-    """A small model some way down its loss, so that the Hessian has positive and negative parts."""
+    """Return a model after some steps, whose Hessian has positive and negative eigenvalues."""
     model = lora_mlp(seed=seed, dtype=dtype)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
     for _ in range(15):
@@ -25,9 +25,9 @@ def trained_mlp(seed=0, dtype=torch.float64):
 
 
 def merged(model):
-    """The same function without LoRA, and the loss as a function of all adapted weights in a row.
+    """Return all adapted weights as one vector, merged by PEFT, and the loss as a function of it.
 
-    Written with PEFT's merge, so that it shares nothing with the code under test.
+    It shares no code with what is tested.
     """
     plain = copy.deepcopy(model).merge_and_unload().eval()
     names = ["up.weight", "down.weight"]

@@ -1,4 +1,4 @@
-"""Trainer's side of the tests: data, arguments, a trainer with the hook, and looks into it."""
+"""Data, arguments and trainers for the tests of Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Read(dict[nn.Parameter, Tensor]):
         self[module._parameters["weight"]] = module.weight.detach().clone()
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Those of the model, read so where they were."""
+        """Return the model's weights, with the recorded values of the factors."""
         return {n: self.get(p, p).detach().clone() for n, p in model.named_parameters()}
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Token sequences with labels for each token, or one for all; no two rows alike."""
+    """Different token sequences with a label for each token, or one for the sequence."""
 
     def __init__(self, per_token: bool = True) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -78,7 +78,7 @@ def arguments(
         "disable_tqdm": True,
         **settings,
     }
-    accelerator()  # forget the one before
+    accelerator()  # reset Accelerate's state
     return cls(**settings)
 
 
@@ -104,7 +104,7 @@ def make(
 
 
 def own(run: Any) -> Any:
-    """The optimizer within accelerate's wrapper."""
+    """Return the optimizer within Accelerate's wrapper."""
     return run.optimizer.optimizer
 
 
@@ -113,7 +113,7 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_saved(folder: Path, clean: dict[str, Tensor]) -> None:
-    """The file holds all trainable weights, those of ``clean`` bit for bit."""
+    """Assert that the file holds all trainable weights with the bits of ``clean``."""
     named = {re.sub(r"(\.modules_to_save)?\.default", "", n): value for n, value in clean.items()}
     saved = adapter(folder)
     assert any("lora_B" in name for name in saved)
