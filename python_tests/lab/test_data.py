@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 
 import pytest
 
@@ -57,10 +56,21 @@ def test_pairs_are_read_kept_together_and_told_apart(tmp_path):
         read(str(path), "a", "y", "b")
 
 
+def test_texts_and_labels_are_as_they_are_written(tmp_path):
+    """Numbers, dates and words for a missing value are not converted."""
+    labels = ["01", "1", "1e3", "NA", "null", "2020-01-01"]
+    table = Table(labels, labels)
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"{k},{k}\n" for k in labels))
+    assert read(str(tmp_path / "t.csv")) == table
+    rows = [{"text": label, "label": label} for label in labels]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read(str(tmp_path / "t.jsonl")) == table
+
+
 def test_labels_may_be_numbers_or_booleans(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_text('{"q": "a", "y": 1}\n{"q": "b", "y": false}\n{"q": "c", "y": 0}')
-    assert read(str(path), "q", "y").labels == ["1", "False", "0"]
+    path.write_text('{"q": "a", "y": 1}\n{"q": "b", "y": false}\n{"q": "c", "y": 0.5}')
+    assert read(str(path), "q", "y").labels == ["1", "False", "0.5"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +88,7 @@ def test_labels_may_be_numbers_or_booleans(tmp_path):
             "row 2 has 4 fields, the header 2: quote texts that hold a comma",
         ),
         ("t.csv", "text,label\na,1\nb,c,0\n", "row 2 has 3 fields, the header 2"),
+        ("t.csv", "text,label\na,b,1\nc,d,0\n", "row 1 has 3 fields, the header 2"),
         (
             "t.tsv",
             "text\tlabel\na\tb\t1\n",
@@ -114,37 +125,38 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         read(str(tmp_path))
 
 
-class FakeNames:
-    """Like the label feature of the datasets package."""
-
-    def int2str(self, number):
-        return ["negative", "positive"][number]
-
-
-class FakeHub(list):
-    features = types.MappingProxyType({"text": None, "label": FakeNames()})
+@pytest.fixture
+def hub(monkeypatch):
+    """Return a function that puts another one in the place of ``datasets.load_dataset``."""
+    datasets = pytest.importorskip("datasets")
+    return lambda load_dataset: monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
 
-def test_a_hub_name_goes_to_the_datasets_package(monkeypatch):
+def sentiments(*rows):
+    """Return rows of texts and class numbers as a data set of the hub."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features(text=Value("string"), label=ClassLabel(names=["negative", "positive"]))
+    columns = dict(zip(("text", "label"), map(list, zip(*rows, strict=True)), strict=True))
+    return Dataset.from_dict(columns, features)
+
+
+def test_a_hub_name_goes_to_the_datasets_package(hub):
     def load_dataset(*arguments, **options):
         assert (arguments, options) == (("glue", "sst2"), {"split": "validation"})
-        return FakeHub([{"text": "good", "label": 1}, {"text": "bad", "label": 0}])
+        return sentiments(("good", 1), ("bad", 0))
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    hub(load_dataset)
     assert read("glue:sst2@validation") == Table(["good", "bad"], ["positive", "negative"])
 
 
-def test_trouble_with_the_hub_is_one_sentence(monkeypatch):
+def test_trouble_with_the_hub_is_one_sentence(hub, monkeypatch):
     def hidden_labels(name, configuration, split):
         assert (name, configuration, split) == ("some/set", None, "train")
-        return FakeHub([{"text": "good", "label": -1}])
+        return sentiments(("good", -1))
 
     def no_such_set(*_, **__):
         raise FileNotFoundError("no such set\nand much more")
-
-    def hub(load_dataset):
-        module = types.SimpleNamespace(load_dataset=load_dataset)
-        monkeypatch.setitem(sys.modules, "datasets", module)
 
     hub(hidden_labels)
     with pytest.raises(InputError, match="row 1: column 'label' is empty"):
