@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from eflat_ext import create_eflat_optimizer
 from eflat_ext.lab.data.corpora import movie_reviews
-from eflat_ext.lab.data.tables import split
+from eflat_ext.lab.data.splits import split
 from eflat_ext.lab.finetune.loading import find_model
 
 

@@ -23,7 +23,8 @@ from transformers import (
 from transformers.utils import logging
 
 from eflat_ext.lab.data.corpora import movie_reviews
-from eflat_ext.lab.data.tables import Texts, split
+from eflat_ext.lab.data.splits import split
+from eflat_ext.lab.data.texts import Texts
 from eflat_ext.lab.finetune.loading import find_model
 from eflat_ext.trainer import PerturbationMixin, eflat_optimizer, flat_optimizer
 

@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from bench import csv_rows
-from eflat_ext.lab.data.tables import Splits, Table
+from eflat_ext.lab.data.splits import Splits
+from eflat_ext.lab.data.texts import Table
 from eflat_ext.lab.finetune import comparison
 from eflat_ext.lab.finetune.config import FinetuneConfig
 

@@ -15,7 +15,9 @@ import pytest
 
 from eflat_ext.lab.data import corpora
 from eflat_ext.lab.data.corpora import movie_reviews
-from eflat_ext.lab.data.tables import InputError, read, split
+from eflat_ext.lab.data.splits import split
+from eflat_ext.lab.data.tables import read
+from eflat_ext.lab.data.texts import InputError
 
 
 def test_movie_reviews_are_the_known_ones():

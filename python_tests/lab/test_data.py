@@ -1,4 +1,4 @@
-"""What eflat_ext.lab.data.tables promises: reading of tables, disjoint splits."""
+"""Tests of reading labelled text and of splitting it into disjoint parts."""
 
 import json
 import sys
@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from eflat_ext.lab.data.corpora import movie_reviews
-from eflat_ext.lab.data.tables import InputError, LeftOut, Table, read, split
+from eflat_ext.lab.data.splits import LeftOut, split
+from eflat_ext.lab.data.tables import read
+from eflat_ext.lab.data.texts import InputError, Table
 
 
 @pytest.fixture(scope="module")

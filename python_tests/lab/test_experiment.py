@@ -16,7 +16,8 @@ from experiment_case import SHARPNESS, make_content, rows_of, write
 from tiny_model import make_rows, write_csv
 
 from bench.experiment import METHODS
-from eflat_ext.lab.data.tables import InputError, flip_labels, with_typos
+from eflat_ext.lab.data.splits import flip_labels, with_typos
+from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.experiment import plan, runner
 from eflat_ext.lab.experiment.pending import known
 from eflat_ext.lab.experiment.results import Results, columns_of

@@ -16,7 +16,7 @@ import torch
 from experiment_case import SHARPNESS, make_content, write
 
 from eflat_ext.lab import cli
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.experiment import runner
 from eflat_ext.lab.finetune import comparison
 

@@ -11,7 +11,7 @@ import torch
 from finetune_case import METHODS, figures, make_settings, one_run
 from tiny_model import make_rows, write_csv
 
-from eflat_ext.lab.data.tables import InputError, Texts
+from eflat_ext.lab.data.texts import InputError, Texts
 from eflat_ext.lab.experiment import plan, runner
 from eflat_ext.lab.finetune import comparison, loading
 from eflat_ext.lab.finetune.config import FinetuneConfig

@@ -12,7 +12,8 @@ from tokenizers import processors
 
 from bench import csv_rows
 from eflat_ext.lab import cli
-from eflat_ext.lab.data.tables import InputError, Texts, read
+from eflat_ext.lab.data.tables import read
+from eflat_ext.lab.data.texts import InputError, Texts
 from eflat_ext.lab.experiment import runner
 from eflat_ext.lab.finetune import comparison, loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bench import csv_rows
 from eflat_ext.lab import cli
-from eflat_ext.lab.data.tables import InputError, Table, Texts, split
+from eflat_ext.lab.data.splits import split
+from eflat_ext.lab.data.texts import InputError, Table, Texts
 from eflat_ext.lab.experiment import runner
 from eflat_ext.lab.finetune import comparison, loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig

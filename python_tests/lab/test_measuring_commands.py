@@ -13,7 +13,7 @@ from tiny_model import make_rows, write_csv
 from eflat_ext.analysis import sharpness
 from eflat_ext.analysis.full_space import mean_loss
 from eflat_ext.lab import cli
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.finetune import comparison
 from eflat_ext.lab.finetune.config import FinetuneConfig
 from eflat_ext.lab.measure import trained_models

@@ -8,7 +8,7 @@ from measured_case import SMALL, make_language_model, make_run, read_csv
 from tiny_model import make_rows, write_csv
 
 from eflat_ext.lab import cli
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.measure import each_model, trained_models
 from eflat_ext.lab.measure.config import MeasureConfig
 

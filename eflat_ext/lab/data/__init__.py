@@ -1,1 +1,1 @@
-"""Read labelled text: corpora of packages, files, hub data sets."""
+"""Read, check and split labelled text and settings."""

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from pydantic import BeforeValidator
 
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.data.validation import (
     DISTINCT,
     NOT_EMPTY,

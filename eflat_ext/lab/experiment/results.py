@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 
 from .plan import Experiment, Method, Run, Settings, Task
 

@@ -27,15 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eflat_ext.analysis.full_space import adapted_layers
-from eflat_ext.lab.data.tables import (
-    InputError,
-    Texts,
-    flip_labels,
-    mixed_order,
-    random_order,
-    with_typos,
-    without,
-)
+from eflat_ext.lab.data.splits import flip_labels, mixed_order, random_order, with_typos, without
+from eflat_ext.lab.data.texts import InputError, Texts
 from eflat_ext.lab.finetune import comparison, loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig
 from eflat_ext.lab.finetune.loading import first_line

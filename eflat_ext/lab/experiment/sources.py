@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from eflat_ext.lab.data.corpora import CORPORA
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.finetune import loading
 from eflat_ext.lab.finetune.config import FinetuneConfig
 

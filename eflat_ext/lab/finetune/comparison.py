@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eflat_ext.lab.data.tables import InputError, Texts
+from eflat_ext.lab.data.texts import InputError, Texts
 from eflat_ext.optim.factories import trainable_parameters
 
 from . import loading, objective, run_folder, screen

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from eflat_ext.lab.data.tables import InputError, Splits, Table, Texts, read, split
+from eflat_ext.lab.data.splits import Splits, split
+from eflat_ext.lab.data.tables import read
+from eflat_ext.lab.data.texts import InputError, Table, Texts
 
 from . import packaged_models
 from .config import MINILM, SMOLLM2, FinetuneConfig

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 
 from . import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from eflat_ext.lab.data.tables import Texts
+    from eflat_ext.lab.data.texts import Texts
 
     from .config import FinetuneConfig
     from .loading import Tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eflat_ext.lab.data.corpora import cache_dir
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

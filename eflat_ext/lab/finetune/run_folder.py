@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 
 from .config import FinetuneConfig
 from .means import summarize

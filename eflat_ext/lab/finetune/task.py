@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eflat_ext.lab.data.tables import Splits
+from eflat_ext.lab.data.splits import Splits
 
 if TYPE_CHECKING:
     from .loading import Tokenizer

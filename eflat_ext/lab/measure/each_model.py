@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.finetune import loading
 from eflat_ext.lab.finetune.screen import make_progress
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 
 Columns = tuple[str, ...]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 
 from eflat_ext.analysis.full_space import adapted_layers, gradients, mean_loss
-from eflat_ext.lab.data.tables import InputError
+from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.data.validation import NOT_EMPTY, File, NotNegative
 from eflat_ext.lab.finetune.config import Rtol
 from eflat_ext.lab.finetune.versions import versions

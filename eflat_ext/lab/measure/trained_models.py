@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from eflat_ext.lab.data.tables import InputError, Table, Texts, class_names
+from eflat_ext.lab.data.splits import class_names
+from eflat_ext.lab.data.texts import InputError, Table, Texts
 from eflat_ext.lab.data.validation import named, option, read_yaml, section_of, validate
 from eflat_ext.lab.finetune import loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig, Method, TaskType
