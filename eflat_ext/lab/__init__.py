@@ -1,1 +1,1 @@
-"""The command ``eflat``: fine-tune, compare methods, measure what was trained."""
+"""Implement the command ``eflat``: fine-tune, compare methods, measure trained models."""

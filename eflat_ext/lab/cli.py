@@ -1,4 +1,4 @@
-"""The command ``eflat``."""
+"""Parse the command line of ``eflat`` and call what implements each command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ try:
 
     from .data.corpora import CORPORA
     from .data.texts import InputError
-    from .data.validation import read_yaml, sentence
+    from .data.validation import first_error, read_yaml
     from .finetune.config import FinetuneConfig
     from .measure.landscape_figure import LandscapeConfig
     from .measure.sharpness_table import SharpnessConfig
@@ -34,7 +34,7 @@ def _version() -> str:
 def _add_settings_of_file(
     app: App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
 ) -> None:
-    """Take from the file of --config what the command line does not set."""
+    """Set from the file of --config the options that the command line leaves out."""
     for argument in arguments:
         if argument.name == "--config" and argument.tokens:
             path = Path(argument.tokens[-1].value)
@@ -96,14 +96,14 @@ def experiment(
     retry_failed: bool = False,
     methods: Annotated[Mapping[str, Callable[..., Any]] | None, Parameter(parse=False)] = None,
 ) -> None:
-    """Run a grid of tasks, methods, tuned values and seeds; a killed one goes on where it was.
+    """Run a grid of tasks, methods, tuned values and seeds; resume it if it was interrupted.
 
     Args:
         file: YAML file of the experiment; bench/experiments/ has some.
         task: run only this task of the file; may be given several times.
-        method: run only this method, and the one that it is like; may be given several times.
+        method: run only this method, and the one named by its `like`; may be given several times.
         jobs: processes, each with one thread.
-        retry_failed: run again what failed before.
+        retry_failed: repeat the runs that failed before.
         methods: further ones, by name; for bench/experiment.py.
     """
     from .experiment.runner import run
@@ -140,7 +140,7 @@ def sharpness(
     *,
     settings: Annotated[SharpnessConfig, Parameter(name="*")] | None = None,
 ) -> None:
-    """Measure how sharp the minima are that a fine-tune has found.
+    """Measure the sharpness of the minima that a fine-tune has found.
 
     The rise of the loss in the full space of the adapted layers: at the worst point of a radius
     (to first order, along the true gradient of the whole weights), at the point that EFlat-LoRA's
@@ -162,7 +162,7 @@ def landscape(
     *,
     settings: Annotated[LandscapeConfig, Parameter(name="*")] | None = None,
 ) -> None:
-    """Draw slices of the loss around what a fine-tune has found, several methods on one scale.
+    """Draw slices of the loss around trained models, all on one scale.
 
     In the full space of the adapted layers, along random directions, eigenvectors of the Hessian,
     or the line between adapters. Writes a figure and its numbers as CSV.
@@ -177,7 +177,7 @@ def landscape(
 
 
 def _message(error: Exception) -> str:
-    """Return what is wrong with the input, as one sentence."""
+    """Return an error of the input as one sentence."""
     if isinstance(error, cyclopts.UnusedCliTokensError):
         word = (error.unused_tokens or [""])[0]
         meant = word in CORPORA or Path(word).suffix.lower() in (".csv", ".tsv", ".jsonl")
@@ -185,7 +185,7 @@ def _message(error: Exception) -> str:
         return f"{word!r} belongs to no option{advice}"
     if isinstance(error.__cause__, pydantic.ValidationError):  # cyclopts knows pydantic's types
         argument = getattr(error, "argument", None)
-        return sentence(error.__cause__, argument.name if argument else "")
+        return first_error(error.__cause__, argument.name if argument else "")
     return str(error)
 
 
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: in place of those that the process was started with.
+        arguments: command line to parse, by default the process's own.
 
     Returns:
         The exit code: 0, or 2 if the input cannot be used (with one sentence on standard

@@ -19,7 +19,7 @@ from bench.experiment import METHODS
 from eflat_ext.lab.data.splits import flip_labels, with_typos
 from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.experiment import plan, runner
-from eflat_ext.lab.experiment.pending import known
+from eflat_ext.lab.experiment.pending import known_runs
 from eflat_ext.lab.experiment.results import Results, columns_of
 from eflat_ext.lab.finetune import comparison
 
@@ -198,7 +198,7 @@ def test_the_rows_in_bench_are_still_those_of_their_files():
         grid = plan.load(path, methods)
         rows = rows_of(grid.results) if grid.results.exists() else []
         results = Results(grid.results, columns_of(grid))
-        assert len([run for run in known(grid, results) if results.of(run)]) == len(rows), path
+        assert len([run for run in known_runs(grid, results) if results.of(run)]) == len(rows), path
 
 
 def test_other_settings_than_the_rows_have_are_refused(finished, content, tmp_path):

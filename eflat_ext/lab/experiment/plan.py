@@ -1,4 +1,4 @@
-"""An experiment's file: what ``eflat experiment`` reads, checked, and the runs that follow from it.
+"""Read and check the YAML file of an experiment, and list the runs that it asks for.
 
 A file names tasks, methods, the values to tune and the seeds. Each task gives every method the
 same sentences, batches and first weights for one seed. Stage "tuning" runs every value of a
@@ -24,13 +24,13 @@ from eflat_ext.lab.data.texts import InputError
 from eflat_ext.lab.data.validation import (
     DISTINCT,
     NOT_EMPTY,
-    Count,
     Name,
-    NotNegative,
+    NonNegativeFloat,
+    PositiveInt,
     Section,
     Seed,
     Share,
-    named,
+    prefix_errors,
     read_yaml,
     section_of,
     validate,
@@ -47,7 +47,7 @@ _OURS = frozenset({"method", "seeds", "evaluate_on", "output_dir"})
 
 @dataclass(frozen=True)
 class Task:
-    """Data and the settings all methods share.
+    """Data, and the settings that all methods share.
 
     Attributes:
         settings: of :class:`FinetuneConfig`; ``train_size`` sentences are drawn for each seed.
@@ -64,12 +64,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Method:
-    """A method: who makes its optimizer, its fixed settings, and the values to choose from.
+    """A method: its optimizer, its fixed settings and the values to choose from.
 
     Attributes:
-        builder: a name in the table of methods, such as :data:`.comparison.METHODS`.
-        tune: a grid, as lists of values by setting.
-        like: the method whose chosen values this one starts from.
+        builder: name of the function that makes the optimizer, in a table such as
+            :data:`.comparison.METHODS`.
+        settings: of :class:`FinetuneConfig`, over those of the task.
+        tune: the grid, a list of values for each setting.
+        like: name of the method whose chosen values this one starts from.
     """
 
     name: str
@@ -79,13 +81,13 @@ class Method:
     like: str | None = None
 
     def grid(self) -> list[Settings]:
-        """Every combination of the values to tune; one empty one if there are none."""
+        """Return every combination of the values to tune; a single empty one without values."""
         values = itertools.product(*self.tune.values())
         return [dict(zip(self.tune, row, strict=True)) for row in values]
 
 
 class Sharpness(Section):
-    """What is measured of a final run: the rise of the training loss around its weights.
+    """Settings of the sharpness of final runs: rises of the training loss around the weights.
 
     Both rises are taken in the full space of ``layers``, with one radius for all layers together
     unless ``norm_scope`` says otherwise.
@@ -98,13 +100,13 @@ class Sharpness(Section):
         sentences: of the training part, from its start.
     """
 
-    worst_rho: NotNegative
-    random_rho: NotNegative
+    worst_rho: NonNegativeFloat
+    random_rho: NonNegativeFloat
     layers: list[Name]
     norm_scope: Literal["layer", "global"] = "global"
     radius: Literal["absolute", "layer", "filter"] = "absolute"
     samples: Annotated[int, Ge(2)] = 2
-    sentences: Count = 256
+    sentences: PositiveInt = 256
 
 
 @dataclass(frozen=True)
@@ -118,22 +120,22 @@ class Run:
     tuned: Settings
 
     def settings(self) -> Settings:
-        """All that is set for it, in the order of precedence."""
+        """Return its settings: the task's, the method's and the tuned ones, later ones winning."""
         return {**self.task.settings, **self.method.settings, **self.tuned}
 
     def config(self) -> FinetuneConfig:
-        """Its settings, with the defaults."""
+        """Return its settings together with the defaults."""
         part: Any = "validation" if self.stage == "tuning" else "test"
         settings = validate(section_of(FinetuneConfig, _OURS), self.settings())
         return FinetuneConfig(**settings.given(), evaluate_on=part)
 
     def key(self) -> tuple[str, ...]:
-        """What tells it from every other run of the experiment; as the CSV file holds it."""
+        """Return its key, different for every run of the experiment, as in the CSV file."""
         tuned = json.dumps(self.tuned, sort_keys=True)
         return self.stage, self.task.name, self.method.name, str(self.seed), tuned
 
     def digest(self) -> str:
-        """A short hash of all that the file says of it."""
+        """Return a short hash of its settings, by which a row of other settings is recognised."""
         task = [self.task.label_noise, self.task.also_test, self.method.builder]
         text = json.dumps([self.settings(), task], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -141,7 +143,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A whole file."""
+    """The content of an experiment's file.
+
+    Attributes:
+        name: of the file, without its suffix.
+        results: path of the CSV file.
+        tasks, methods: in the order of the file.
+        tuning_seeds, seeds: of the tuning runs and of the final runs.
+        choose_by: figure of the validation part that chooses tuned values.
+        sharpness: what to measure of final runs, if anything.
+    """
 
     name: str
     results: Path
@@ -153,11 +164,11 @@ class Experiment:
     sharpness: Sharpness | None = None
 
     def method(self, name: str) -> Method:
-        """The method of this name."""
+        """Return the method of this name."""
         return next(method for method in self.methods if method.name == name)
 
     def only(self, tasks: Collection[str] = (), methods: Collection[str] = ()) -> Experiment:
-        """The part of these tasks and methods, and of those that the methods are like.
+        """Return the part of these tasks and methods, with those named by the methods' ``like``.
 
         Args:
             tasks, methods: names; none stands for all.
@@ -179,14 +190,14 @@ class Experiment:
         )
 
     def tuning(self, task: Task, method: Method, inherited: Settings) -> list[Run]:
-        """The tuning runs of a method; none if it has no values to choose from."""
+        """Return the tuning runs of a method; none if it has no values to choose from."""
         if not method.tune:
             return []
         pairs = itertools.product(method.grid(), self.tuning_seeds)
         return [Run("tuning", task, method, seed, {**inherited, **row}) for row, seed in pairs]
 
     def count(self) -> int:
-        """How many runs there are in all."""
+        """Return the number of all runs."""
         each = [len(m.grid()) * len(self.tuning_seeds) if m.tune else 0 for m in self.methods]
         return len(self.tasks) * (sum(each) + len(self.seeds) * len(self.methods))
 
@@ -199,7 +210,7 @@ def _listed(value: Any) -> Any:
 
 
 _Key = Annotated[str, BeforeValidator(str)]
-_Sizes = Annotated[list[Count | None], BeforeValidator(_listed)]
+_Sizes = Annotated[list[PositiveInt | None], BeforeValidator(_listed)]
 
 
 class _Shared(section_of(FinetuneConfig, _OURS)):  # type: ignore[misc]
@@ -248,7 +259,7 @@ def load(path: Path, methods: Collection[str]) -> Experiment:
     """
     content = read_yaml(path)
     file = validate(_File, content, str(path))
-    with named(str(path)):
+    with prefix_errors(str(path)):
         experiment = Experiment(
             name=path.stem,
             results=(path.parent / (file.results or f"{path.stem}.csv")).resolve(),
@@ -293,7 +304,7 @@ def _check(experiment: Experiment, methods: Collection[str]) -> None:
                 )
     for task, method in itertools.product(experiment.tasks, experiment.methods):
         for tuned in method.grid():
-            with named(f"task {task.name!r}, method {method.name!r}"):
+            with prefix_errors(f"task {task.name!r}, method {method.name!r}"):
                 Run("final", task, method, experiment.seeds[0], tuned).config().check()
 
 

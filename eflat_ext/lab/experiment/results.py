@@ -1,8 +1,8 @@
-"""The CSV file of an experiment: one row for each run, written as soon as the run has ended.
+"""Read and write the CSV file of an experiment, one row for each run that has ended.
 
 A row cut off by a crash or a full disk is dropped when the file is read. A file that lacks the
-columns of some further tests, of tasks added later, gets them before the next row. A file that is
-not an experiment's own stays as it is.
+columns of further tests, of tasks added later, gets them before the next row. A file with other
+columns is refused and not changed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FIGURES = (
 
 
 def columns_of(experiment: Experiment) -> list[str]:
-    """The columns of an experiment's file; those of a further test are ``accuracy@DATA``."""
+    """Return the columns of an experiment's CSV file, with ``accuracy@DATA`` for further tests."""
     also = dict.fromkeys(data for task in experiment.tasks for data in task.also_test)
     tests = [f"{figure}@{data}" for data in also for figure in ("accuracy", "loss")]
     return [*KEY, *_STATE, *FIGURES, *tests]
@@ -55,11 +55,11 @@ class Results:
     """The rows of an experiment so far.
 
     Args:
-        path: the file, which need not be there.
-        columns: in their order.
+        path: the CSV file; it may be missing.
+        columns: of the file, in their order.
 
     Raises:
-        InputError: the file cannot be read, or is one of other columns.
+        InputError: the file cannot be read, or has other columns.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -71,7 +71,7 @@ class Results:
             self._rows[tuple(row[name] for name in KEY)] = row
 
     def of(self, run: Run) -> Row | None:
-        """The row of ``run``, if it has ended.
+        """Return the row of ``run``, or None if it has not ended.
 
         Raises:
             InputError: the row is of other settings than the experiment has now.
@@ -95,9 +95,9 @@ class Results:
                 )
 
     def make_file(self) -> None:
-        """Make an empty file if there is none, so that one that cannot be written is known early.
+        """Create the file if it is missing, so that an unwritable path is found early.
 
-        One that lacks some of the columns gets them, with empty cells. Comes before ``append``.
+        A file that lacks some of the columns gets them, with empty cells. Call before ``append``.
 
         Raises:
             InputError: it cannot be written.
@@ -148,10 +148,13 @@ class Results:
         return row
 
     def inherited(self, experiment: Experiment, task: Task, method: Method) -> Settings | None:
-        """What is chosen for the method that this one is like; nothing if there is none.
+        """Return the settings chosen for the method's ``like``; none if it has no ``like``.
+
+        Returns:
+            None while tuning runs are missing.
 
         Raises:
-            AllFailed: nothing can be.
+            AllFailed: no value can be chosen.
             InputError: a row is of other settings than the experiment has now.
         """
         if method.like is None:
@@ -165,10 +168,10 @@ class Results:
             ) from None
 
     def chosen(self, experiment: Experiment, task: Task, method: Method) -> Settings | None:
-        """The tuned settings of a method: those with the best mean on the validation part.
+        """Return the tuned settings of a method: those with the best mean on the validation part.
 
-        A setting with a failed run is out. Of equally accurate ones the one with the lower loss is
-        taken.
+        Settings with a failed run are never chosen. Ties in accuracy are decided by the loss, and
+        the other way round.
 
         Returns:
             None while tuning runs are missing.
@@ -194,7 +197,7 @@ class Results:
 
 
 class AllFailed(Exception):
-    """No value of a grid can be chosen."""
+    """Raised when no value of a grid can be chosen, since each has a failed run."""
 
 
 def _score(row: Row, by: str) -> tuple[float, float]:
@@ -212,9 +215,9 @@ def _mean(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _read(path: Path, columns: list[str]) -> tuple[list[str], list[Row]]:
-    """The header and the rows of a file, which may lack further tests.
+    """Return the header and the rows of a file, which may lack columns of further tests.
 
-    A row cut off is dropped, once the header has shown whose file it is.
+    A row cut off is removed from the file, if the header is an experiment's.
     """
     try:
         content = path.read_bytes()

@@ -1,7 +1,7 @@
-"""Run an experiment: ``eflat experiment FILE``, resumable, in several processes.
+"""Run an experiment in one or several processes: ``eflat experiment FILE``.
 
-What is left to run follows from the file and the rows that the CSV file holds already, so a killed
-experiment goes on where it was. A run that fails leaves a row with its error.
+The rows in the CSV file decide which runs are left, so an interrupted experiment is resumed. A run
+that fails leaves a row with its error.
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eflat_ext.analysis.full_space import adapted_layers
-from eflat_ext.lab.data.splits import flip_labels, mixed_order, random_order, with_typos, without
+from eflat_ext.lab.data.splits import (
+    flip_labels,
+    mixed_order,
+    random_order,
+    with_typos,
+    without_texts,
+)
 from eflat_ext.lab.data.texts import InputError, Texts
 from eflat_ext.lab.finetune import comparison, loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig
 from eflat_ext.lab.finetune.loading import first_line
 from eflat_ext.lab.measure.trained_models import Batch, make_batches
 
-from .pending import known, pending, unfinished, without_choice
+from .pending import known_runs, pending_runs, unfinished_finals, untunable
 from .plan import TYPOS, Experiment, Run, Sharpness, load
 from .results import Results, columns_of
 from .screen import experiment_progress, print_failures, print_tables
@@ -62,16 +68,16 @@ def run(
     retry_failed: bool = False,
     methods: Mapping[str, comparison.Builder] | None = None,
 ) -> Path:
-    """Run what an experiment's file asks for and its CSV file lacks.
+    """Do the runs of an experiment's file that its CSV file lacks.
 
     Args:
         path: a YAML file, see :mod:`eflat_ext.lab.experiment.plan`.
-        task, method: names of those to run, and of what the methods are like; none for all.
-        jobs: processes, each with one thread; with 1, everything runs in this one, which has its
-            threads back afterwards.
-        retry_failed: run again what failed before.
-        methods: by name, beside those of :data:`.comparison.METHODS`. Other processes
-            must be able to import the functions.
+        task, method: names of those to run, together with the methods' ``like``; all by default.
+        jobs: processes, each with one thread; with 1, all runs are in this process, whose number
+            of threads is restored afterwards.
+        retry_failed: repeat the runs that failed before.
+        methods: further methods by name, beside those of :data:`.comparison.METHODS`; other
+            processes must be able to import the functions.
 
     Returns:
         The CSV file.
@@ -79,7 +85,7 @@ def run(
     Raises:
         InputError: something in the file cannot be used, the CSV file belongs to another one or
             cannot be written, or a process was killed. Rows written so far stay.
-        SystemExit: with code 1, after all is shown, if one of these runs has failed.
+        SystemExit: with code 1, after the tables are printed, if a run has failed.
     """
     extra = methods or {}
     if jobs < 1:
@@ -88,12 +94,12 @@ def run(
     results = Results(experiment.results, columns_of(experiment))
     experiment = experiment.only(task, method)
     retried: set[tuple[str, ...]] | None = set() if retry_failed else None
-    if todo := pending(experiment, results, retried)[0]:
-        check_sources([*todo, *unfinished(experiment, results)])
+    if todo := pending_runs(experiment, results, retried)[0]:
+        check_sources([*todo, *unfinished_finals(experiment, results)])
         results.make_file()
     with _workers(jobs, experiment, extra) as submit, experiment_progress(experiment) as show:
         while True:
-            todo, left = pending(experiment, results, retried)
+            todo, left = pending_runs(experiment, results, retried)
             show.start(left)
             if not todo:
                 break
@@ -107,9 +113,9 @@ def run(
                 raise InputError(
                     "a process was killed, perhaps for want of memory; run again to go on"
                 ) from None
-    rows = [row for job in known(experiment, results) if (row := results.of(job))]
+    rows = [row for job in known_runs(experiment, results) if (row := results.of(job))]
     print_tables(rows)
-    print_failures(experiment, rows, without_choice(experiment, results))
+    print_failures(experiment, rows, untunable(experiment, results))
     if errors := [row["error"] for row in rows if row["status"] != "ok"]:
         sys.exit(f"eflat: {len(errors)} of {len(rows)} runs failed, the first with {errors[0]}")
     return experiment.results
@@ -119,13 +125,14 @@ def run(
 
 
 class _Unusable(InputError):
-    """Layers to measure or a further test that no run can use: it ends the experiment."""
+    """Raised for layers to measure or a further test that no run can use; ends the experiment."""
 
 
 class Runner:
-    """Runs one at a time; keeps the last task's data, tokens and further tests.
+    """Does one run at a time, and caches the last task's data, tokens and further tests.
 
     Args:
+        experiment: whose runs are done.
         methods: beside those of :data:`eflat_ext.lab.finetune.comparison.METHODS`.
     """
 
@@ -136,11 +143,11 @@ class Runner:
         self._errors: set[str] = set()
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """The columns of its row; whatever goes wrong is a failed run.
+        """Train and measure, and return the columns of the run's row; an error is a failed run.
 
         Raises:
-            InputError: layers to measure or a further test cannot be used. That is found in tuning,
-                too, so that not all of it is done in vain.
+            InputError: layers to measure or a further test cannot be used. This is checked in
+                tuning runs too, so that it is found early.
         """
         start = time.perf_counter()
         try:
@@ -156,7 +163,7 @@ class Runner:
         return {**figures, "run_seconds": round(time.perf_counter() - start, 3)}
 
     def train(self, run: Run) -> tuple[comparison.Task, Model, comparison.Result]:
-        """The task with its drawn sentences, the model as it was trained, and its figures.
+        """Train, and return the task with its drawn sentences, the model and the figures.
 
         Raises:
             InputError: something in the file cannot be used.
@@ -193,10 +200,10 @@ class Runner:
         return metrics
 
     def _prepare(self, run: Run) -> tuple[comparison.Task, dict[str, comparison.Tokens]]:
-        """The task with all sentences to draw from, and the further tests."""
+        """Return the task with all sentences to draw from, and the further tests."""
         config = dataclasses.replace(run.config(), train_size=None)
         of_data = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OF_TRAINING}
-        name = f"{run.stage} {run.task.name} {of_data}"  # a method may have data of its own
+        name = f"{run.stage} {run.task.name} {of_data}"  # a method may change the data
         if name not in self._prepared:
             task = comparison.prepare(config)
             also = {}
@@ -207,18 +214,18 @@ class Runner:
                 except InputError as error:
                     where = f"task {run.task.name!r}: also_test"
                     raise _Unusable(f"{where}: {error}") from None
-            self._prepared = {name: (task, also)}  # the next runs are of the same task, mostly
+            self._prepared = {name: (task, also)}  # most next runs are of the same task
         return self._prepared[name]
 
 
 def _further_test(config: FinetuneConfig, task: comparison.Task, data: str) -> Texts:
-    """What ``also_test`` names, in the task's classes and without its texts."""
+    """Return the data that ``also_test`` names, in the task's classes, without the task's texts."""
     if data == TYPOS:
         test = task.splits.test
         pairs = None if test.pairs is None else with_typos(test.pairs, _TYPOS_SHARE, seed=1)
         texts = with_typos(test.texts, _TYPOS_SHARE, seed=0)
         return dataclasses.replace(test, texts=texts, pairs=pairs)
-    rows = without(loading.read_table(config, data), task.text_keys())
+    rows = without_texts(loading.read_table(config, data), task.text_keys())
     if not len(rows):
         raise InputError(f"{data} has no text that the task lacks")
     if rows.kind != task.splits.train.kind:
@@ -233,7 +240,7 @@ def _further_test(config: FinetuneConfig, task: comparison.Task, data: str) -> T
 
 
 def draw(pool: comparison.Task, size: int | None, label_noise: float, seed: int) -> comparison.Task:
-    """A task with training sentences of its own for this seed, some labels of them wrong.
+    """Return a task with training sentences drawn by the seed, some of their labels wrong.
 
     Args:
         pool: the task with all sentences to draw from.
@@ -258,7 +265,7 @@ def draw(pool: comparison.Task, size: int | None, label_noise: float, seed: int)
 def measure_sharpness(
     settings: Sharpness, run: Run, task: comparison.Task, model: Model
 ) -> dict[str, float]:
-    """The rise of the training loss in the worst direction and under random noise."""
+    """Return the rise of the training loss in the worst direction and under random noise."""
     from eflat_ext.analysis import sharpness
 
     config = run.config()
@@ -290,13 +297,13 @@ def measure_sharpness(
 
 @contextlib.contextmanager
 def _peak_memory() -> Iterator[dict[str, Any]]:
-    """Peak resident memory of this process within the block, in MiB; nothing if not on Linux."""
+    """Yield a dict that holds, after the block, the peak resident memory in it (MiB), on Linux."""
     found: dict[str, Any] = {}
     status = Path("/proc/self/status")
-    gc.collect()  # hooks may tie the last run's model and optimizer in a cycle
+    gc.collect()  # hooks may hold the last run's model and optimizer in a reference cycle
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what the last run freed is no part of this one
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # return memory that the last run freed to the system
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     yield found
     with contextlib.suppress(OSError, StopIteration):
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
@@ -319,9 +326,9 @@ def _start_worker(
 
 
 def _end_with(parent: Connection) -> None:
-    """End this process once its parent has closed its end, or is gone, however that ended."""
+    """Exit this process when the parent closes its end of the pipe, or has ended in any way."""
     with contextlib.suppress(EOFError, OSError):
-        parent.recv_bytes()  # which never come
+        parent.recv_bytes()  # nothing is sent: this returns at the end of the pipe
     os._exit(1)
 
 
@@ -333,11 +340,11 @@ def _run_here(run: Run) -> dict[str, Any]:
 def _workers(
     jobs: int, experiment: Experiment, methods: Mapping[str, comparison.Builder]
 ) -> Iterator[Any]:
-    """A function that starts a run and returns its future."""
+    """Yield a function that starts a run and returns its future."""
     if jobs == 1:
         runner = Runner(experiment, methods)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in workers: rows of one file, whatever its jobs, are alike
+        torch.set_num_threads(1)  # as in workers, so that rows do not depend on the number of jobs
 
         def at_once(run: Run) -> Future[dict[str, Any]]:
             future: Future[dict[str, Any]] = Future()
@@ -350,24 +357,24 @@ def _workers(
             torch.set_num_threads(threads)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when a worker loads torch
-    theirs, ours = multiprocessing.Pipe(duplex=False)
+    child_end, parent_end = multiprocessing.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
         jobs,
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(experiment, methods, theirs),
+        initargs=(experiment, methods, child_end),
     )
     try:
         yield lambda run: pool.submit(_run_here, run)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        # After an error, Python's own exit would wait for the runs under way.
-        ours.close()
-        theirs.close()
+        # Ends the workers: after an error, Python's exit would wait for their runs.
+        parent_end.close()
+        child_end.close()
 
 
 def _in_turn(todo: list[Run], submit: Any, at_a_time: int) -> Iterator[tuple[Run, Future[Any]]]:
-    """Runs and their futures as they end, a few of them under way at any time."""
+    """Yield runs and their futures as they end, with at most ``at_a_time`` of them started."""
     waiting = iter(todo)
     under_way: dict[Future[Any], Run] = {}
     while True:

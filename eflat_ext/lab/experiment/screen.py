@@ -1,4 +1,4 @@
-"""What an experiment shows: progress, a table for each task, what failed.
+"""Show an experiment on the terminal: its progress, a table for each task, its failures.
 
 The tables hold means over the final runs of each method.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ExperimentProgress:
-    """A line for each run that has ended, and a bar with the time left under them."""
+    """Prints a line for each run that has ended, above a bar with the time left."""
 
     def __init__(self, experiment: Experiment, progress: Progress) -> None:
         self._total, self._progress = experiment.count(), progress
@@ -36,12 +36,12 @@ class ExperimentProgress:
         self._bar = progress.add_task(experiment.name, total=self._total)
 
     def start(self, left: int) -> None:
-        """So many of the experiment's runs are left."""
+        """Set the number of runs that are left."""
         self._left = left
         self._progress.update(self._bar, completed=self._total - left)
 
     def done(self, run: Run, row: Row) -> None:
-        """A run has ended."""
+        """Print the line of a run that has ended, and move the bar."""
         self._left, self._done = self._left - 1, self._done + 1
         seconds = self._left * (time.monotonic() - self._begin) / self._done
         outcome = row["error"] or f"{100 * float(row['accuracy']):.2f} %"
@@ -59,7 +59,7 @@ class ExperimentProgress:
 
 @contextlib.contextmanager
 def experiment_progress(experiment: Experiment) -> Iterator[ExperimentProgress]:
-    """Progress of an experiment on standard error."""
+    """Show the progress of an experiment on standard error within the block."""
     from rich.progress import TimeElapsedColumn
 
     with make_progress(TimeElapsedColumn()) as progress:
@@ -70,7 +70,7 @@ def experiment_progress(experiment: Experiment) -> Iterator[ExperimentProgress]:
 
 
 def print_tables(rows: Sequence[Row]) -> None:
-    """Print a table for each task that an experiment's rows are of."""
+    """Print a table for each task in an experiment's rows."""
     from rich.console import Console
 
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -78,11 +78,11 @@ def print_tables(rows: Sequence[Row]) -> None:
 
 
 def make_table(task: str, rows: Sequence[Row]) -> Table:
-    """What was chosen, accuracy and test loss as mean ± standard error, and how many runs failed.
+    """Return a table of the chosen settings, mean accuracy and test loss, and failed runs.
 
     Args:
-        task: its name.
-        rows: of its runs.
+        task: name of the task.
+        rows: of the task's runs.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -120,7 +120,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def print_failures(experiment: Experiment, rows: Sequence[Row], untuned: Sequence[str]) -> None:
-    """The runs that failed, the methods that could not be tuned, and where the rows are."""
+    """Print the runs that failed, the methods that could not be tuned, and the CSV file's path."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, soft_wrap=True)

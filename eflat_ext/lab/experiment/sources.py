@@ -1,4 +1,4 @@
-"""The models and data that an experiment names, looked for before its first run."""
+"""Check that the models and data of an experiment can be read, before its first run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .plan import TYPOS, Run
 
 
 def check_sources(runs: Iterable[Run]) -> None:
-    """Read all data of the runs, but corpora of packages; look for models that are no folders.
+    """Read the data of all runs, except corpora of packages, and look for the models.
 
     Raises:
         InputError: something is missing or cannot be read; the message names it, its task and, for

@@ -55,7 +55,7 @@ def prepare(config: FinetuneConfig) -> Task:
 
 
 def count_steps(config: FinetuneConfig, sentences: int) -> int:
-    """Optimizer steps of a run on so many training sentences."""
+    """Return the number of optimizer steps of a run on so many training sentences."""
     return config.steps or max(1, round(config.epochs * sentences / config.batch_size))
 
 
@@ -66,10 +66,14 @@ def build(
     seed: int,
     methods: Mapping[str, Builder] | None = None,
 ) -> tuple[Model, torch.optim.Optimizer]:
-    """The model as ``seed`` makes it and the optimizer of ``method``.
+    """Return the model, with new weights drawn by ``seed``, and the optimizer of ``method``.
 
     Args:
-        methods: by name, in place of :data:`METHODS`.
+        config: the settings.
+        task: from :func:`prepare`.
+        method: key in ``methods``.
+        seed: of the new weights.
+        methods: functions that make optimizers, by name; by default :data:`METHODS`.
 
     Raises:
         InputError: the model cannot be loaded or takes no adapter of this kind.
@@ -77,7 +81,7 @@ def build(
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        classes, pad = task.splits.classes, loading.of_texts(task.tokenizer).pad_token_id
+        classes, pad = task.splits.classes, loading.text_tokenizer(task.tokenizer).pad_token_id
         base, new_modules = loading.load_model(task.model_path, config, classes, pad, method)
         full = method == "full"
         model: Model = base if full else loading.add_adapter(config, base, new_modules)
@@ -165,7 +169,7 @@ def train(
 def evaluate(
     config: FinetuneConfig, task: Task, model: Model, tokens: Tokens
 ) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and accuracy (0 to 1) of ``model`` in eval mode.
+    """Return the mean cross-entropy (nats) and the accuracy (0 to 1) of ``model`` in eval mode.
 
     See :func:`objective.loss_of` and :func:`objective.count_right`.
     """
@@ -218,7 +222,7 @@ def run(config: FinetuneConfig) -> Path:
                 run_folder.save_run(folder, result, model, task)
             results.append(result)
             del model, optimizer
-            gc.collect()  # hooks may tie the two in a cycle, and the next run needs the memory
+            gc.collect()  # hooks may hold both in a reference cycle; the next run needs the memory
     with run_folder.writing(folder):
         summary = run_folder.finish(folder, results)
     screen.show_results(folder, config, summary, [result.metrics for result in results])
@@ -232,7 +236,7 @@ Builder = Callable[[FinetuneConfig, "Model", int], torch.optim.Optimizer]
 
 
 def adamw_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """The base optimizer's settings, the same for every method with an adapter."""
+    """Return the settings of AdamW, the same for every method with an adapter."""
     return {"lr": config.lr, "weight_decay": config.weight_decay}
 
 
@@ -244,8 +248,8 @@ def _full(config: FinetuneConfig, model: Model, steps: int) -> torch.optim.Optim
     return _lora(dataclasses.replace(config, lr=config.full_lr), model, steps)
 
 
-def _ours(name: str) -> Builder:
-    """A method of eflat_ext.optim, with its settings out of the configuration."""
+def _perturbed(name: str) -> Builder:
+    """Return the builder of an optimizer of this package, with its settings from the config."""
     settings = ["rho", "norm_scope"]
     settings += {"lora_sam": [], "flat": ["onto", "rtol"], "eflat": ["onto", "rtol", "beta"]}[name]
 
@@ -268,9 +272,9 @@ def _ours(name: str) -> Builder:
 
 METHODS: dict[str, Builder] = {
     "lora": _lora,
-    "eflat": _ours("eflat"),
-    "flat": _ours("flat"),
-    "lora-sam": _ours("lora_sam"),
+    "eflat": _perturbed("eflat"),
+    "flat": _perturbed("flat"),
+    "lora-sam": _perturbed("lora_sam"),
     "full": _full,
 }
 
@@ -278,7 +282,7 @@ METHODS: dict[str, Builder] = {
 def logits_of(
     config: FinetuneConfig, model: Model, inputs: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """The model's logits, shape (texts, classes) or (texts, tokens, vocabulary)."""
+    """Return the model's logits, shape (texts, classes) or (texts, tokens, vocabulary)."""
     device = next(iter(inputs.values())).device.type
     with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         logits: torch.Tensor = model(**inputs).logits
@@ -286,7 +290,7 @@ def logits_of(
 
 
 def warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], float]:
-    """The share of the peak learning rate at each of so many steps, for ``LambdaLR``."""
+    """Return the function of ``LambdaLR``: the share of the peak learning rate at each step."""
     warm = round(config.warmup * steps)
     return lambda step: (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
 
@@ -295,16 +299,17 @@ def warmup_then_linear(config: FinetuneConfig, steps: int) -> Callable[[int], fl
 
 
 def encode(config: FinetuneConfig, tokenizer: Tokenizer, part: Texts) -> Tokens:
-    """The texts as the model's inputs."""
+    """Return the texts as the model's inputs, with their labels."""
     return Tokens(*objective.encode(config, tokenizer, part))
 
 
 def shuffled_batches(
     task: Task, batch_size: int, seed: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Epoch after epoch of shuffled batches, without end; those of 16 are dealt out by length.
+    """Yield shuffled batches, epoch after epoch, without end.
 
-    So a batch holds sentences of similar length, which saves a third of the time.
+    The sentences of each 16 batches are sorted by length before they are cut into batches: with
+    less padding, a step takes two thirds of the time.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = [len(row["input_ids"]) for row in task.train.inputs]
@@ -322,6 +327,6 @@ def shuffled_batches(
 def collate(
     task: Task, tokens: Tokens, rows: list[int]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Some texts as one padded batch, and their labels."""
+    """Return the texts at ``rows`` as one padded batch, and their labels."""
     inputs, labels = [tokens.inputs[i] for i in rows], [tokens.labels[i] for i in rows]
     return objective.collate(task.tokenizer, inputs, labels, task.device)

@@ -1,4 +1,4 @@
-"""The settings of ``eflat finetune``: defaults, meaning, limits, and their file form."""
+"""Define the settings of ``eflat finetune``: defaults, meanings, limits, and the YAML form."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from eflat_ext.lab.data.validation import (
     DISTINCT,
     NOT_EMPTY,
     Checked,
-    Count,
     File,
     Name,
-    NotNegative,
+    NonNegativeFloat,
     Number,
-    Positive,
+    PositiveFloat,
+    PositiveInt,
     Seed,
     Share,
     option,
@@ -67,24 +67,24 @@ class FinetuneConfig(Checked):
     """Column of the images that texts are about, paths in files; needs --task-type CAUSAL_LM."""
     label_column: Name = "label"
     """Column of the labels: any words or numbers, one class for each; or what is to be written."""
-    train_size: Count | None = None
+    train_size: PositiveInt | None = None
     """Number of training sentences; by default all that remain."""
     validation_size: Annotated[int, Ge(0)] | None = None
     """Number of validation sentences; by default a tenth of what the test set leaves, at most
     1,000."""
-    test_size: Count | None = None
+    test_size: PositiveInt | None = None
     """Number of test sentences; by default a fifth of --data, at most 2,000, or all of
     --test-data."""
     evaluate_on: Literal["test", "validation"] = "test"
     """Held-out part that the figures are taken on; choose settings on the validation part."""
     data_seed: Seed = 0
     """Seed of the split; the same for all seeds of training."""
-    max_length: Count = 128
+    max_length: PositiveInt = 128
     """Tokens of a text, with what is to be written; longer ones are cut."""
 
     rank: Annotated[int, Ge(1), Le(MAX_RANK)] = 8
     """Rank r of the adapter."""
-    alpha: Count = 16
+    alpha: PositiveInt = 16
     """LoRA's alpha; the update is scaled by alpha/rank."""
     lora_dropout: Share = 0.0
     """Dropout before the adapter."""
@@ -92,9 +92,9 @@ class FinetuneConfig(Checked):
     """Names of the layers that get an adapter, or all-linear; by default PEFT's choice for the
     architecture, mostly the query and value projections."""
 
-    rho: NotNegative = 0.05
+    rho: NonNegativeFloat = 0.05
     """Radius of the perturbation (eflat, flat, lora-sam)."""
-    beta: Annotated[Positive, Le(1)] = 0.9
+    beta: Annotated[PositiveFloat, Le(1)] = 0.9
     """Weight of the newest perturbation in the moving average (eflat)."""
     onto: Literal["B", "A", "both"] = "B"
     """Factor that carries the perturbation, or both, in the tangent direction (eflat, flat)."""
@@ -105,21 +105,21 @@ class FinetuneConfig(Checked):
     """Singular values of a factor below rtol times the largest count as zero (eflat, flat); the
     default follows from its type and shape."""
 
-    lr: Positive = 1e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
-    full_lr: Positive = 5e-5
+    full_lr: PositiveFloat = 5e-5
     """Peak learning rate of the method full, which needs a smaller one."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     warmup: Share = 0.1
     """Share of the steps in which the learning rate rises; then it falls linearly to zero."""
-    max_grad_norm: NotNegative = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient to this norm; 0 turns clipping off."""
-    batch_size: Count = 16
+    batch_size: PositiveInt = 16
     """Sentences of a batch."""
-    epochs: Positive = 1.0
+    epochs: PositiveFloat = 1.0
     """Passes over the training sentences."""
-    steps: Count | None = None
+    steps: PositiveInt | None = None
     """Optimizer steps; replaces --epochs."""
 
     device: Name = "auto"
@@ -149,9 +149,9 @@ class FinetuneConfig(Checked):
                 )
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings but the output folder, in types that YAML and JSON know.
+        """Return all settings but the output folder, in types that YAML and JSON know.
 
-        Local paths are made absolute, so the settings mean the same from any folder.
+        Local paths are made absolute, so that the settings can be used from any folder.
         """
         settings = dataclasses.asdict(self)
         del settings["output_dir"]

@@ -1,4 +1,4 @@
-"""Loading what a fine-tune needs: the device, tokenizer, pretrained model and its adapter."""
+"""Load the device, data, tokenizer, pretrained model and adapter of a fine-tune."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 
 def find_device(config: FinetuneConfig) -> torch.device:
-    """The device that --device names, tried out."""
+    """Return the device of --device.
+
+    Raises:
+        InputError: a tensor cannot be made on it.
+    """
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +43,7 @@ def find_device(config: FinetuneConfig) -> torch.device:
 
 
 def find_model(name: str) -> str:
-    """A hub name, or the absolute path of a folder: of the packaged model for its short name."""
+    """Return a hub name as it is, and the absolute path of a folder or packaged model."""
     packaged = {MINILM: packaged_models.minilm, SMOLLM2: packaged_models.smollm2}
     if name not in packaged:
         # An adapter keeps this path, and is loaded from anywhere.
@@ -48,7 +52,11 @@ def find_model(name: str) -> str:
 
 
 def load_tokenizer(path: str, config: FinetuneConfig) -> Tokenizer:
-    """The model's tokenizer, able to pad, or its processor; --max-length is checked."""
+    """Return the model's tokenizer, with a token to pad with, or its processor for images.
+
+    Raises:
+        InputError: it cannot be loaded or cannot pad, or --max-length is too large for the model.
+    """
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
     from transformers.utils import logging
 
@@ -61,7 +69,7 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> Tokenizer:
         positions = getattr(whole.get_text_config(), "max_position_embeddings", None)
     except Exception as error:  # those of damaged files are many and change by version
         raise InputError(f"cannot load --model {config.model}: {first_line(error)}") from None
-    tokenizer = of_texts(loaded)
+    tokenizer = text_tokenizer(loaded)
     limit = min(tokenizer.model_max_length, positions or math.inf)
     if config.max_length > limit:
         raise InputError(
@@ -76,14 +84,14 @@ def load_tokenizer(path: str, config: FinetuneConfig) -> Tokenizer:
     return loaded
 
 
-def of_texts(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or the processor's."""
+def text_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """Return the tokenizer itself, or the one in a processor."""
     inner: Any = getattr(tokenizer, "tokenizer", tokenizer)
     return cast("PreTrainedTokenizerBase", inner)
 
 
 def read_table(config: FinetuneConfig, source: str) -> Table:
-    """The rows of ``source``, with the columns that ``config`` names."""
+    """Read ``source``, in the columns that ``config`` names."""
     columns = config.text_column, config.label_column, config.text_pair_column
     table = read(source, *columns, config.image_column)
     if config.image_column is not None and table.images is None:
@@ -92,7 +100,7 @@ def read_table(config: FinetuneConfig, source: str) -> Table:
 
 
 def read_splits(config: FinetuneConfig) -> Splits:
-    """The parts of ``config.data``, with ``config.test_data`` as the test part if it is given."""
+    """Return the parts of ``config.data``; the test part is of ``config.test_data`` if given."""
     return split(
         read_table(config, config.data),
         None if config.test_data is None else read_table(config, config.test_data),
@@ -107,10 +115,10 @@ def read_splits(config: FinetuneConfig) -> Splits:
 def encode(
     tokenizer: PreTrainedTokenizerBase, data: Texts, max_length: int
 ) -> list[dict[str, list[int]]]:
-    """The model's inputs for each text, or pair of them, cut off after ``max_length`` tokens.
+    """Return the model's inputs for each text or pair, truncated to ``max_length`` tokens.
 
-    Of a pair the longer text is cut first. A line break parts the two where the tokenizer, such as
-    a language model's, has no token for it.
+    Of a pair the longer text is truncated first. The two are separated by a line break if the
+    tokenizer, such as a language model's, has no separator token.
     """
     pairs = data.pairs
     added = tokenizer.num_special_tokens_to_add
@@ -162,7 +170,7 @@ def load_model(
 
 @torch.no_grad()
 def _sees_ahead(model: Any) -> bool:
-    """Whether a token changes what the model makes of the token before."""
+    """Return True if a token changes the logits at the token before it."""
     token = model.get_input_embeddings().num_embeddings // 2  # special ones are at the ends
     tokens = torch.tensor([[token, token], [token, token + 1]])
     first, second = model(input_ids=tokens).logits[:, 0]
@@ -171,7 +179,7 @@ def _sees_ahead(model: Any) -> bool:
 
 
 def auto_model(config: FinetuneConfig) -> Any:
-    """The class of transformers that loads a model for the task."""
+    """Return the class of transformers that loads a model for the task."""
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
@@ -221,5 +229,5 @@ def add_adapter(
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says first, to be part of a sentence."""
+    """Return the first line of an exception's message, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Means and standard errors over the seeds, as figures and as the cells of a table."""
+"""Compute means and standard errors over the seeds, and format them for tables."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method: mean and standard error over the seeds, seconds as a median.
+    """Return a row per method: mean and standard error over the seeds, seconds as a median.
 
-    Both are NaN of a figure that is not finite in some run; ``diverged`` counts such runs, if any.
+    Both are NaN for a figure that is not finite in some run; ``diverged`` counts the runs whose
+    loss is not finite, if there are any.
 
     Args:
         results: ``Result.metrics`` of each run.
@@ -37,7 +38,7 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cell(row: Mapping[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
-    """A figure of a row of :func:`summarize` times ``scale``, as mean ± standard error."""
+    """Format a figure of a row of :func:`summarize`, times ``scale``, as mean ± standard error."""
     if not math.isfinite(row[name]):
         return "not finite"
     text = f"{scale * row[name]:.{digits}f}"

@@ -1,6 +1,7 @@
-"""What a fine-tune learns: the class of each text, or to write what follows it.
+"""Encode texts for classification or language modelling, and compute loss and accuracy.
 
-Tokens that are to be written have their own numbers as labels, all others -100, as in transformers.
+In language modelling a label is the text to write; its tokens are labelled with their numbers and
+all other tokens with -100, as in transformers.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from .config import FinetuneConfig
     from .loading import Tokenizer
 
-    # The model's inputs for one text, lists with a number for each token. An image is kept as the
-    # data has it, since what the model takes of it may be far larger.
+    # The model's inputs for one text: lists with a number for each token. An image stays as it is
+    # in the data, since its pixel values may be far larger.
     Inputs = dict[str, Any]
     Label = int | list[int]
 
@@ -36,16 +37,16 @@ IGNORED = -100
 def encode(
     config: FinetuneConfig, tokenizer: Tokenizer, part: Texts
 ) -> tuple[list[Inputs], list[Label]]:
-    """The inputs for each text, and its label: a class number, or a number for each token.
+    """Return the inputs of each text, and its label: a class number, or a number for each token.
 
-    To be written are a line break (nothing, after the chat template of a processor), the words of
-    the label and the tokenizer's end of text. Of what is longer than ``config.max_length`` tokens
-    the longer one, of text and label, is cut first; of a text with an image only the label is.
+    The text to write is a line break (nothing, after the chat template of a processor), the label
+    and the tokenizer's end of text. If text and label together have more than ``config.max_length``
+    tokens, the longer of the two is truncated first; with an image, only the label is.
 
     Raises:
         InputError: something in the data or ``config`` cannot be used.
     """
-    texts = loading.of_texts(tokenizer)
+    texts = loading.text_tokenizer(tokenizer)
     if config.task_type == "SEQ_CLS":
         return loading.encode(texts, part, config.max_length), part.labels
     with_images, end = part.images is not None, texts.eos_token_id
@@ -64,8 +65,8 @@ def encode(
         after = completion[: config.max_length - length]
         for name, values in row.items():
             if name != "image":
-                own = {"input_ids": after, "attention_mask": [1] * len(after)}
-                row[name] = values + own.get(name, [0] * len(after))
+                added = {"input_ids": after, "attention_mask": [1] * len(after)}
+                row[name] = values + added.get(name, [0] * len(after))
         labels.append([IGNORED] * length + after)
     return rows, labels
 
@@ -76,7 +77,7 @@ def _prompts(
     completions: Sequence[list[int]],
     max_length: int,
 ) -> list[Inputs]:
-    """The texts, cut where they and their completions are too long, without an end of text."""
+    """Return the texts without an end of text, truncated to leave room for their completions."""
     rows = loading.encode(tokenizer, part, max_length)
     for k, completion in enumerate(completions):
         room = max_length - min(len(completion), max_length // 2)
@@ -94,7 +95,7 @@ def _prompts(
 def _prompts_with_images(
     config: FinetuneConfig, tokenizer: Tokenizer, part: Texts
 ) -> Iterator[Inputs]:
-    """Each text after its image, in the processor's chat template."""
+    """Yield the inputs of each text after its image, in the processor's chat template."""
     processor: Any = tokenizer
     for name in ("image_processor", "chat_template"):
         if getattr(processor, name, None) is None:
@@ -109,8 +110,8 @@ def _prompts_with_images(
         try:
             prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
             begun = bos is not None and prompt.startswith(bos)  # by the template
-            own = {"add_special_tokens": False} if begun else {}
-            outputs = dict(processor(text=[prompt], images=[opened], **own))
+            options = {"add_special_tokens": False} if begun else {}
+            outputs = dict(processor(text=[prompt], images=[opened], **options))
         except Exception as error:  # of templates and processors, which are many
             raise InputError(
                 f"--model {config.model} cannot take the text {text!r} with its image: "
@@ -145,8 +146,8 @@ def _opened(image: Any) -> Any:
 def collate(
     tokenizer: Tokenizer, inputs: Sequence[Inputs], labels: Sequence[Label], device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Some texts as one padded batch, and their labels, shape (texts,) or (texts, tokens)."""
-    texts = loading.of_texts(tokenizer)
+    """Return texts as one padded batch, and their labels, shape (texts,) or (texts, tokens)."""
+    texts = loading.text_tokenizer(tokenizer)
     padding = {*texts.model_input_names, "input_ids", "attention_mask"}
     own = [name for name in inputs[0] if name in padding]
     padded = dict(texts.pad([{name: row[name] for name in own} for row in inputs]))
@@ -167,12 +168,12 @@ def collate(
 
 
 def count(labels: Tensor) -> int:
-    """How many predictions the loss is a mean of."""
+    """Return the number of predictions that the loss is a mean of."""
     return labels.numel() if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
 
 
 def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy (nats), in float32, of classes or of the next tokens that are to be written.
+    """Return the cross-entropy (nats), in float32, of classes or of the tokens to write.
 
     Args:
         logits: shape (texts, classes) or (texts, tokens, vocabulary).
@@ -180,17 +181,16 @@ def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         reduction: as for :func:`torch.nn.functional.cross_entropy`.
     """
     if labels.dim() == 2:
-        written = (
-            labels[:, 1:] != IGNORED
-        )  # the others' logits, a vocabulary each, stay as they are
+        # Select before the conversion to float32: logits are as many as the vocabulary.
+        written = labels[:, 1:] != IGNORED
         logits, labels = logits[:, :-1][written], labels[:, 1:][written]
     return cross_entropy(logits.float(), labels, reduction=reduction)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> int:
-    """Texts whose class is the likeliest one, or whose every token to be written is.
+    """Count the texts whose class, or whose every token to write, is the most probable one.
 
-    The latter is what greedy decoding writes word for word; of a label that was cut, what is left.
+    The latter are the labels that greedy decoding writes word for word, after truncation.
     """
     if labels.dim() == 1:
         return int((logits.argmax(dim=-1) == labels).sum())

@@ -1,4 +1,4 @@
-"""Pretrained models that packages carry: what ``--model`` may name beside folders and the hub."""
+"""Find the pretrained models in pip packages that ``--model`` takes by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2, an encoder of 22 million weights.
+    """Return the folder of all-MiniLM-L6-v2, an encoder of 22 million weights.
 
     Raises:
         InputError: its package is missing.
@@ -24,10 +24,10 @@ def minilm() -> Path:
 
 
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct, a language model.
+    """Return the folder of SmolLM2-135M-Instruct, a language model.
 
-    Its package has a GGUF file of 4 bits a weight, which is dequantised at the first call: 20
-    seconds, and 257 MiB in the cache folder.
+    Its package has a GGUF file of 4 bits a weight. The first call dequantises it into the cache
+    folder, which takes 20 seconds and 257 MiB.
 
     Raises:
         InputError: its package, or gguf or accelerate, which transformers reads the file with, are

@@ -1,4 +1,4 @@
-"""The run folder: settings, adapters, figures and the plot that a comparison leaves behind."""
+"""Write the run folder of a comparison: settings, adapters, figures and a plot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 
 def free_folder(wanted: Path | None) -> Path:
-    """``wanted`` if it is new or empty, without creating it; else a name by date and time."""
+    """Return ``wanted``, or by default a name of date and time, without creating the folder.
+
+    Raises:
+        InputError: ``wanted`` exists and is not an empty folder.
+    """
     if wanted is None:
         stamp = datetime.now().strftime("%Y-%m-%d_%H%M%S")
         names = (f"{stamp}-{k}" if k else stamp for k in range(1000))
@@ -67,7 +71,7 @@ def create_folder(folder: Path, config: FinetuneConfig, task: Task) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns what goes wrong in writing to the run folder into an InputError."""
+    """Raise an error of writing to the run folder as an :class:`InputError`."""
     from safetensors import SafetensorError
 
     try:
@@ -80,13 +84,13 @@ def writing(folder: Path) -> Iterator[None]:
 def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
     """Write METHOD/seed-N: adapter or model, tokenizer, metrics.json and the loss of every step.
 
-    classes.json names the classes in the order of their numbers: an adapter has no place for them,
-    and beside a config.json transformers would look for a whole model. The folder has its name only
-    once it is whole, so a process that is killed leaves no other.
+    classes.json names the classes in the order of their numbers, which an adapter does not store;
+    with a config.json, transformers would take the folder for a whole model. The folder gets its
+    name when it is complete, so a killed process leaves no incomplete folder of that name.
     """
     metrics = result.metrics
-    whole = folder / metrics["method"] / f"seed-{metrics['seed']}"
-    run = _unfinished(whole)
+    complete = folder / metrics["method"] / f"seed-{metrics['seed']}"
+    run = _unfinished(complete)
     model.save_pretrained(str(run))
     task.tokenizer.save_pretrained(run)
     if task.splits.classes:
@@ -96,7 +100,7 @@ def save_run(folder: Path, result: Result, model: Model, task: Task) -> None:
         writer = csv.writer(file)
         writer.writerow(["step", "loss"])
         writer.writerows(enumerate(result.losses, start=1))
-    run.rename(whole)
+    run.rename(complete)
 
 
 def finish(folder: Path, results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -142,7 +146,7 @@ def plot_losses(path: Path, results: Sequence[Result]) -> None:
 
 
 def _unfinished(path: Path) -> Path:
-    """What a file or folder is called while it is written."""
+    """Return the name of a file or folder while it is being written."""
     return path.with_name(f"unfinished-{path.name}")
 
 

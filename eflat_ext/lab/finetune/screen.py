@@ -1,4 +1,4 @@
-"""What a comparison shows: progress and the closing table."""
+"""Show a comparison on the terminal: its progress and the closing table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TITLES: dict[Method, str] = {
 
 
 def announce(config: FinetuneConfig, task: Task) -> None:
-    """One paragraph on what is about to run."""
+    """Print model, data, number of steps and device of a comparison that is about to run."""
     from rich.console import Console
 
     splits = task.splits
@@ -43,7 +43,7 @@ def announce(config: FinetuneConfig, task: Task) -> None:
 
 
 class Bars:
-    """A progress bar for each run, with its loss (a moving average) and steps per second."""
+    """Progress bars, one for each run, with its loss (a moving average) and steps per second."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -72,7 +72,7 @@ class Bars:
 
 
 def progress() -> Bars:
-    """A bar for each run of a comparison."""
+    """Return the progress bars of a comparison."""
     from rich.progress import TimeRemainingColumn
 
     figures = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.1f} steps/s")
@@ -80,7 +80,7 @@ def progress() -> Bars:
 
 
 def make_progress(*columns: str | ProgressColumn) -> Progress:
-    """Bars on standard error: the name, the bar and how many of how many, then ``columns``.
+    """Return progress bars on standard error: name, bar and count, then ``columns``.
 
     Args:
         columns: of Rich, or formats of ``task``.
@@ -98,9 +98,11 @@ def make_progress(*columns: str | ProgressColumn) -> Progress:
 
 
 def make_table(rows: Sequence[dict[str, Any]], part: str) -> Table:
-    """The rows of :func:`eflat_ext.lab.finetune.means.summarize` as a table.
+    """Return the rows of :func:`eflat_ext.lab.finetune.means.summarize` as a table.
 
-    ``part`` is what the figures were taken on.
+    Args:
+        rows: one for each method.
+        part: name of the part of the data that the figures are of.
     """
     from rich.table import Table
 
@@ -131,7 +133,7 @@ def show_results(
     summary: Sequence[dict[str, Any]],
     runs: Sequence[dict[str, Any]],
 ) -> None:
-    """The closing table, and where the results are.
+    """Print the closing table and the path of the run folder.
 
     Args:
         folder: of the run.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts as model inputs, and their labels, see :mod:`eflat_ext.lab.finetune.objective`."""
+    """Texts as model inputs, and their labels; see :func:`.objective.encode`."""
 
     inputs: list[dict[str, Any]]
     labels: list[Any]
@@ -26,7 +26,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Task:
-    """What all runs of a comparison share."""
+    """Data, model path and device that all runs of a comparison share."""
 
     model_path: str
     tokenizer: Tokenizer
@@ -37,14 +37,14 @@ class Task:
     steps: int
 
     def text_keys(self) -> list[str]:
-        """The keys of all parts, see :meth:`eflat_ext.lab.data.tables.Texts.text_keys`."""
+        """Return the keys of the texts of all parts; see :meth:`.Texts.text_keys`."""
         parts = (self.splits.train, self.splits.validation, self.splits.test)
         return [key for part in parts for key in part.text_keys()]
 
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of one run and the loss of its every step."""
+    """The figures of one run, and the training loss of each step."""
 
     metrics: dict[str, Any]
     losses: list[float]

@@ -1,4 +1,4 @@
-"""The versions that figures depend on."""
+"""List the versions of the packages that figures depend on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import metadata
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the figures depend on."""
+    """Return the versions of Python and of the packages that figures depend on."""
     found = {"python": platform.python_version()}
     for name in ("eflat_ext", "torch", "transformers", "peft"):
         try:

@@ -1,4 +1,4 @@
-"""Measuring everything trained, one after the other."""
+"""Measure trained models one after the other, with progress bars and errors that name them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from . import trained_models
 from .config import MeasureConfig
 from .trained_models import Loaded, Trained
 
-ABOUT = ("run", "method", "seed")
+RUN_COLUMNS = ("run", "method", "seed")
 """The first columns of every row."""
 Row: TypeAlias = dict[str, Any]
 
 
-def about(one: Trained) -> Row:
-    """The values of :data:`ABOUT`."""
-    return {"run": one.name, "method": one.method, "seed": one.seed}
+def run_columns(trained: Trained) -> Row:
+    """Return the values of :data:`RUN_COLUMNS`."""
+    return {"run": trained.name, "method": trained.method, "seed": trained.seed}
 
 
 def measure_each(
@@ -34,11 +34,13 @@ def measure_each(
     work: int,
     measure: Callable[[Trained, Loaded, Callable[[], None]], list[Row]],
 ) -> list[Row]:
-    """What ``measure`` finds for each of the runs, with :func:`about` before it.
+    """Return the rows of ``measure`` for each of the runs, with :func:`run_columns` in front.
 
     Args:
+        runs: from :func:`.trained_models.find`.
+        config: the settings.
         work: steps of a run's progress bar.
-        measure: called with the run, loaded, and what moves its bar on by a step.
+        measure: called with the run, the loaded model and a function that moves the bar by a step.
 
     Raises:
         InputError: a run cannot be loaded or measured; the message names it.
@@ -47,12 +49,12 @@ def measure_each(
 
     rows: list[Row] = []
     with make_progress(TimeRemainingColumn()) as bars:
-        for one in runs:
-            bar = bars.add_task(one.name, total=work)
-            with named_errors(one):
-                loaded = trained_models.load(one, config)
-                found = measure(one, loaded, partial(bars.advance, bar))
-            rows += [about(one) | row for row in found]
+        for trained in runs:
+            bar = bars.add_task(trained.name, total=work)
+            with named_errors(trained):
+                loaded = trained_models.load(trained, config)
+                found = measure(trained, loaded, partial(bars.advance, bar))
+            rows += [run_columns(trained) | row for row in found]
             bars.update(bar, completed=work)  # some have less to measure
             del loaded
             gc.collect()
@@ -61,9 +63,9 @@ def measure_each(
 
 @contextmanager
 def named_errors(trained: Trained) -> Iterator[None]:
-    """What cannot be measured there as an :class:`InputError` that names the folder.
+    """Raise an error within the block as an :class:`InputError` that names the run's folder.
 
-    A missing library is not the folder's fault and goes on as it is.
+    A missing library is raised as it is.
     """
     try:
         yield

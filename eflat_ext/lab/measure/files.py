@@ -1,4 +1,4 @@
-"""The files that a measuring command writes, checked before it measures."""
+"""Check the output files of a measuring command before it measures, and write them."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ Columns = tuple[str, ...]
 
 
 def check_files(files: Mapping[Path, Columns], read: Iterable[str]) -> None:
-    """Raise :class:`InputError` if a file cannot be written or holds what nobody asked to lose.
+    """Raise :class:`InputError` if a file cannot be written or is not one of this command.
 
     Args:
-        files: all that will be written, ``--output`` first, with the columns of a CSV file or the
-            names in a JSON file. One with others is not overwritten; nor is a figure, which has
-            none, where the file of its numbers is missing.
-        read: names of files that are read.
+        files: the files to write, ``--output`` first, each with the columns of a CSV file or the
+            names in a JSON file; empty for a figure. A file with other columns is not overwritten,
+            nor is a figure without the file of its numbers beside it.
+        read: names of the data files, which are never overwritten.
     """
     output = next(iter(files))
     # Path.exists raises where the name is too long.
     sources = [Path(name) for name in read if os.path.exists(name)]
     for path, columns in files.items():
         with writing(path, output):
-            there = path.exists()
+            exists = path.exists()
             for source in sources:
-                if there and path.samefile(source):
+                if exists and path.samefile(source):
                     raise InputError(f"{_named(path, output)} would overwrite the data, {source}")
-            if columns and path.is_file() and not _holds(path, columns):
+            if columns and path.is_file() and not _has_columns(path, columns):
                 raise InputError(
                     f"{_named(path, output)} would overwrite a file whose columns are not "
                     f"{','.join(columns)}"
                 )
-            if there and not columns and not any(files[o] and o.exists() for o in files):
+            if exists and not columns and not any(files[o] and o.exists() for o in files):
                 raise InputError(
-                    f"{_named(path, output)} would overwrite a figure that has not its numbers "
-                    "beside it"
+                    f"{_named(path, output)} would overwrite a figure that has no file of "
+                    "numbers beside it"
                 )
     for path in files:
         with writing(path, output):
-            _try(path)
+            _check_writable(path)
 
 
 @contextmanager
 def writing(path: Path, output: Path) -> Iterator[None]:
-    """Within, an OSError becomes an InputError on ``path``, --output or a file beside it."""
+    """Raise an OSError within the block as an :class:`InputError` that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -60,12 +60,12 @@ def writing(path: Path, output: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """The folder of a file that is about to be written."""
+    """Make the folder of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_csv(path: Path, columns: Columns, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, each with a value for every column."""
+    """Write rows, each with a value for every column, and a header."""
     make_folder(path)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -73,8 +73,8 @@ def write_csv(path: Path, columns: Columns, rows: Sequence[Mapping[str, Any]]) -
         writer.writerows(rows)
 
 
-def _try(path: Path) -> None:
-    """OSError unless the file can be written; nothing is left behind."""
+def _check_writable(path: Path) -> None:
+    """Raise OSError if the file cannot be written; leave no new file or folder."""
     missing = [folder for folder in path.parents if not folder.exists()]
     new = not path.exists()
     try:
@@ -92,11 +92,8 @@ def _named(path: Path, output: Path) -> str:
     return f"--output {path}" if path == output else f"{path} beside --output {output}"
 
 
-def _holds(path: Path, columns: Columns) -> bool:
-    """Whether the file is empty or starts with these columns, as :func:`write_csv` writes them.
-
-    Or, in JSON, has these names.
-    """
+def _has_columns(path: Path, columns: Columns) -> bool:
+    """Return True if the file is empty or has these columns (in JSON, these names)."""
     if path.suffix.lower() == ".json":
         try:
             content = json.loads(path.read_bytes() or "null")

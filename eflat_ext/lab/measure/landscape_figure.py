@@ -1,4 +1,4 @@
-"""``eflat landscape``: slices around everything trained, on one scale, as a figure and as CSV."""
+"""Measure slices of the loss around trained models, and draw them: ``eflat landscape``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 
 from eflat_ext.lab.data.texts import InputError
-from eflat_ext.lab.data.validation import Count, File, Positive
+from eflat_ext.lab.data.validation import File, PositiveFloat, PositiveInt
 from eflat_ext.lab.finetune.screen import TITLES
 
 from . import trained_models
 from .config import MeasureConfig
-from .each_model import ABOUT, measure_each, named_errors
+from .each_model import RUN_COLUMNS, measure_each, named_errors
 from .files import check_files, write_csv, writing
 from .trained_models import Loaded, Trained
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
-_NUMBERS = (*ABOUT, "sample", "x", "y", "loss")
+_NUMBERS = (*RUN_COLUMNS, "sample", "x", "y", "loss")
 _WIDTH = 6.75  # inches: two columns of a paper
 _STYLE: Any = {
     "font.size": 9,
@@ -54,12 +54,12 @@ class LandscapeConfig(MeasureConfig):
     largest eigenvalue; or the line from the first adapter (0) to each other one (1)."""
     dimensions: Literal[1, 2] = 1
     """Curves or a map."""
-    extent: Positive | None = None
+    extent: PositiveFloat | None = None
     """The slice reaches from -extent to extent; by default 1. A line reaches this far beyond its
     ends, by default 0.5."""
     points: Annotated[int, Ge(3)] = 21
     """Points along each axis."""
-    samples: Count = 1
+    samples: PositiveInt = 1
     """Random directions that a curve is the mean of."""
     rise: bool = False
     """Draw the rise over the loss in the middle, to compare shapes; --points must be odd."""
@@ -80,7 +80,7 @@ class LandscapeConfig(MeasureConfig):
 
 
 def run(places: Sequence[Path], config: LandscapeConfig) -> list[dict[str, Any]]:
-    """Measure slices around everything in ``places``, draw them and write their numbers.
+    """Measure slices around the models in ``places``, draw them and write their numbers.
 
     Returns:
         A row for each number: run, method, seed, sample, x, y, loss.
@@ -185,10 +185,12 @@ def _work(config: LandscapeConfig) -> int:
 
 
 def draw(rows: Sequence[dict[str, Any]], config: LandscapeConfig, origin: Trained) -> None:
-    """The rows of :func:`run` as a figure, ``config.output``.
+    """Draw the rows of :func:`run` as the figure ``config.output``.
 
     Args:
-        origin: where lines start.
+        rows: of all models.
+        config: the settings.
+        origin: the model that lines start from.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -208,7 +210,7 @@ def draw(rows: Sequence[dict[str, Any]], config: LandscapeConfig, origin: Traine
 
 
 def _title(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """The method, with the seed where there are several."""
+    """Return the method, with the seed if the method has several."""
     title = TITLES.get(row["method"], "")
     if not title:
         return str(row["run"])

@@ -1,4 +1,4 @@
-"""``eflat sharpness``: the instruments on everything trained, its tables and its file."""
+"""Measure the sharpness of trained models, and print and write it: ``eflat sharpness``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from annotated_types import Ge
 
 from eflat_ext.analysis.full_space import adapted_layers, gradients, mean_loss
 from eflat_ext.lab.data.texts import InputError
-from eflat_ext.lab.data.validation import NOT_EMPTY, File, NotNegative
+from eflat_ext.lab.data.validation import NOT_EMPTY, File, NonNegativeFloat
 from eflat_ext.lab.finetune.config import Rtol
 from eflat_ext.lab.finetune.versions import versions
 
 from . import trained_models
 from .config import MeasureConfig
-from .each_model import ABOUT, about, measure_each
+from .each_model import RUN_COLUMNS, measure_each, run_columns
 from .files import Columns, check_files, make_folder, write_csv, writing
 from .trained_models import Loaded, Trained
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ITERATIONS = 20
 TRACE_PRODUCTS = 30
-_NUMBERS = (*ABOUT, "measure", "rho", "value", "standard_error")
+_NUMBERS = (*RUN_COLUMNS, "measure", "rho", "value", "standard_error")
 _PARTS = ("versions", "settings", "numbers", "estimates")  # of a JSON file
 
 
@@ -37,7 +37,7 @@ _PARTS = ("versions", "settings", "numbers", "estimates")  # of a JSON file
 class SharpnessConfig(MeasureConfig):
     """Settings of ``eflat sharpness``."""
 
-    rho: Annotated[list[NotNegative], NOT_EMPTY] = field(default_factory=lambda: [0.05, 0.2])
+    rho: Annotated[list[NonNegativeFloat], NOT_EMPTY] = field(default_factory=lambda: [0.05, 0.2])
     """Radii of the perturbation."""
     radius: Literal["absolute", "layer", "filter"] = "absolute"
     """What a radius is: the norm of the perturbation, or its ratio to the norm of each layer's
@@ -70,7 +70,7 @@ class SharpnessConfig(MeasureConfig):
 
 
 def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]:
-    """Measure everything in ``places``, show progress and tables, and write ``config.output``.
+    """Measure the models in ``places``, show progress and tables, and write ``config.output``.
 
     Returns:
         A row for each number: run, method, seed, measure, rho, value, standard_error.
@@ -88,10 +88,12 @@ def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]
         check_files(files, trained_models.data_of(runs, config))
     qualities: list[dict[str, Any]] = []
 
-    def numbers_of(one: Trained, loaded: Loaded, tick: Callable[[], None]) -> list[dict[str, Any]]:
-        numbers = measure(one, loaded, config, tick)
-        if config.estimate and one.method != "full":
-            qualities.extend(about(one) | row for row in _estimates(loaded, config))
+    def numbers_of(
+        trained: Trained, loaded: Loaded, tick: Callable[[], None]
+    ) -> list[dict[str, Any]]:
+        numbers = measure(trained, loaded, config, tick)
+        if config.estimate and trained.method != "full":
+            qualities.extend(run_columns(trained) | row for row in _estimates(loaded, config))
         return numbers
 
     rows = measure_each(runs, config, _work(config), numbers_of)
@@ -107,9 +109,9 @@ def run(places: Sequence[Path], config: SharpnessConfig) -> list[dict[str, Any]]
 
 
 def measure(
-    one: Trained, loaded: Loaded, config: SharpnessConfig, tick: Callable[[], None]
+    trained: Trained, loaded: Loaded, config: SharpnessConfig, tick: Callable[[], None]
 ) -> list[dict[str, Any]]:
-    """A row for each number of one trained model: measure, rho, value, standard_error."""
+    """Return a row for each number of one trained model: measure, rho, value, standard_error."""
     from eflat_ext.analysis.sharpness import (
         average_case,
         rise,
@@ -132,7 +134,7 @@ def measure(
     gradient, _ = gradients(model, loss, batches, layers)
     directions["worst"] = worst_direction(layers, gradient, **kind)
     tick()
-    if one.method != "full" and config.radius != "filter":
+    if trained.method != "full" and config.radius != "filter":
         rtol = config.rtol[0] if config.rtol else None
         directions["onto B"] = transferred_direction(
             model, loss, batches, layers, "B", rtol=rtol, **kind
@@ -157,7 +159,7 @@ def measure(
         )
         add("random", average.mean, rho, average.standard_error)
     for space in config.hessian:
-        if space == "lora" and one.method == "full":
+        if space == "lora" and trained.method == "full":
             continue
         from eflat_ext.analysis.hessian import hessian
 
@@ -244,7 +246,7 @@ def _spectra(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _qualities(rows: Sequence[dict[str, Any]]) -> Table:
-    """One run's estimates: in every cell the cosine, below it the ratio of norms."""
+    """Return the table of one run's estimates: in each cell the cosine above the ratio of norms."""
     from rich.table import Table
     from rich.text import Text
 
@@ -282,7 +284,7 @@ def _figure(row: dict[str, Any]) -> str:
 
 
 def _files(config: SharpnessConfig) -> dict[Path, Columns]:
-    """The files to write, ``config.output`` first, and their columns or the names in JSON."""
+    """Return the files to write, ``config.output`` first, with their columns or names in JSON."""
     path = config.output
     if path is None:
         return {}
@@ -293,7 +295,7 @@ def _files(config: SharpnessConfig) -> dict[Path, Columns]:
         from eflat_ext.analysis.estimate import Quality
 
         of_estimate = tuple(one.name for one in fields(Quality))
-        files[path.with_name(f"{path.stem}-estimate.csv")] = (*ABOUT, *of_estimate)
+        files[path.with_name(f"{path.stem}-estimate.csv")] = (*RUN_COLUMNS, *of_estimate)
     return files
 
 
@@ -303,7 +305,7 @@ def _write(
     rows: Sequence[dict[str, Any]],
     qualities: Sequence[dict[str, Any]],
 ) -> Iterator[Path]:
-    """Write the files; each one's path, once it is written."""
+    """Write the files, and yield the path of each when it is written."""
     for (path, columns), numbers in zip(files.items(), (rows, qualities), strict=False):
         with writing(path, next(iter(files))):
             if path.suffix.lower() == ".csv":
@@ -323,7 +325,7 @@ def _json(
 
 
 def _plain(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """NaN and infinity as None, which is an empty cell of CSV and null of JSON."""
+    """Return the rows with None for NaN and infinity: an empty cell in CSV, null in JSON."""
 
     def clean(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value

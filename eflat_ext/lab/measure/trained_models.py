@@ -1,4 +1,4 @@
-"""What a fine-tune left behind: finding it, loading it, and batches to measure its loss on."""
+"""Find and load trained models, with batches to measure their loss on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eflat_ext.lab.data.splits import class_names
 from eflat_ext.lab.data.texts import InputError, Table, Texts
-from eflat_ext.lab.data.validation import named, option, read_yaml, section_of, validate
+from eflat_ext.lab.data.validation import option, prefix_errors, read_yaml, section_of, validate
 from eflat_ext.lab.finetune import loading, objective
 from eflat_ext.lab.finetune.config import FinetuneConfig, Method, TaskType
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from eflat_ext.lab.finetune.loading import Tokenizer
 
 ADAPTER = "adapter"
-"""In place of a method, for an adapter that is not in a run folder."""
+"""Stands for the method of an adapter that is not in a run folder."""
 
 # Settings that a run folder has of its own.
 _OF_DATA = ("data", "text_column", "text_pair_column", "label_column", "max_length")
@@ -34,11 +34,11 @@ _OF_DATA = ("data", "text_column", "text_pair_column", "label_column", "max_leng
 
 @dataclass(frozen=True)
 class Trained:
-    """One run of a comparison, or an adapter of its own.
+    """A run of a comparison, or an adapter outside of a run folder.
 
     Attributes:
         folder: with the adapter, or the model of the method "full".
-        name: what a table calls it.
+        name: its name in tables.
         method, seed: of the run; :data:`ADAPTER` and None outside of a run folder.
         config: the comparison's settings; None outside of a run folder.
     """
@@ -52,7 +52,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs and labels, and the number of predictions over the mean of all batches'."""
+    """Model inputs, labels, and the number of predictions relative to the mean over all batches."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -61,7 +61,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, the layers to look at (None: those with an adapter), and what its loss needs."""
+    """A loaded model.
+
+    Attributes:
+        model: in eval mode.
+        layers: names of the layers to measure; None for those with an adapter.
+        batches: to measure the loss on.
+    """
 
     model: nn.Module
     layers: list[str] | None
@@ -83,16 +89,16 @@ def check_use(config: MeasureConfig, runs: Sequence[Trained]) -> None:
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy (nats), weighted so that the mean over batches is that over all texts.
+    """Return the mean cross-entropy (nats) of a batch, times the batch's weight.
 
-    See :func:`eflat_ext.lab.finetune.objective.loss_of`.
+    The mean over batches is then the mean over all predictions; see :func:`.objective.loss_of`.
     """
     logits = model(**batch.inputs).logits
     return objective.loss_of(logits, batch.labels) * batch.weight
 
 
 def find(places: Iterable[Path]) -> list[Trained]:
-    """Everything trained that these folders hold, each once, however often it is named.
+    """Return the trained models in these folders, each once.
 
     Args:
         places: run folders of ``eflat finetune`` (all methods and seeds in them), their
@@ -113,7 +119,7 @@ def find(places: Iterable[Path]) -> list[Trained]:
 
 
 def data_of(runs: Iterable[Trained], config: MeasureConfig) -> list[str]:
-    """What the runs are measured on, as ``--data`` and ``--test-data`` named it."""
+    """Return the data of the runs, as ``--data`` and ``--test-data`` name them."""
     given = [config.data]
     for settings in (run.config for run in runs if run.config):
         given += [settings.data, settings.test_data]
@@ -121,7 +127,7 @@ def data_of(runs: Iterable[Trained], config: MeasureConfig) -> list[str]:
 
 
 def load(trained: Trained, config: MeasureConfig) -> Loaded:
-    """The trained model in float32 and eval mode on its device, with batches of its data.
+    """Return the trained model in float32 and eval mode on its device, with batches of its data.
 
     Raises:
         InputError: something in ``config`` or the folder cannot be used; the message names it.
@@ -141,7 +147,7 @@ def make_batches(
     size: int,
     device: torch.device,
 ) -> list[Batch]:
-    """Batches of texts of similar length, for :func:`loss`, without those that predict nothing.
+    """Return batches of texts of similar length for :func:`loss`; all have predictions.
 
     Args:
         tokenizer: to pad with.
@@ -159,11 +165,11 @@ def make_batches(
         for rows in chosen
     ]
     counts = [objective.count(target) for _, target in batches]
-    kept = [(batch, n) for batch, n in zip(batches, counts, strict=True) if n]
-    if not kept:
+    predicting = [(batch, n) for batch, n in zip(batches, counts, strict=True) if n]
+    if not predicting:
         raise InputError(f"expected a text with a token to predict, got {len(inputs)} without one")
-    mean = sum(counts) / len(kept)
-    return [Batch(*batch, n / mean) for batch, n in kept]
+    mean = sum(counts) / len(predicting)
+    return [Batch(*batch, n / mean) for batch, n in predicting]
 
 
 # --- inner parts -------------------------------------------------------------------------
@@ -205,7 +211,7 @@ def _find(place: Path) -> list[Trained]:
 def _read_config(path: Path) -> FinetuneConfig:
     content = validate(section_of(FinetuneConfig), read_yaml(path), str(path))
     config = FinetuneConfig(**content.given())
-    with named(str(path)):
+    with prefix_errors(str(path)):
         config.check()
     return config
 
@@ -226,7 +232,7 @@ def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
         layers = layers or _layers_of_adapter(settings, path, splits.classes)
     else:
         base, _ = loading.load_model(
-            path, settings, splits.classes, loading.of_texts(tokenizer).pad_token_id, method
+            path, settings, splits.classes, loading.text_tokenizer(tokenizer).pad_token_id, method
         )
         # In bfloat16 the loss would be rounded by more than it rises.
         model = _with_adapter(base.float(), trained.folder, splits.classes)
@@ -237,7 +243,7 @@ def _load_run(trained: Trained, config: MeasureConfig) -> Loaded:
 
 
 def _layers_of_adapter(settings: FinetuneConfig, path: str, classes: list[str]) -> list[str]:
-    """The layers that the comparison's adapters sit on, to look at the same in a full fine-tune."""
+    """Return the names of the layers that have an adapter in the other methods' runs."""
     from eflat_ext.analysis.full_space import adapted_layers
 
     base, new = loading.load_model(path, settings, classes, 0, "lora")
@@ -272,7 +278,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
         device=config.device,
     )
     device = loading.find_device(settings)
-    tokenizer = loading.of_texts(loading.load_tokenizer(path, settings))
+    tokenizer = loading.text_tokenizer(loading.load_tokenizer(path, settings))
     table = loading.read_table(settings, config.data)
     names: list[str] = []
     if not causal:
@@ -297,7 +303,7 @@ def _load_adapter(trained: Trained, config: MeasureConfig) -> Loaded:
 
 
 def _class_names(folder: Path, table: Table) -> list[str]:
-    """The classes that the adapter tells apart, in its order; where it does not say, the data's."""
+    """Return the classes of the adapter's classes.json, or else of the data, in their order."""
     names = class_names(table.labels)
     file = folder / "classes.json"
     if not file.is_file():
@@ -316,7 +322,7 @@ def _class_names(folder: Path, table: Table) -> list[str]:
 
 
 def _from_pretrained(settings: FinetuneConfig, path: str | Path, **options: Any) -> Any:
-    """The model for the task, in float32: in bfloat16 a loss is rounded by more than it rises."""
+    """Load the model for the task in float32; bfloat16 rounds a loss by more than its rise."""
     try:
         return loading.auto_model(settings).from_pretrained(path, dtype=torch.float32, **options)
     except Exception as error:  # as above
@@ -324,17 +330,17 @@ def _from_pretrained(settings: FinetuneConfig, path: str | Path, **options: Any)
 
 
 def _with_adapter(base: Any, folder: Path, classes: Sequence[str]) -> nn.Module:
-    """The model with the adapter of ``folder``; ``classes`` are those of the data."""
+    """Return the model with the adapter of ``folder``; ``classes`` are those of the data."""
     from peft import PeftModel
 
     try:
         return PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # as above
-        raise InputError(f"cannot load {folder}: {_misfit(error, len(classes))}") from None
+        raise InputError(f"cannot load {folder}: {_loading_error(error, len(classes))}") from None
 
 
-def _misfit(error: Exception, classes: int) -> str:
-    """Why an adapter cannot be loaded; of shapes that differ torch's first line says nothing."""
+def _loading_error(error: Exception, classes: int) -> str:
+    """Return why an adapter cannot be loaded; torch names different shapes after its first line."""
     for line in str(error).splitlines():
         if found := re.search(r"size mismatch .*Size\(\[(\d+).*Size\(\[(\d+)", line):
             if int(found[2]) == classes:
