@@ -18,7 +18,15 @@ from .optim.factories import (
 from .optim.two_gradients import FlatLoRA, LoRASAM
 from .perturbation import EFlatPerturbation
 
-if torch.version.cuda is not None and importlib.util.find_spec("eflat_ext._C_cuda") is not None:
+if importlib.util.find_spec("eflat_ext._C") is None:
+    from ._build_info import BUILD_INFO
+
+    warnings.warn(
+        "eflat_ext was built without kernels and computes perturbations in plain torch, the same "
+        f"numbers more slowly: {BUILD_INFO['reason']}",
+        stacklevel=2,
+    )
+elif torch.version.cuda is not None and importlib.util.find_spec("eflat_ext._C_cuda") is not None:
     try:
         import eflat_ext._C_cuda  # noqa: F401  (registers the CUDA kernels)
     except ImportError as error:

@@ -196,8 +196,9 @@ class Arguments {
   const FactorLists lists;
   std::vector<Pair> pairs;
 
-  explicit Arguments(Settings options, FactorLists factors = {})
-      : settings(std::move(options)), lists(std::move(factors)) {
+  // max_rank: of the device's kernels.
+  Arguments(int max_rank, Settings options, FactorLists factors = {})
+      : settings(std::move(options)), lists(std::move(factors)), max_rank_(max_rank) {
     check_length("B", lists.B.size(), lists.A.size());
     check_length("grad_A", lists.grad_A.size(), lists.A.size());
     check_length("grad_B", lists.grad_B.size(), lists.A.size());
@@ -280,7 +281,7 @@ class Arguments {
     const int64_t r = A.size(0);
     STD_TORCH_CHECK(B.size(1) == r, b, " must be (n, r) for ", a,
                     " of shape (r, m) = ", shape_of(A), ", got shape ", shape_of(B));
-    STD_TORCH_CHECK(r >= 1 && r <= kMaxRank, "the rank of ", a, " must be 1 to ", kMaxRank,
+    STD_TORCH_CHECK(r >= 1 && r <= max_rank_, "the rank of ", a, " must be 1 to ", max_rank_,
                     ", got ", r);
     STD_TORCH_CHECK(A.size(1) >= 1 && B.size(0) >= 1, a, " and ", b,
                     " must not be empty, got shapes ", shape_of(A), " and ", shape_of(B));
@@ -355,6 +356,7 @@ class Arguments {
     }
   }
 
+  const int max_rank_;
   Tensors kept_;
   bool all_float64_ = true;
 };

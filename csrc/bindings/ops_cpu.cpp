@@ -1,4 +1,4 @@
-// torch.ops.eflat: schemas, the CPU implementation, and the empty list, which has no device.
+// torch.ops.eflat on the CPU.
 #include <Python.h>
 
 #include <atomic>
@@ -31,6 +31,7 @@ void write(const std::vector<double>& values, const Tensor& out) {
 }
 
 struct Cpu {
+  static constexpr int kMaxRank = 1 << 13;  // 4 r^2 numbers fit an int
   static constexpr bool kReadsSteps = false;
 
   explicit Cpu(const Tensor&) {}
@@ -52,8 +53,6 @@ struct Cpu {
 
 }  // namespace
 }  // namespace eflat
-
-STABLE_TORCH_LIBRARY(eflat, m) { EFLAT_DEFINE(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(eflat, CPU, m) { EFLAT_REGISTER(m, eflat::Cpu); }
 

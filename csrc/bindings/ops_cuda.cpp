@@ -12,6 +12,7 @@ namespace {
 
 class Cuda {
  public:
+  static constexpr int kMaxRank = 256;  // a chunk of rows fits shared memory
   static constexpr bool kReadsSteps = true;
 
   explicit Cuda(const Tensor& on) : guard_(on.get_device_index()), on_(on) {

@@ -6,8 +6,6 @@
 
 namespace eflat {
 
-constexpr int kMaxRank = 256;
-
 // torch.optim.AdamW of one factor; hyperparameters of its own, since parameter groups may differ.
 struct AdamW {
   void* factor;  // of the side, to be written

@@ -111,7 +111,7 @@ __global__ void apply_kernel(Pair p, Space s, Update update, bool of_other) {
   if (!use && update.average) return;
   const int r = p.rank;
   for (int64_t k = threadIdx.x; k < side.length; k += blockDim.x) {
-    double row[2 * kMaxRank];
+    double row[2 * 256];
     for (int i = 0; i < 2 * r; ++i) row[i] = at(side, p.dtype, r, k, i);
     for (int j = 0; j < r; ++j) {
       double sum = 0;

@@ -1,13 +1,20 @@
-"""The operators ``torch.ops.eflat.*`` and their public call forms; the kernels are in ``csrc/``."""
+"""The operators ``torch.ops.eflat.*`` and their public call forms.
+
+The kernels are in ``csrc/``; what has none is computed in plain torch (:mod:`.plain_torch`).
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-import eflat_ext._C  # noqa: F401  (registers the operators; before what adds to them)
+from . import schemas  # noqa: F401  (defines the operators; before what adds to them)
+
+if importlib.util.find_spec("eflat_ext._C") is not None:  # else all is computed in plain torch
+    import eflat_ext._C  # noqa: F401  (registers the CPU kernels)
 
 from . import autograd, fake, in_place, no_kernel  # noqa: F401  (add to the operators)
 from .checks import check_memory, check_one_factor, check_options, check_pair, check_pairs
@@ -30,7 +37,7 @@ def perturb(
     factors have full rank.
 
     Args:
-        A: (r, m) factor; float64, float32, bfloat16 or float16; 1 <= r <= 256; any strides.
+        A: (r, m) factor; float64, float32, bfloat16 or float16; any strides.
         B: (n, r) factor, same dtype and device.
         grad_A, grad_B: gradients of the loss, like A and B. A frozen factor's is zeros.
         scaling: the layer's scaling ``s``, not 0.

@@ -11,17 +11,15 @@ from torch import Tensor
 from eflat_ext.reference import perturbed_factors
 
 from .checks import (
-    check_alike,
     check_averages,
-    check_devices,
-    check_length,
+    check_bound,
+    check_moments,
     check_norm_scope,
     check_one_factor,
     check_options,
     check_pair,
     check_pairs,
     check_rho,
-    check_shapes,
 )
 
 
@@ -66,7 +64,7 @@ def foreach_perturb_ema_(
 ):
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
-    check_averages(E, ema, skipped, perturbed_factors(onto, A, B), beta)
+    check_averages(A, B, E, ema, skipped, beta, onto)
     return skipped.new_empty(len(A), dtype=_norm_dtype(A))
 
 
@@ -95,27 +93,16 @@ def foreach_adamw_step_(
 ):
     check_options(rho, onto, norm_scope, rtol)
     check_pairs(A, B, grad_A, grad_B, scaling)
-    factors = [*A, *B]
-    check_averages(E, ema, skipped, perturbed_factors(onto, A, B), beta)
-    check_alike("exp_avg", exp_avg, factors)
-    check_alike("exp_avg_sq", exp_avg_sq, factors)
-    check_shapes("step", step, [torch.Size()] * len(factors))
-    for i, t in enumerate(step):
-        if t.device not in (torch.device("cpu"), factors[i].device):
-            raise ValueError(f"step[{i}] must be on the CPU or {factors[i].device}, got {t.device}")
+    check_averages(A, B, E, ema, skipped, beta, onto)
     numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    for name, values in numbers.items():
-        check_length(name, values, len(factors), "two entries per pair")
+    check_moments(A, B, exp_avg, exp_avg_sq, step, numbers)
     return skipped.new_empty(len(A), dtype=_norm_dtype(A))
 
 
 def foreach_bound(ema, B, scaling, rho, norm_scope="layer"):
     check_rho(rho)
     check_norm_scope(norm_scope)
-    check_length("B", B, len(ema))
-    check_length("scaling", scaling, len(ema))
-    for name, tensors in (("ema", ema), ("B", B)):
-        check_devices(name, tensors, ema[0].device if ema else torch.device("meta"))
+    check_bound(ema, B, scaling)
     return _norms_like(ema)
 
 

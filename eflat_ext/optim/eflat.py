@@ -44,8 +44,8 @@ class EFlatLoRA(PerturbingOptimizer):
         TypeError: ``model`` is no module; ``base`` is no optimizer, one of this package, one that
             needs a closure (LBFGS) or perturbs weights itself (SAM); factors A and B of a pair have
             different dtypes.
-        ValueError: an argument out of range; ``base`` maximises; nothing to perturb; LoRA factors
-            on several devices, or of a rank above 256.
+        ValueError: an argument out of range; ``base`` maximises; nothing to perturb; factors A and
+            B of a pair are on different devices.
         NotImplementedError: the model is sharded by the older FSDP, or its factors in another
             layout than ``eflat_ext.perturbation.SUPPORTED``.
     """

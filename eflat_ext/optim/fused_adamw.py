@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import AdamW, Optimizer
 
+from eflat_ext.ops.no_kernel import has_kernel
 from eflat_ext.perturbation.dtensors import is_dtensor
 
-_DEVICES = ("cpu", "cuda")  # that have a kernel for it
 _Numbers: TypeAlias = tuple[float, float, float, float, float]
 
 
@@ -30,7 +30,7 @@ _NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 def adamw_arguments(base: Optimizer, factors: Sequence[Tensor]) -> dict[str, Any] | None:
     """Return the operator's arguments for ``base.step()`` of the parameters of some pairs, by name.
 
-    None where the operator cannot do that step: ``base`` is no plain AdamW, or has step hooks,
+    None where no kernel can do that step: ``base`` is no plain AdamW, or has step hooks,
     which may read the gradients; a factor is not trained, has no gradient or no state yet, or is
     sharded; factors or steps occur twice; tensors that are not dense and contiguous on one device.
 
@@ -48,7 +48,7 @@ def adamw_arguments(base: Optimizer, factors: Sequence[Tensor]) -> dict[str, Any
     if any(type(factor) is not Parameter and is_dtensor(factor) for factor in factors):
         return None
     device = factors[0].device
-    if device.type not in _DEVICES:
+    if not has_kernel("foreach_adamw_step_", device):
         return None
     numbers_of: dict[int, _Numbers | None] = {}
     for group in base.param_groups:

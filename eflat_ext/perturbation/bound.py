@@ -16,6 +16,7 @@ from eflat_ext.lora import LoraPair, Slot
 from .dtensors import is_dtensor, local
 from .gather import Layout
 from .layer_forward import PerturbedFactor
+from .operands import joined_norms, total_norm
 
 
 class Bound:
@@ -75,16 +76,41 @@ class Bound:
             names = [f"factor B of {pair.name}" for pair, _ in rows]
             B, _, _ = Layout(dict(zip(names, B, strict=True))).gather(B, [None] * len(B))
         averages = [pair.part("A", factor.average) for pair, factor in rows]
-        scales = torch.ops.eflat.foreach_bound(
-            ema=[average.flatten(1) for average in averages],
-            B=[pair.part("B", b).flatten(1) for (pair, _), b in zip(rows, B, strict=True)],
-            scaling=[pair.scaling for pair, _ in rows],
-            rho=self.radius,
-            norm_scope=self._scope,
-        )
+        B = [pair.part("B", b).flatten(1) for (pair, _), b in zip(rows, B, strict=True)]
+        scales = self._scales([a.flatten(1) for a in averages], B, [p.scaling for p, _ in rows])
         E = [pair.part("A", factor.E) for pair, factor in rows]
-        torch._foreach_copy_(E, torch._foreach_mul(averages, list(scales.unbind())))
+        torch._foreach_copy_(E, torch._foreach_mul(averages, scales))
         self._seen = {factor: self._state(factor) for _, factor in rows}
+
+    def _scales(
+        self, averages: Sequence[Tensor], B: Sequence[Tensor], scaling: Sequence[float]
+    ) -> list[Tensor]:
+        """Return what each average is multiplied by; in one call for each device."""
+        devices: dict[torch.device, list[int]] = {}
+        for i, average in enumerate(averages):
+            devices.setdefault(average.device, []).append(i)
+
+        def factors(chosen: list[int], rho: float, norm_scope: str) -> Tensor:
+            lists = ([values[i] for i in chosen] for values in (averages, B, scaling))
+            ema, own_B, own_scaling = lists
+            return torch.ops.eflat.foreach_bound(
+                ema=ema, B=own_B, scaling=own_scaling, rho=rho, norm_scope=norm_scope
+            )
+
+        if len(devices) == 1 or self._scope == "layer":
+            parts = [factors(chosen, self.radius, self._scope) for chosen in devices.values()]
+        else:
+            tiny = 1e-30  # less than any norm that matters, so that factors tell the norms
+            own = [(chosen, tiny / factors(chosen, tiny, "layer")) for chosen in devices.values()]
+            total = total_norm(joined_norms(own))
+            scale = (self.radius / total).clamp_max(1)
+            parts = [scale.to(norms.device).expand_as(norms) for _, norms in own]
+        of_row = {
+            i: scale
+            for chosen, part in zip(devices.values(), parts, strict=True)
+            for i, scale in zip(chosen, part.unbind(), strict=True)
+        }
+        return [of_row[i] for i in range(len(averages))]
 
     def _state(self, factor: PerturbedFactor) -> object:
         B = [self._parameters[pair.slots["B"]] for pair in self._pairs_of[factor]]

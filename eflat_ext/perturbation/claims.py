@@ -20,7 +20,7 @@ from .dtensors import fsdp_modules, is_dtensor, refuse_flat_parameters, reshard
 from .gather import Layout
 from .layer_forward import PerturbedFactor, PerturbedLayer, Row, Switch, detach, perturbed_layer
 from .operands import Target
-from .targets import check_one_device, choose_targets, parameters_of
+from .targets import choose_targets, parameters_of
 
 _TAKEN_OVER = "a newer perturbation of the same weights has taken over"
 _numbers = itertools.count()  # of perturbations, in the order in which they were made
@@ -77,7 +77,7 @@ class ClaimedFactors:
         """Take over the pairs whose perturbed factor an optimizer trains; all pairs without one.
 
         Raises:
-            ValueError: there is none; factors on several devices, or of a rank above 256.
+            ValueError: there is none; factors A and B of a pair are on different devices.
             TypeError: factors A and B of a pair have different dtypes.
             NotImplementedError: factors are sharded in another layout than ``SUPPORTED``.
         """
@@ -246,7 +246,6 @@ class ClaimedFactors:
 
     def _check(self, pairs: Sequence[LoraPair]) -> None:
         """Raise an error, see :meth:`claim`, unless these pairs can be perturbed."""
-        check_one_device(pairs)
         Layout({f"factor {f} of {p.name}": p.parameter(f) for p in pairs for f in "AB"})
 
     def _wait(self) -> None:

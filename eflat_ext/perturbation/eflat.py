@@ -18,7 +18,7 @@ from eflat_ext.reference import perturbed_factors
 from .base import Gradients, Perturbation
 from .bound import Bound
 from .checkpoint import attach_hooks, check_saved_averages
-from .operands import Operands, zeros_like
+from .operands import Operands, joined_norms, total_norm, usable, zeros_like
 from .settings import Rho, Settings
 from .steps import check_base
 from .targets import check_operable
@@ -126,8 +126,8 @@ class EFlatPerturbation(TransferredPerturbation):
 
         Raises:
             TypeError: no optimizer, or one that the perturbation cannot go with.
-            ValueError: it trains no perturbed factor of the model, or maximises; factors on several
-                devices, or of a rank above 256.
+            ValueError: it trains no perturbed factor of the model, or maximises; factors A and B of
+                a pair are on different devices.
             NotImplementedError: factors are sharded in another layout than
                 ``eflat_ext.perturbation.SUPPORTED``.
             RuntimeError: it is attached already, or has ended.
@@ -175,27 +175,15 @@ class EFlatPerturbation(TransferredPerturbation):
         """
         parts = [pair.part(carrier, factor.average) for _, pair, carrier, factor in rows.targets]
         averages = [part.flatten(1).contiguous() for part in parts]
-        if rows.A:
-            self._skipped = self._skipped.to(rows.A[0].device)
-        arguments: dict[str, Any] = {
-            "A": rows.A,
-            "B": rows.B,
-            "grad_A": rows.grad_A,
-            "grad_B": rows.grad_B,
-            "E": self._added(rows, averages),
-            "ema": averages,
-            "skipped": self._skipped,
-            "scaling": rows.scaling,
-            "rho": self.settings.radius(self.steps),
-            "beta": self.settings.beta,
-            "onto": self.settings.onto,
-            "norm_scope": self.settings.norm_scope,
-            "rtol": self.settings.rtol,
-        }
-        if adamw is None:
-            norms = torch.ops.eflat.foreach_perturb_ema_(**arguments)
+        by_device = rows.by_device()
+        if len(by_device) == 1:
+            if rows.A:
+                self._skipped = self._skipped.to(rows.A[0].device)
+            norms = self._average(
+                rows, averages, averages, self.settings.beta, self.norm_scope, self._skipped, adamw
+            )
         else:
-            norms = torch.ops.eflat.foreach_adamw_step_(**arguments, **adamw)
+            norms = self._average_by_device(rows, averages, by_device)
         for part, average in zip(parts, averages, strict=True):
             if not part.is_contiguous():
                 part.copy_(average.view(part.shape))
@@ -203,6 +191,72 @@ class EFlatPerturbation(TransferredPerturbation):
             self._bound.average_changed()
         self.note(rows, norms)
         self.finish_update()
+
+    def _average(
+        self,
+        rows: Operands,
+        averages: list[Tensor],
+        into: list[Tensor],
+        beta: float,
+        norm_scope: str,
+        skipped: Tensor,
+        adamw: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Fold the perturbation of pairs on one device into some tensors; return the norms.
+
+        Args:
+            averages: what passes may have added to the targets, as matrices.
+            into: what is averaged with the perturbation, with this beta; ``averages`` perhaps.
+            skipped: counter of the pairs that are left out.
+        """
+        arguments: dict[str, Any] = {
+            "A": rows.A,
+            "B": rows.B,
+            "grad_A": rows.grad_A,
+            "grad_B": rows.grad_B,
+            "E": self._added(rows, averages),
+            "ema": into,
+            "skipped": skipped,
+            "scaling": rows.scaling,
+            "rho": self.settings.radius(self.steps),
+            "beta": beta,
+            "onto": self.settings.onto,
+            "norm_scope": norm_scope,
+            "rtol": self.settings.rtol,
+        }
+        if adamw is None:
+            return torch.ops.eflat.foreach_perturb_ema_(**arguments)
+        return torch.ops.eflat.foreach_adamw_step_(**arguments, **adamw)
+
+    def _average_by_device(
+        self, rows: Operands, averages: list[Tensor], by_device: list[tuple[list[int], Operands]]
+    ) -> Tensor:
+        """Fold the perturbation of pairs on several devices into the averages; return the norms."""
+        at = {(target.at, target.carrier): i for i, target in enumerate(rows.targets)}
+        beta, shared = self.settings.beta, self.norm_scope == "global"
+        done: list[tuple[Operands, list[Tensor], list[Tensor], Tensor]] = []
+        for _, part in by_device:
+            own = [averages[at[target.at, target.carrier]] for target in part.targets]
+            # One norm for all is known when every device has its own: E of each pair first.
+            into = [torch.zeros_like(average) for average in own] if shared else own
+            skipped = self._skipped.new_zeros((), device=part.A[0].device)
+            norms = self._average(part, own, into, 1.0 if shared else beta, "layer", skipped)
+            self._skipped += skipped.to(self._skipped.device)
+            done.append((part, own, into, norms))
+        joined = joined_norms(
+            [(places, norms) for (places, _), (*_, norms) in zip(by_device, done, strict=True)]
+        )
+        if shared:
+            total = total_norm(joined)
+            for part, own, into, norms in done:
+                row_of = {index: row for row, index in enumerate(part.indices)}
+                good = usable(norms)
+                share = torch.where(good, norms / total.to(norms.device), 0)
+                for target, average, E in zip(part.targets, own, into, strict=True):
+                    row = row_of[target.at]
+                    mean = average.lerp(E * share[row].to(E.dtype), beta)
+                    average.copy_(torch.where(good[row], mean, average))
+        return joined
 
     def _added(self, rows: Operands, averages: list[Tensor]) -> list[Tensor]:
         """Return what passes added to the targets, as matrices; an empty list if all ran clean."""

@@ -58,6 +58,32 @@ class Operands:
     missing: Tensor | None = None
     targets: list[Target] = field(default_factory=list)
 
+    def by_device(self) -> list[tuple[list[int], Operands]]:
+        """Return, for each device, the places of its pairs, and their operands."""
+        places: dict[torch.device, list[int]] = {}
+        for place, factor in enumerate(self.A):
+            places.setdefault(factor.device, []).append(place)
+        if len(places) < 2:
+            return [(list(range(len(self.A))), self)]
+        return [(chosen, self._of(chosen)) for chosen in places.values()]
+
+    def _of(self, places: list[int]) -> Operands:
+        indices = [self.indices[place] for place in places]
+        lists = (self.A, self.B, self.grad_A, self.grad_B)
+        A, B, grad_A, grad_B = ([tensors[place] for place in places] for tensors in lists)
+        return Operands(
+            indices,
+            A,
+            B,
+            grad_A,
+            grad_B,
+            [self.scaling[place] for place in places],
+            [self.parameters[half + place] for half in (0, len(self.A)) for place in places],
+            self.having,
+            None,
+            [target for target in self.targets if target.at in set(indices)],
+        )
+
 
 def collect(
     pairs: Sequence[LoraPair],
@@ -108,6 +134,28 @@ def collect(
     chosen = set(found.indices)
     found.targets = [target for target in targets if target.at in chosen]
     return found
+
+
+def usable(norms: Tensor) -> Tensor:
+    """Return which norms are neither zero nor infinite nor NaN."""
+    return norms.isfinite() & (norms > 0)
+
+
+def total_norm(norms: Tensor) -> Tensor:
+    """Return the root of the sum of squares of the norms that are usable."""
+    good = torch.where(usable(norms), norms, 0)
+    largest = good.amax().clamp_min(torch.finfo(norms.dtype).tiny)  # no square overflows
+    return largest * (good / largest).square().sum().sqrt()
+
+
+def joined_norms(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """Return norms from several devices as one tensor on the first; with the places of each."""
+    device = parts[0][1].device
+    dtype = functools.reduce(torch.promote_types, (norms.dtype for _, norms in parts))
+    places = [place for chosen, _ in parts for place in chosen]
+    joined = torch.cat([norms.to(device, dtype) for _, norms in parts])
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return joined[torch.tensor(order).to(device, non_blocking=True)]
 
 
 def zeros_like(tensor: Tensor) -> Tensor:

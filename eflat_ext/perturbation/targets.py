@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from eflat_ext.lora import LoraPair, Slot, held
-from eflat_ext.ops.checks import MAX_RANK
 from eflat_ext.stacklevel import stacklevel_of_user
 
 
@@ -72,26 +71,14 @@ def choose_targets(
     return chosen
 
 
-def check_one_device(pairs: Sequence[LoraPair]) -> None:
-    """Raise ValueError unless all factors are on one device, as an operator's call needs."""
-    first = pairs[0].parameter_A.device
-    for pair in pairs:
-        for factor in (pair.parameter_A, pair.parameter_B):
-            if factor.device != first:
-                raise ValueError(
-                    f"model must have all LoRA factors on one device, got {first} of "
-                    f"{pairs[0].group} and {factor.device} of {pair.group}"
-                )
-
-
 def check_operable(pairs: Sequence[LoraPair]) -> None:
-    """Raise ValueError or TypeError unless the operators take these factors."""
+    """Raise ValueError or TypeError unless the operators take the factors of each pair."""
     for pair in pairs:
-        A, B, rank = pair.parameter_A, pair.parameter_B, pair.sizes[2]
-        if rank > MAX_RANK:
+        A, B = pair.parameter_A, pair.parameter_B
+        if A.device != B.device:
             raise ValueError(
-                f"model must have LoRA factors of a rank of at most {MAX_RANK}, got {rank} of "
-                f"{pair.group}"
+                f"model must have factors A and B of a layer on one device, got {A.device} and "
+                f"{B.device} of {pair.group}"
             )
         if A.dtype != B.dtype:
             raise TypeError(

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eflat_ext.ops.no_kernel import has_float64
+
 from .base import Perturbation
 from .eflat import TransferredPerturbation
-from .operands import Operands
+from .operands import Operands, joined_norms, total_norm, usable
 from .settings import Settings
 
 
@@ -34,7 +36,7 @@ class TwoPointPerturbation(Perturbation):
         """
         rows = self.operands()
         E, norms = self._made(rows)
-        self._skipped = self._skipped.to(norms.device).add_((~_usable(norms)).sum())
+        self._skipped = self._skipped.to(norms.device).add_((~usable(norms)).sum())
         self.note(rows, norms)
         for factor in self.factors:
             factor.E.zero_()
@@ -70,6 +72,26 @@ class FlatPerturbation(TwoPointPerturbation, TransferredPerturbation):
     """Flat-LoRA's: equations (1)-(3), without averaging."""
 
     def _made(self, rows: Operands) -> tuple[list[Tensor], Tensor]:
+        by_device = rows.by_device()
+        if len(by_device) == 1:
+            return self._perturbations(rows, self.norm_scope)
+        at = {(target.at, target.carrier): i for i, target in enumerate(rows.targets)}
+        made = [self._perturbations(part, "layer") for _, part in by_device]
+        joined = joined_norms(
+            [(places, norms) for (places, _), (_, norms) in zip(by_device, made, strict=True)]
+        )
+        E: list[Tensor] = [joined] * len(rows.targets)
+        for (_, part), (own, norms) in zip(by_device, made, strict=True):
+            row_of = {index: row for row, index in enumerate(part.indices)}
+            share = torch.ones_like(norms)
+            if self.norm_scope == "global":
+                total = total_norm(joined).to(norms.device)
+                share = torch.where(usable(norms), norms / total, 0)
+            for target, e in zip(part.targets, own, strict=True):
+                E[at[target.at, target.carrier]] = e * share[row_of[target.at]].to(e.dtype)
+        return E, joined
+
+    def _perturbations(self, rows: Operands, norm_scope: str) -> tuple[list[Tensor], Tensor]:
         return torch.ops.eflat.foreach_perturb(
             A=rows.A,
             B=rows.B,
@@ -78,7 +100,7 @@ class FlatPerturbation(TwoPointPerturbation, TransferredPerturbation):
             scaling=rows.scaling,
             rho=self.settings.radius(self.steps),
             onto=self.settings.onto,
-            norm_scope=self.settings.norm_scope,
+            norm_scope=norm_scope,
             rtol=self.settings.rtol,
         )
 
@@ -92,12 +114,15 @@ class SAMPerturbation(TwoPointPerturbation):
     def _made(self, rows: Operands) -> tuple[list[Tensor], Tensor]:
         if not rows.indices:
             return [], torch.zeros(0, device=self._skipped.device)
-        norm_A, norm_B = (  # in float32 the squares of tiny gradients are zero
-            torch.stack(torch._foreach_norm(list(grads), 2, torch.float64))
+        first = rows.grad_A[0].device
+        # In float32 the squares of tiny gradients are zero.
+        wide = torch.float64 if has_float64(first.type) else torch.float32
+        norm_A, norm_B = (
+            torch.stack([n.to(first) for n in torch._foreach_norm(list(grads), 2, wide)])
             for grads in (rows.grad_A, rows.grad_B)
         )
         norms = torch.hypot(norm_A, norm_B)
-        good = _usable(norms)
+        good = usable(norms)
         shared = torch.where(good, norms, 0).norm() if self.norm_scope == "global" else norms
         scale = torch.where(good, self.settings.radius(self.steps) / shared, 0)
         row_of = {index: row for row, index in enumerate(rows.indices)}
@@ -105,12 +130,8 @@ class SAMPerturbation(TwoPointPerturbation):
         for target in rows.targets:
             row = row_of[target.at]
             gradient = (rows.grad_A if target.carrier == "A" else rows.grad_B)[row]
-            # In float64: for a tiny gradient the scale is beyond float32's range.
-            e = (gradient.double() * scale[row]).to(gradient.dtype)
-            E.append(torch.where(good[row], e, 0))
+            # For a tiny gradient the scale is beyond float32's range.
+            own_scale, moves = scale[row].to(gradient.device), good[row].to(gradient.device)
+            e = (gradient.to(wide) * own_scale).to(gradient.dtype)
+            E.append(torch.where(moves, e, 0))
         return E, norms
-
-
-def _usable(norms: Tensor) -> Tensor:
-    """Return which norms are neither zero nor infinite nor NaN."""
-    return norms.isfinite() & (norms > 0)

@@ -15,6 +15,7 @@ std::mutex one_at_a_time;  // the executor knows one launch
 
 template <cuda::Arithmetic arithmetic>
 struct HostCuda {
+  static constexpr int kMaxRank = 256;
   static constexpr bool kReadsSteps = true;
   explicit HostCuda(const Tensor&) {}
 
@@ -43,6 +44,7 @@ struct HostCuda {
 };
 
 struct Naive {
+  static constexpr int kMaxRank = 256;
   static constexpr bool kReadsSteps = false;
   explicit Naive(const Tensor&) {}
   void perturb(const Problem& problem, const Tensor& norms, const Tensor* skipped) {
@@ -64,9 +66,6 @@ using TwoFloat = HostCuda<cuda::Arithmetic::two_float>;
 }  // namespace
 }  // namespace eflat
 
-STABLE_TORCH_LIBRARY(eflat_float64, m) { EFLAT_DEFINE(m); }
 STABLE_TORCH_LIBRARY_IMPL(eflat_float64, CPU, m) { EFLAT_REGISTER(m, eflat::Float64); }
-STABLE_TORCH_LIBRARY(eflat_two_float, m) { EFLAT_DEFINE(m); }
 STABLE_TORCH_LIBRARY_IMPL(eflat_two_float, CPU, m) { EFLAT_REGISTER(m, eflat::TwoFloat); }
-STABLE_TORCH_LIBRARY(eflat_naive, m) { EFLAT_DEFINE(m); }
 STABLE_TORCH_LIBRARY_IMPL(eflat_naive, CPU, m) { EFLAT_REGISTER(m, eflat::Naive); }

@@ -151,15 +151,11 @@ def test_foreach_perturb(name, value, error, says):
 
 
 def test_ranks_and_empty_factors():
-    for r, shape_says in (
-        (257, "rank of A.* 1 to 256, got 257"),
-        (0, "rank of A.* 1 to 256, got 0"),
-    ):
-        call = (torch.ones(r, 4), torch.ones(5, r), torch.ones(r, 4), torch.ones(5, r), 1.0, RHO)
-        with pytest.raises(ValueError, match=shape_says):
-            eflat_ext.perturb(*call)
-        with pytest.raises(RuntimeError, match=shape_says):
-            ops.perturb(*call)
+    call = (torch.ones(0, 4), torch.ones(5, 0), torch.ones(0, 4), torch.ones(5, 0), 1.0, RHO)
+    with pytest.raises(ValueError, match=r"rank of A.* at least 1, got 0"):
+        eflat_ext.perturb(*call)
+    with pytest.raises(RuntimeError, match=r"rank of A.* got 0"):
+        ops.perturb(*call)
     for n, m in ((0, 4), (4, 0)):
         call = (torch.ones(2, m), torch.ones(n, 2), torch.ones(2, m), torch.ones(n, 2), 1.0, RHO)
         with pytest.raises(ValueError, match="must not be empty"):
@@ -279,11 +275,17 @@ def test_moving_average(changed, says):
         ({"scaling": []}, "scaling must have one entry"),
         ({"ema": [torch.ones(R, M, dtype=torch.int64)]}, r"ema\[0\] must be float64"),
         ({"ema": [torch.ones(M)]}, r"B\[0\] must be \(n, r\)|ema\[0\]"),
-        ({"ema": [torch.ones(R, M, device="meta")]}, r"B\[0\] must be on the device meta, got cpu"),
-        ({"B": [torch.ones(N, R, device="meta")]}, r"B\[0\] must be on the device cpu, got meta"),
+        (
+            {"ema": [torch.ones(R, M, device="meta")]},
+            r"B\[0\] must be on the device of ema\[0\], meta, got cpu",
+        ),
+        (
+            {"B": [torch.ones(N, R, device="meta")]},
+            r"B\[0\] must be on the device of ema\[0\], cpu, got meta",
+        ),
         ({"rho": math.nan}, "rho must be finite"),
         ({"norm_scope": "x"}, "norm_scope must be"),
-        ({"ema": [torch.ones(300, M)], "B": [torch.ones(N, 300)]}, r"rank of ema\[0\]"),
+        ({"ema": [torch.ones(0, M)], "B": [torch.ones(N, 0)]}, r"rank of ema\[0\]"),
         ({"ema": [torch.ones(R, 0)]}, r"ema\[0\] and B\[0\] must not be empty"),
         ({"B": [torch.ones(0, R)]}, r"ema\[0\] and B\[0\] must not be empty"),
     ],

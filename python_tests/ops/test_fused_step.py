@@ -420,9 +420,11 @@ def test_devices_are_not_mixed(onto: str, to: str, name: str) -> None:
 def test_shapes_are_checked_while_traced(onto: str) -> None:
     for name in ("E", "ema", "exp_avg", "exp_avg_sq", "step"):
         call = on_meta(one_changed(name, 1, lambda t: torch.ones(4, 4), onto))
-        with pytest.raises(ValueError, match=f"{name} must have the shapes"):
+        says = "float32 tensor without dimensions" if name == "step" else "have the shape of"
+        error = TypeError if name == "step" else ValueError
+        with pytest.raises(error, match=rf"{name}\[1\] must .*{says}"):
             ops.foreach_adamw_step_(**call)
     for name in ("lr", "weight_decay"):
         call = on_meta({**random_call(two_pairs()[:1]), name: [0.1]})
-        with pytest.raises(ValueError, match=f"{name} must have two entries per pair, 2, got 1"):
+        with pytest.raises(ValueError, match=f"{name} must have two entries per pair.*2, got 1"):
             ops.foreach_adamw_step_(**call)

@@ -43,9 +43,11 @@ def errors(
     rho: float | Callable[[int], float] = 0.1,
     beta: float = 0.7,
     rtol: float = RTOL,
+    steps: int = STEPS,
+    **config: object,
 ) -> list[float]:
     """Return the relative differences to the reference loop after each step, weights and losses."""
-    model, other = lora_mlp(dtype), lora_mlp(dtype)
+    model, other = lora_mlp(dtype, **config), lora_mlp(dtype, **config)
     base_of_ours, its_base = BASES[base](trainable(model)), BASES[base](trainable(other))
     pairs = [(pair.A, pair.B, pair.scaling) for pair in find_pairs(other)]
     targets = [t for k, f in enumerate("AB") for t in [p[k] for p in pairs] if onto in (f, "both")]
@@ -59,7 +61,7 @@ def errors(
     else:
         ours = LoRASAM(model, base_of_ours, rho=rho, norm_scope=norm_scope)
     found = []
-    for step, batch in enumerate(batches(STEPS, dtype)):
+    for step, batch in enumerate(batches(steps, dtype)):
         radius = rho(step) if callable(rho) else rho
         loss = ours.step(closure_for(model, ours, batch))
         closure = closure_for(other, its_base, batch)
@@ -94,6 +96,11 @@ def test_steps_equal_the_reference_in_float64(
 ) -> None:
     found = errors(method, base, onto=onto, norm_scope=norm_scope)
     assert max(found) <= BOUNDS.get((method, onto), 1e-9)
+
+
+@pytest.mark.parametrize("method", ["eflat", "flat"])
+def test_a_rank_above_256(method: str) -> None:
+    assert max(errors(method, "adamw", steps=3, r=300)) <= 1e-9
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])

@@ -72,7 +72,7 @@ def mapped(call: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[s
     made: dict[int, Tensor] = {}
 
     def of(value: Any) -> Any:
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             return [of(x) for x in value]
         if not isinstance(value, Tensor):
             return value

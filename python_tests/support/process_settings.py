@@ -31,3 +31,9 @@ if "EFLAT_TEST_KERNELS" in os.environ:
     import host_cuda
 
     _replaced = host_cuda.replace_cpu_kernels(os.environ["EFLAT_TEST_KERNELS"])
+
+# A second device has to be there before the first backward pass of a process.
+if "EFLAT_TEST_SECOND_DEVICE" in os.environ:
+    import second_device
+
+    second_device.register()

@@ -26,7 +26,7 @@ from eflat_ext.lab.data.validation import (
     Share,
     option,
 )
-from eflat_ext.ops.checks import MAX_RANK, MIN_RTOL
+from eflat_ext.ops.checks import MIN_RTOL
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
 Method = Literal["lora", "eflat", "flat", "lora-sam", "full"]
@@ -82,7 +82,7 @@ class FinetuneConfig(Checked):
     max_length: PositiveInt = 128
     """Tokens of a text, with what is to be written; longer ones are cut."""
 
-    rank: Annotated[int, Ge(1), Le(MAX_RANK)] = 8
+    rank: Annotated[int, Ge(1)] = 8
     """Rank r of the adapter."""
     alpha: PositiveInt = 16
     """LoRA's alpha; the update is scaled by alpha/rank."""

@@ -1,0 +1,420 @@
+"""The operators in plain torch, for devices and ranks that have no kernels.
+
+Pairs of one shape are computed together, by batched matrix products in float64. Nothing here reads
+a value on the host, so no call waits for the device; all operations are deterministic where torch's
+are. Tensors that are written must not share memory with others: kernels check that, this does not.
+
+Everything follows from K, with ``K K^T = M^+`` of a factor X: the factor becomes ``X K``, whose
+columns are orthonormal or zero, and the other factor's gradient ``G K``. A Gram matrix has the
+square of its factor's condition number, so M is corrected by a second one, of ``X T`` with ``T^-T
+T^-1 = M`` nearly (the idea of CholeskyQR2), and K by a third. Directions below the cutoff are
+dropped by a projector, from the sign function of a matrix (Newton's iteration with scaling: Higham,
+"Functions of Matrices", 2008, chapter 5), which unlike an eigenvalue decomposition reads nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from eflat_ext.reference import default_rtol, perturbed_factors
+
+_EPS = torch.finfo(torch.float64).eps
+_LARGEST = torch.finfo(torch.float64).max
+_SQUARINGS = 12  # the largest eigenvalue to 1e-4 of itself, whatever the others
+_NEWTON = 14  # the sign function, for a cutoff of 1e-7
+_CHUNK = 1 << 23  # elements that are computed at once; 64 MB a copy
+
+
+class _Result(NamedTuple):
+    """What a pair gives before rho and the norms of the others are known.
+
+    Attributes:
+        U: of each perturbed factor, float64, shaped like it: ``E = rho / (2 s^2 norm) U``.
+        norm: of the full-space gradient, or of its projection, in the type that is reported.
+        size: the largest ``|| rho^-1 E norm ||`` of the factors, in units of their type's maximum.
+    """
+
+    U: list[Tensor]
+    norm: Tensor
+    size: Tensor
+
+
+class _Side(NamedTuple):
+    """A factor X and its gradient G as (length, r), in terms of the roots K: X K, and G K_other.
+
+    Attributes:
+        K: the root of this factor's own.
+    """
+
+    X: Tensor
+    G: Tensor
+    K: Tensor
+
+
+def foreach_perturb(
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    grad_A: Sequence[Tensor],
+    grad_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rho: float,
+    onto: str = "B",
+    norm_scope: str = "layer",
+    rtol: float | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Return what ``torch.ops.eflat.foreach_perturb`` does; arguments are checked already."""
+    targets = perturbed_factors(onto, A, B)
+    return _perturbations(
+        A, B, grad_A, grad_B, scaling, rho, onto, norm_scope, rtol, [t.dtype for t in targets]
+    )
+
+
+def perturb(
+    A: Tensor,
+    B: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    scaling: float,
+    rho: float,
+    onto: str = "B",
+    rtol: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what ``torch.ops.eflat.perturb`` does."""
+    E, norms = foreach_perturb([A], [B], [grad_A], [grad_B], [scaling], rho, onto, "layer", rtol)
+    return E[0], norms[0].clone()
+
+
+def foreach_perturb_ema_(
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    grad_A: Sequence[Tensor],
+    grad_B: Sequence[Tensor],
+    E: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    skipped: Tensor,
+    scaling: Sequence[float],
+    rho: float,
+    beta: float,
+    onto: str = "B",
+    norm_scope: str = "layer",
+    rtol: float | None = None,
+) -> Tensor:
+    """Do what ``torch.ops.eflat.foreach_perturb_ema_`` does."""
+    points = [
+        (t.to(e.dtype) + e).to(t.dtype)
+        for t, e in zip(perturbed_factors(onto, A, B), E, strict=False)
+    ]
+    if points:
+        A = points[: len(A)] if onto != "B" else A
+        B = points[-len(B) :] if onto != "A" else B
+    E, norms = _perturbations(
+        A, B, grad_A, grad_B, scaling, rho, onto, norm_scope, rtol, [t.dtype for t in ema]
+    )
+    good = _usable(norms)
+    for i, (average, e) in enumerate(zip(ema, E, strict=True)):
+        new = torch.lerp(average, e, beta)
+        average.copy_(torch.where(good[i % len(A)], new, average))
+    skipped.add_((~good).sum())
+    return norms
+
+
+def foreach_adamw_step_(
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    grad_A: Sequence[Tensor],
+    grad_B: Sequence[Tensor],
+    E: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    step: Sequence[Tensor],
+    skipped: Tensor,
+    scaling: Sequence[float],
+    rho: float,
+    beta: float,
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+    weight_decay: Sequence[float],
+    onto: str = "B",
+    norm_scope: str = "layer",
+    rtol: float | None = None,
+) -> Tensor:
+    """Do what ``torch.ops.eflat.foreach_adamw_step_`` does, with torch's own AdamW."""
+    for i, t in enumerate(step):
+        if t.device.type == "cpu" and not t >= 0:
+            raise RuntimeError(f"step[{i}] must be at least 0, got {float(t)}")
+    norms = foreach_perturb_ema_(
+        A, B, grad_A, grad_B, E, ema, skipped, scaling, rho, beta, onto, norm_scope, rtol
+    )
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for i, numbers in enumerate(zip(lr, beta1, beta2, eps, weight_decay, strict=True)):
+        groups.setdefault(numbers, []).append(i)
+    lists = [[*A, *B], [*grad_A, *grad_B], exp_avg, exp_avg_sq]
+    for (rate, b1, b2, epsilon, decay), chosen in groups.items():
+        own = [[tensors[i] for i in chosen] for tensors in lists]
+        # 16-bit factors are computed in float32 and rounded once.
+        wide = [[t.to(torch.promote_types(t.dtype, torch.float32)) for t in ts] for ts in own]
+        factors, gradients, first, second = wide
+        adamw(
+            factors,
+            gradients,
+            first,
+            second,
+            [],
+            [step[i] for i in chosen],
+            foreach=False,
+            amsgrad=False,
+            beta1=b1,
+            beta2=b2,
+            lr=rate,
+            weight_decay=decay,
+            eps=epsilon,
+            maximize=False,
+        )
+        for i in (0, 2, 3):
+            for result, t in zip(wide[i], own[i], strict=True):
+                if result is not t:  # of 16 bits
+                    t.copy_(result)
+    return norms
+
+
+def foreach_bound(
+    ema: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rho: float,
+    norm_scope: str = "layer",
+) -> Tensor:
+    """Return what ``torch.ops.eflat.foreach_bound`` does."""
+    norms = []
+    for average, b, s in zip(ema, B, scaling, strict=True):
+        average, b = average.double(), b.double()
+        square = ((b.mT @ b) * (average @ average.mT)).sum().clamp_min(0)
+        norms.append(abs(s) * square.sqrt())
+    norm = torch.stack(norms)
+    if norm_scope == "global":
+        norm = norm.norm().expand_as(norm)
+    factors = torch.where(norm > rho, rho / norm, 1.0)
+    return factors.to(_norm_dtype(ema))
+
+
+def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    double = all(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def _usable(norm: Tensor) -> Tensor:
+    return (norm > 0) & norm.isfinite()
+
+
+def _perturbations(
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    grad_A: Sequence[Tensor],
+    grad_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rho: float,
+    onto: str,
+    norm_scope: str,
+    rtol: float | None,
+    dtypes: Sequence[torch.dtype],
+) -> tuple[list[Tensor], Tensor]:
+    """Return E of each perturbed factor in these types, and the norms."""
+    count = len(A)
+    results: dict[int, _Result] = {}
+    for chosen in _chunks(A, B):
+        pair = [torch.stack([ts[i] for i in chosen]).double() for ts in (A, B, grad_A, grad_B)]
+        a, b = A[chosen[0]], B[chosen[0]]
+        s = _on_device([scaling[i] for i in chosen], a.device)
+        cutoff = default_rtol(a, b) if rtol is None else rtol
+        U, norm = _directions(pair, s, rho, onto, cutoff)
+        norm = _reported(norm, _norm_dtype(A))
+        largest = torch.finfo(dtypes[chosen[0]]).max
+        size = torch.stack([u.flatten(1).norm(dim=1) for u in U]).amax(0) / (2 * s * s) / largest
+        size = torch.maximum(size, 1 / (2 * s * s) / _LARGEST).nan_to_num(math.inf, math.inf)
+        for row, i in enumerate(chosen):
+            results[i] = _Result([u[row] for u in U], norm[row], size[row])
+    s = _on_device(scaling, A[0].device)
+    norm = torch.stack([results[i].norm for i in range(count)])
+    size = torch.stack([results[i].size for i in range(count)])
+    norm, scope_norm = _scope_norms(norm, size, rho, norm_scope)
+    good = _usable(norm)
+    scale = torch.where(good, rho / (2 * s * s * scope_norm), 0)
+    E = [
+        torch.where(good[i], results[i].U[side] * scale[i], 0).to(dtypes[side * count + i])
+        for side in range(len(results[0].U))
+        for i in range(count)
+    ]
+    return E, norm.to(_norm_dtype(A))
+
+
+def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.float64).to(device, non_blocking=True)
+
+
+def _chunks(A: Sequence[Tensor], B: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield indices of pairs of one shape and type, so many that their copies stay small."""
+    groups: dict[object, list[int]] = {}
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
+        groups.setdefault((a.shape, b.shape, a.dtype), []).append(i)
+    for indices in groups.values():
+        a, b = A[indices[0]], B[indices[0]]
+        step = max(1, _CHUNK // (2 * (a.numel() + b.numel())))
+        yield from (indices[i : i + step] for i in range(0, len(indices), step))
+
+
+def _reported(norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return norms, zero or infinite where they are so in the type that they are reported in."""
+    rounded = norm.to(dtype).double()
+    return torch.where(_usable(rounded), norm, rounded)
+
+
+def _scope_norms(norm: Tensor, size: Tensor, rho: float, scope: str) -> tuple[Tensor, Tensor]:
+    """Return the norms, infinite where E would not be finite in its type, and what divides E."""
+    good = _usable(norm)
+    if scope == "layer":
+        return torch.where(good & ~(rho * size <= norm), math.inf, norm), norm
+    # Layers that are left out make the total smaller, so that others may have to go, too: those
+    # with the largest sizes, until the total of the rest is enough for the next one.
+    order = torch.where(good, size, -1).argsort(descending=True)
+    scale = torch.where(good, norm, 0).amax()
+    squares = torch.where(good, norm / scale, 0).square()[order]
+    totals = scale * squares.flip(0).cumsum(0).flip(0).sqrt()  # of the layers from here on
+    enough = rho * size[order] <= totals
+    first = (enough.cumsum(0) == 0).sum()  # layers before the first one that fits
+    rank = order.argsort()
+    norm = torch.where(good & (rank < first), math.inf, norm)
+    total = torch.where(torch.arange(len(norm), device=norm.device) == first, totals, 0).sum()
+    return norm, total
+
+
+def _directions(
+    pair: Sequence[Tensor],
+    s: Tensor,
+    rho: float,
+    onto: str,
+    rtol: float,
+) -> tuple[list[Tensor], Tensor]:
+    """Return U of each perturbed factor and the norms, for a batch of pairs in float64.
+
+    Args:
+        pair: A (pairs, r, m), B (pairs, n, r), and their gradients.
+        s: (pairs) scalings.
+    """
+    A, B, grad_A, grad_B = pair
+    count = len(A)
+    X_A, G_A = A.mT, grad_A.mT
+    R, T = _triangular(torch.cat([A @ A.mT, B.mT @ B]))
+    Y_A, Y_B = X_A @ T[:count], B @ T[count:]
+    K, onto_kept = _inverse_root(torch.cat([Y_A.mT @ Y_A, Y_B.mT @ Y_B]), R, rtol)
+    X_A, X_B = X_A @ K[:count], B @ K[count:]
+    correction = (torch.cat([X_A.mT @ X_A, X_B.mT @ X_B]) - onto_kept) / 2
+    K = K - K @ correction
+    X_A, X_B = X_A - X_A @ correction[:count], X_B - X_B @ correction[count:]
+    K_A, K_B = K[:count], K[count:]
+    A_side, B_side = _Side(X_A, G_A @ K_B, K_A), _Side(X_B, grad_B @ K_A, K_B)
+    size = sum(t.square().sum((1, 2)) for t in pair)
+    not_finite = size - size  # NaN where an input is not finite, else 0
+    if onto == "both":
+        both, norm = _tangent(A_side, B_side, s, rho)
+        return both, norm + not_finite
+    target, other = (B_side, A_side) if onto == "B" else (A_side, B_side)
+    D_t, D_o = target.X.mT @ target.G, other.X.mT @ other.G
+    square = target.G.square().sum((1, 2)) + other.G.square().sum((1, 2))
+    square = square + 2 * (D_o.mT * D_t).sum((1, 2))
+    U = (target.X @ D_o.mT + target.G) @ other.K.mT
+    norm = square.clamp_min(0).sqrt() / (2 * s.abs()) + not_finite
+    return [U if onto == "B" else U.mT.contiguous()], norm
+
+
+def _tangent(A: _Side, B: _Side, s: Tensor, rho: float) -> tuple[list[Tensor], Tensor]:
+    """Return U of A and B and the norms onto both factors, as ``tangent`` of ``reference``."""
+    # Nothing is beside B's columns where they span everything; rounding must not take its place.
+    spans = (B.X.square().sum((1, 2)) > B.X.shape[1] - 0.5)[:, None, None]
+    beside = torch.where(spans, 0, B.G - B.X @ (B.X.mT @ B.G))
+    square = A.G.square().sum((1, 2)) + beside.square().sum((1, 2))
+    U_A, U_B = A.G @ B.K.mT, beside @ A.K.mT  # of A transposed
+    # || E_B E_A ||^2, of gradients of norm 1, whose fourth powers fit float64
+    scale = square[:, None, None]
+    product = ((U_A.mT @ U_A / scale) * (U_B.mT @ U_B / scale)).sum((1, 2))
+    alone = 2 * rho * product.clamp_min(0).sqrt() > s.abs()
+    square = torch.where(alone, B.G.square().sum((1, 2)), square)
+    alone = alone[:, None, None]
+    U_A = torch.where(alone, 0, U_A)
+    U_B = torch.where(alone, B.G @ A.K.mT, U_B)
+    return [2 * U_A.mT.contiguous(), 2 * U_B], square.sqrt() / s.abs()
+
+
+def _symmetric(M: Tensor) -> Tensor:
+    return (M + M.mT) / 2
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def _triangular(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return R with ``R^T R = M``, nearly, and its inverse; the identity for a zero M."""
+    trace = M.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    I = _eye(M)  # noqa: E741
+    # The shift makes R invertible where M is not. The larger it is, the less rounding T amplifies,
+    # and the less remains of small singular values, which the second Gram matrix has to tell.
+    shifted = torch.where(_usable(trace), M + 1e-8 * trace * I, I)
+    R = torch.linalg.cholesky_ex(shifted).L.mT
+    return R, torch.linalg.solve_triangular(R, I.expand_as(R), upper=True)
+
+
+def _inverse_root(S: Tensor, R: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+    """Return K with ``K K^T = M^+`` for ``M = R^T S R``, and the projector on what is kept of M.
+
+    S is nearly the identity, but for directions that R was shifted in.
+    """
+    r = S.shape[-1]
+    I = _eye(S)  # noqa: E741
+    trace = S.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    shifted = torch.where(trace.isfinite(), S, I) + 4 * r * _EPS * I
+    X = torch.linalg.cholesky_ex(shifted).L.mT @ R  # X^T X = M
+    X = torch.where(trace == 0, 0, X)
+    largest = _largest_singular_value(X)
+    # The eigenvalues of [0, X^T; X, 0] are the singular values and their negatives, with the
+    # eigenvectors [v; u] and [v; -u].
+    relative = X / largest
+    cutoff = -rtol * I.expand_as(X)
+    dilation = torch.cat([torch.cat([cutoff, relative.mT], 2), torch.cat([relative, cutoff], 2)], 1)
+    positive = _eye(dilation) + _sign(dilation)  # the sum of [v; u] [v; u]^T above the cutoff
+    onto_v, isometry = positive[:, :r, :r], positive[:, :r, r:]
+    # V Sigma V^T of what is kept, which is not squared; anything in the place of the others.
+    root = _symmetric(isometry @ X) + largest * (I - onto_v)
+    return onto_v @ torch.linalg.inv_ex(root).inverse @ onto_v, onto_v
+
+
+def _largest_singular_value(X: Tensor) -> Tensor:
+    """Return the largest singular value of each X, (count, 1, 1), to 1e-4; 1 for zeros."""
+    H = X.mT @ X
+    trace = H.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    H = H / torch.where(trace > 0, trace, 1)
+    power = H
+    for _ in range(_SQUARINGS):
+        power = power @ power
+        total = power.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        power = power / torch.where(total > 0, total, 1)
+    share = (H * power).sum((1, 2))[:, None, None]  # of the trace
+    return torch.where(share > 0, (share * trace).sqrt(), 1)
+
+
+def _sign(Z: Tensor) -> Tensor:
+    """Return the sign function of symmetric matrices: their eigenvalues become 1 or -1."""
+    for _ in range(_NEWTON):
+        inverse = _symmetric(torch.linalg.inv_ex(Z).inverse)
+        sizes = [M.flatten(1).norm(dim=1)[:, None, None] for M in (Z, inverse)]
+        factor = (sizes[1] / sizes[0]).sqrt()
+        Z = (Z * factor + inverse / factor) / 2
+    return Z
