@@ -32,6 +32,7 @@ from transformers import Trainer, TrainerCallback
 
 from eflat_ext import EFlatLoRA, create_flat_optimizer
 from eflat_ext import trainer as ours
+from eflat_ext.perturbation.base import Perturbation
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 
@@ -320,7 +321,7 @@ def test_log(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monkey
     """Mean norm and count of skipped perturbations are read when logged, not at each step."""
     norms: list[float] = []
     reads: list[int] = []
-    original = ours.PerturbingOptimizer.perturbation_norms
+    original = Perturbation.norms
 
     class Freeze(TrainerCallback):
         """Freeze one pair in the third step, which counts as skipped."""
@@ -331,7 +332,7 @@ def test_log(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monkey
                 own(run).pairs[0].B.grad.zero_()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            values = original.fget(own(run)).values()
+            values = original.fget(own(run).perturbation).values()
             assert len(values) == len(own(run).pairs)
             norms.append(float(torch.stack(list(values)).mean()))
 
@@ -341,7 +342,7 @@ def test_log(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monkey
 
     args = arguments(tmp_path, logging_steps=2, eval_strategy="steps", eval_steps=1)
     run = make(lora_gpt2(), args, callbacks=[Freeze()], **options)
-    monkeypatch.setattr(ours.PerturbingOptimizer, "perturbation_norms", property(counted))
+    monkeypatch.setattr(Perturbation, "norms", property(counted))
     run.train()
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(reads) == len(logged) == 2
