@@ -46,6 +46,7 @@ class Perturbation(ClaimedFactors):
         settings.radius(0)  # raises what a schedule raises
         self.settings = settings
         self._bound: Bound | None = None
+        self._shows_radius = True
         super().__init__(model, carriers, whole_pairs)
         self._warned = False
         device = self.pairs[0].parameter_A.device
@@ -222,7 +223,8 @@ class Perturbation(ClaimedFactors):
             radius = self.settings.radius(self.steps)
             if self._bound is not None:
                 self._bound.radius = radius
-            for group in claimant.param_groups if claimant is not None else ():
+            shown = claimant.param_groups if claimant is not None and self._shows_radius else ()
+            for group in shown:
                 group[RHO] = radius
 
     def _warn_of_clean_gradients(self, names: list[str]) -> None:

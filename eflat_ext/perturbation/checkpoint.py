@@ -126,14 +126,13 @@ def _keys(
     return [keys.get(id(factor.parameter)) for factor in perturbation.factors]
 
 
-def attach_hooks(perturbation: Any, optimizer: Optimizer) -> list[Any]:
+def attach_hooks(perturbation: Any, optimizer: Optimizer, save_state: bool) -> list[Any]:
     """Register hooks that update a perturbation before each step of an optimizer.
-
-    The optimizer's ``state_dict`` and ``load_state_dict`` save and load its averages.
 
     Args:
         perturbation: an ``EFlatPerturbation``.
         optimizer: any torch optimizer.
+        save_state: let its ``state_dict`` and ``load_state_dict`` save and load the averages.
 
     Returns:
         Handles with a ``remove`` method. The optimizer keeps the perturbation alive; nothing here
@@ -172,38 +171,45 @@ def attach_hooks(perturbation: Any, optimizer: Optimizer) -> list[Any]:
         load_state_dict(rest)
         load()
 
-    return [
+    handles: list[Any] = [
         optimizer.register_step_pre_hook(before_step),
         optimizer.register_step_post_hook(after_step),
-        _Around(optimizer, "state_dict", save),
-        _Around(optimizer, "load_state_dict", load),
     ]
+    if save_state:
+        handles.append(Around(optimizer, "state_dict", save))
+        handles.append(Around(optimizer, "load_state_dict", load))
+    return handles
 
 
-class _Around:
-    """Wrap a method of one optimizer instance.
+class Around:
+    """Wrap a method of one instance, an optimizer's for example, until it is removed.
 
-    torch's hooks for state dicts would do, but that bitsandbytes and others override the methods
-    that run them.
+    Args:
+        owner: the instance, which keeps ``around`` alive.
+        name: the method's name.
+        around: is called with the instance, the method and the method's arguments.
+
+    For optimizers, torch's hooks for state dicts would do, but that bitsandbytes and others
+    override the methods that run them.
     """
 
-    def __init__(self, optimizer: Optimizer, name: str, around: Callable[..., Any]) -> None:
-        self.optimizer, self.name = weakref.ref(optimizer), name
-        before = vars(optimizer).get(name)
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        self.owner, self.name = weakref.ref(owner), name
+        before = vars(owner).get(name)
 
         active = [around]  # none once it was removed below another one
 
         def method(*args: Any, **kwargs: Any) -> Any:
-            own = self.optimizer()
+            own = self.owner()
             inner = before or partial(getattr(type(own), name), own)
             return active[0](own, inner, *args, **kwargs) if active else inner(*args, **kwargs)
 
         method.active = active  # type: ignore[attr-defined]
         self.before, self.method = before, weakref.ref(method)  # which holds the perturbation
-        setattr(optimizer, name, method)
+        setattr(owner, name, method)
 
     def remove(self) -> None:
-        own, method = self.optimizer(), self.method()
+        own, method = self.owner(), self.method()
         if own is None or method is None:
             return
         method.active.clear()  # type: ignore[attr-defined]

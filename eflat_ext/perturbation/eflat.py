@@ -112,14 +112,16 @@ class EFlatPerturbation(TransferredPerturbation):
             for _, pair, carrier, factor in self.targets
         }
 
-    def attach(self, optimizer: Optimizer) -> EFlatPerturbation:
+    def attach(self, optimizer: Optimizer, *, save_state: bool = True) -> EFlatPerturbation:
         """Ride on the steps of an optimizer, which keeps this alive from then on.
 
-        Each of its steps begins with :meth:`update`; its ``state_dict`` holds the averages, and its
-        ``load_state_dict`` restores them.
+        Each of its steps begins with :meth:`update`.
 
         Args:
             optimizer: any torch optimizer of the model's parameters that requires no closure.
+            save_state: let the optimizer's ``state_dict`` hold the averages, and its
+                ``load_state_dict`` restore them. False leaves both as they are, for who saves this
+                one's :meth:`state_dict` apart.
 
         Returns:
             This perturbation.
@@ -136,8 +138,9 @@ class EFlatPerturbation(TransferredPerturbation):
         check_base(optimizer, "optimizer")
         if self._handles:
             raise RuntimeError("attach: this perturbation is attached to an optimizer already")
+        self._shows_radius = save_state  # in groups that are saved, it would be state
         self.claim(optimizer)
-        self._handles = attach_hooks(self, optimizer)
+        self._handles = attach_hooks(self, optimizer, save_state)
         return self
 
     def leave_optimizer(self) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: optimizers as one line, two gradients, and the perturbation's log.
+"""Hugging Face Trainer: EFlat-LoRA as one line, two gradients, and the perturbation's log.
 
 Training, evaluating, saving and resuming need nothing from here: any Trainer takes an optimizer of
 this package. This is for users who let Trainer make the optimizer, for the methods whose step
@@ -10,6 +10,7 @@ try:
 except ImportError as error:
     raise ImportError("eflat_ext.trainer needs transformers: pip install transformers") from error
 
+from .callback import EFlatCallback
 from .checkpoints import last_complete_checkpoint
 from .mixin import PerturbationMixin
 from .optimizer_factory import (
@@ -20,6 +21,7 @@ from .optimizer_factory import (
 )
 
 __all__ = [
+    "EFlatCallback",
     "OptimizerFactory",
     "PerturbationMixin",
     "eflat_optimizer",

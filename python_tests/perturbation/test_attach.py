@@ -94,6 +94,29 @@ def test_an_attached_optimizer_saves_and_resumes(onto: str) -> None:
         assert (resumed.steps, int(resumed.skipped)) == (6, int(perturbation.skipped))
 
 
+def test_the_optimizers_state_stays_as_it_is_where_the_perturbation_is_saved_apart() -> None:
+    """Each state loads by itself, the optimizer's into one without a perturbation."""
+    plain, model, resumed = lora_mlp(), lora_mlp(), lora_mlp(seed=1)
+    bases = [OPTIMIZERS["AdamW foreach"](trainable(one)) for one in (plain, model, resumed)]
+    perturbation = EFlatPerturbation(model, rho=RHO).attach(bases[1], save_state=False)
+    for one, base in ((plain, bases[0]), (model, bases[1])):
+        train(one, base, batches(3))
+    state, as_plain = bases[1].state_dict(), bases[0].state_dict()
+    assert state["param_groups"] == as_plain["param_groups"]
+    for at in as_plain["state"]:
+        assert state["state"][at].keys() == as_plain["state"][at].keys()
+    averages = copy.deepcopy(perturbation.state_dict())
+    resumed.load_state_dict(model.state_dict())
+    bases[2].load_state_dict(copy.deepcopy(state))
+    again = EFlatPerturbation(resumed, rho=RHO).attach(bases[2], save_state=False)
+    again.load_state_dict(averages)
+    for one, base in ((model, bases[1]), (resumed, bases[2])):
+        train(one, base, batches(6)[3:])
+    assert_same_bits(weights(model), weights(resumed))
+    assert_same_bits(perturbation.averages, again.averages)
+    assert again.steps == 6
+
+
 def test_the_optimizer_keeps_it_alive_and_it_goes_with_it() -> None:
     model = lora_mlp()
     base = torch.optim.SGD(trainable(model), lr=LR)
