@@ -182,15 +182,15 @@ def attach_hooks(perturbation: Any, optimizer: Optimizer, save_state: bool) -> l
 
 
 class Around:
-    """Wrap a method of one instance, an optimizer's for example, until it is removed.
+    """Wrap a method of one instance, an optimizer's or an engine's.
+
+    torch's hooks for state dicts would do, but that bitsandbytes and others override the methods
+    that run them.
 
     Args:
         owner: the instance, which keeps ``around`` alive.
-        name: the method's name.
-        around: is called with the instance, the method and the method's arguments.
-
-    For optimizers, torch's hooks for state dicts would do, but that bitsandbytes and others
-    override the methods that run them.
+        name: of the method.
+        around: called with the owner, the method, and its arguments.
     """
 
     def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from models import accelerator, assert_same_bits
+from models import accelerator, assert_same_bits, weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -101,6 +101,40 @@ def make(
         callbacks=callbacks,
         optimizer_cls_and_kwargs=hook(args, **{"rho": 0.2, **options}),
     )
+
+
+class Averages(TrainerCallback):
+    """Record the averages and the weights after each step."""
+
+    def __init__(self, callback: ours.EFlatCallback) -> None:
+        self.callback = callback
+        self.averages: dict[int, dict[str, Tensor]] = {}
+        self.weights: dict[int, dict[str, Tensor]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        averages = self.callback.perturbation.averages
+        self.averages[state.global_step] = {n: E.clone() for n, E in averages.items()}
+        self.weights[state.global_step] = weights(model)
+
+
+def with_callback(
+    model: nn.Module,
+    args: Any,
+    cls: type[Trainer] = Trainer,
+    callbacks: list[Any] | None = None,
+    **options: Any,
+) -> tuple[Any, Averages]:
+    """Return a trainer with an EFlatCallback, and the record of its averages."""
+    record = Averages(ours.EFlatCallback(**{"rho": 0.2, **options}))
+    data = Sentences()
+    run = cls(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[*(callbacks or []), record.callback, record],
+    )
+    return run, record
 
 
 def own(run: Any) -> Any:

@@ -10,8 +10,16 @@ import pytest
 import torch
 from models import assert_same_bits, lora_gpt2, relative_error, same_bits, trainable, weights
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from trainer_case import PerturbingTrainer, Read, Sentences, arguments, assert_saved, own
+from torch import nn
+from trainer_case import (
+    PerturbingTrainer,
+    Read,
+    Sentences,
+    arguments,
+    assert_saved,
+    own,
+    with_callback,
+)
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from eflat_ext import EFlatPerturbation
@@ -19,40 +27,6 @@ from eflat_ext import trainer as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Trainer and PEFT
 FILE = "eflat_perturbation.safetensors"
-
-
-class Averages(TrainerCallback):
-    """Record the averages and the weights after each step."""
-
-    def __init__(self, callback: ours.EFlatCallback) -> None:
-        self.callback = callback
-        self.averages: dict[int, dict[str, Tensor]] = {}
-        self.weights: dict[int, dict[str, Tensor]] = {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        averages = self.callback.perturbation.averages
-        self.averages[state.global_step] = {n: E.clone() for n, E in averages.items()}
-        self.weights[state.global_step] = weights(model)
-
-
-def with_callback(
-    model: nn.Module,
-    args: Any,
-    cls: type[Trainer] = Trainer,
-    callbacks: list[Any] | None = None,
-    **options: Any,
-) -> tuple[Any, Averages]:
-    """Return a trainer with an EFlatCallback, and the record of its averages."""
-    record = Averages(ours.EFlatCallback(**{"rho": 0.2, **options}))
-    data = Sentences()
-    run = cls(
-        model=model,
-        args=args,
-        train_dataset=data,
-        eval_dataset=data,
-        callbacks=[*(callbacks or []), record.callback, record],
-    )
-    return run, record
 
 
 @pytest.mark.proves(
