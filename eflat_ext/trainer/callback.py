@@ -11,7 +11,6 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -21,7 +20,7 @@ from eflat_ext.perturbation.settings import Rho, Settings
 from eflat_ext.perturbation.steps import living
 from eflat_ext.stacklevel import stacklevel_of_user
 
-from .figures import figures, perturbing
+from .figures import figures, is_of_training, perturbing
 
 FILE = "eflat_perturbation.safetensors"  # in each checkpoint's folder
 
@@ -88,16 +87,14 @@ class EFlatCallback(TrainerCallback):
         self.settings = state["settings"]
         self._forget()
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach a perturbation to the trainer's optimizer, and load its state."""
         trainer, checkpoint = _running_trainer()
         self._leave()  # a training that was interrupted
         stepping = _what_steps(trainer)
         self._check_alone(trainer, stepping)
         before = self._state if self._stepped and self._stepped() is stepping else None
-        perturbation = _attached(model, self.settings, trainer, stepping)
+        perturbation = _attached(self.settings, trainer, stepping)
         try:
             if checkpoint is not None:
                 before = _load(Path(checkpoint))
@@ -107,21 +104,23 @@ class EFlatCallback(TrainerCallback):
             perturbation.remove()
             raise
         self.perturbation, self._stepped = perturbation, weakref.ref(stepping)
-        if not args.save_only_model:
+        if not trainer.args.save_only_model:  # SetFit's callbacks get other args, and another model
             # Before the trainer's state, which makes a checkpoint complete, and is written by the
             # processes that save; before the checkpoint is uploaded, too.
             self._saving = Around(state, "save_to_json", self._save)
         callbacks = trainer.callback_handler.callbacks
-        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+        if self in callbacks:
+            callbacks.remove(self)
+            callbacks.insert(0, self)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the perturbation's figures to those of training."""
-        if self.perturbation is None or "loss" not in (logs or {}):
+        if self.perturbation is None or not is_of_training(logs or {}):
             return
         found = figures(self.perturbation)
         logs.update(found)
         last = state.log_history[-1] if state.log_history else {}
-        if "loss" in last and last.get("step") == state.global_step:  # a copy, made before
+        if is_of_training(last) and last.get("step") == state.global_step:  # a copy, made before
             last.update(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -185,11 +184,9 @@ def _what_steps(trainer: Any) -> Any:
     return optimizer
 
 
-def _attached(
-    model: nn.Module, settings: Settings, trainer: Any, stepping: Any
-) -> EFlatPerturbation:
+def _attached(settings: Settings, trainer: Any, stepping: Any) -> EFlatPerturbation:
     s = settings
-    perturbation = EFlatPerturbation(model, s.rho, s.beta, s.onto, s.norm_scope, s.rtol)
+    perturbation = EFlatPerturbation(trainer.model, s.rho, s.beta, s.onto, s.norm_scope, s.rtol)
     try:
         if trainer.is_deepspeed_enabled:
             from eflat_ext.engines import deepspeed

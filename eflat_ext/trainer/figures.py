@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ def figures(perturbation: Perturbation) -> dict[str, float]:
         found["perturbation_norm"] = torch.stack(norms).mean().item()
     found["skipped_perturbations"] = int(perturbation.skipped)
     return found
+
+
+def is_of_training(logs: Mapping[str, Any]) -> bool:
+    """Return whether an entry of the log is of training, not of an evaluation."""
+    return "loss" in logs or "learning_rate" in logs  # SetFit names its loss otherwise
 
 
 def perturbing(optimizer: Any) -> PerturbingOptimizer | None:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from eflat_ext.optim.two_gradients import TwoGradients
 
-from .figures import figures, perturbing
+from .figures import figures, is_of_training, perturbing
 
 # By these, trainers of TRL choose among the inputs that they made for several micro-batches.
 COUNTERS = {"_step", "_buffer_step"}
@@ -130,7 +130,7 @@ class PerturbationMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, with the perturbation's figures among those of training."""
         optimizer = perturbing(self.optimizer)
-        if optimizer is not None and "loss" in logs:
+        if optimizer is not None and is_of_training(logs):
             logs.update(figures(optimizer.perturbation))
         super().log(logs, *args, **kwargs)
 

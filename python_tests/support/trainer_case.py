@@ -61,6 +61,19 @@ class Sentences(torch.utils.data.Dataset):
         return self.rows[index]
 
 
+def word_tokenizer() -> Any:
+    """Return a tokenizer of the words w2 to w39."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 40)}}
+    whole_words = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    whole_words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=whole_words, pad_token="<pad>", eos_token="<eos>"
+    )
+
+
 def arguments(
     folder: Path, cls: type[TrainingArguments] = TrainingArguments, **settings: Any
 ) -> TrainingArguments:

@@ -11,7 +11,7 @@ import torch
 from models import assert_same_bits, lora_gpt2, weights
 from peft import LoraConfig
 from torch import Tensor, nn
-from trainer_case import HANDS_OVER_THE_MODEL, Sentences, arguments, own
+from trainer_case import HANDS_OVER_THE_MODEL, Sentences, arguments, own, word_tokenizer
 
 from eflat_ext import EFlatLoRA, create_flat_optimizer
 from eflat_ext import trainer as ours
@@ -26,18 +26,6 @@ class Sft(ours.PerturbationMixin, trl.SFTTrainer):
     pass
 
 
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 40)}}
-    whole_words = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    whole_words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=whole_words, pad_token="<pad>", eos_token="<eos>"
-    )
-
-
 def make_sft(model: nn.Module, args: Any, hook: Callable, cls: type = Sft, **options: Any) -> Any:
     return cls(
         model=model,
@@ -45,7 +33,7 @@ def make_sft(model: nn.Module, args: Any, hook: Callable, cls: type = Sft, **opt
         train_dataset=datasets.Dataset.from_list(
             [{"input_ids": row["input_ids"].tolist()} for row in Sentences()]
         ),
-        processing_class=tokenizer(),
+        processing_class=word_tokenizer(),
         optimizer_cls_and_kwargs=hook(args, rho=0.2, model=None if HANDS_OVER_THE_MODEL else model),
         **options,
     )
@@ -130,7 +118,7 @@ def test_both_passes_train_on_the_same_completions(
             train_dataset=datasets.Dataset.from_list(
                 [{"prompt": f"w{i} w{i + 1}"} for i in range(2, 34)]
             ),
-            processing_class=tokenizer(),
+            processing_class=word_tokenizer(),
             **options,
         )
         run.train()
