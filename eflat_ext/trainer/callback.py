@@ -93,16 +93,10 @@ class EFlatCallback(TrainerCallback):
         self._leave()  # a training that was interrupted
         stepping = _what_steps(trainer)
         self._check_alone(trainer, stepping)
-        before = self._state if self._stepped and self._stepped() is stepping else None
-        perturbation = _attached(self.settings, trainer, stepping)
-        try:
-            if checkpoint is not None:
-                before = _load(Path(checkpoint))
-            if before is not None:
-                _fit(perturbation, before, checkpoint)
-        except BaseException:
-            perturbation.remove()
-            raise
+        saved = self._state if self._stepped and self._stepped() is stepping else None
+        if checkpoint is not None:
+            saved = _load(Path(checkpoint))
+        perturbation = _attached(self.settings, trainer, stepping, saved, checkpoint)
         self.perturbation, self._stepped = perturbation, weakref.ref(stepping)
         if not trainer.args.save_only_model:  # SetFit's callbacks get other args, and another model
             # Before the trainer's state, which makes a checkpoint complete, and is written by the
@@ -184,25 +178,32 @@ def _what_steps(trainer: Any) -> Any:
     return optimizer
 
 
-def _attached(settings: Settings, trainer: Any, stepping: Any) -> EFlatPerturbation:
+def _attached(
+    settings: Settings, trainer: Any, stepping: Any, saved: Any, checkpoint: str | None
+) -> EFlatPerturbation:
+    """Return a perturbation of the trainer's model with a saved state, if there is one."""
     s = settings
     perturbation = EFlatPerturbation(trainer.model, s.rho, s.beta, s.onto, s.norm_scope, s.rtol)
     try:
         if trainer.is_deepspeed_enabled:
             from eflat_ext.engines import deepspeed
 
+            _fit(perturbation, saved, checkpoint)  # before, as the engine has loaded its own part
             deepspeed.attach(stepping, perturbation)
         else:
             perturbation.attach(stepping, save_state=False)
+            _fit(perturbation, saved, checkpoint)
     except BaseException:
         perturbation.remove()  # whoever holds the exception would let it wait for a pass
         raise
     return perturbation
 
 
-def _fit(perturbation: EFlatPerturbation, state: dict[str, Any], checkpoint: str | None) -> None:
+def _fit(perturbation: EFlatPerturbation, saved: Any, checkpoint: str | None) -> None:
+    if saved is None:
+        return
     try:
-        perturbation.load_state_dict(state)
+        perturbation.load_state_dict(saved)
     except ValueError as error:
         if checkpoint is None:
             raise

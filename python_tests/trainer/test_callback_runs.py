@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,40 @@ def test_the_file_goes_with_the_optimizers_state(tmp_path: Path) -> None:
         run.save_state()
         assert len(list(folder.rglob(FILE))) == files
         assert len(list(folder.rglob("optimizer.pt"))) == files
+
+
+@pytest.mark.parametrize("torn", ["replace", "save_file"])
+def test_a_complete_checkpoint_has_the_file(
+    torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written before ``trainer_state.json``: a run that ends within resumes from before."""
+    module = sys.modules[ours.EFlatCallback.__module__]
+    owner = module.os if torn == "replace" else module
+    write, written = getattr(owner, torn), []
+
+    def tear(*args: Any) -> None:
+        if FILE in str(args[1]):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(args)
+        write(*args)
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    model = lora_gpt2()
+    run, _ = with_callback(model, arguments(tmp_path, **settings))
+    monkeypatch.setattr(owner, torn, tear)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    monkeypatch.undo()
+    assert (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
+    assert not (tmp_path / "checkpoint-3" / FILE).exists()
+    checkpoint = ours.last_complete_checkpoint(tmp_path)
+    assert checkpoint == str(tmp_path / "checkpoint-2")
+    other, again = lora_gpt2(), lora_gpt2()
+    with_callback(other, arguments(tmp_path / "other", max_steps=4))[0].train()
+    with_callback(again, arguments(tmp_path, **settings))[0].train(checkpoint)
+    assert_same_bits(weights(again), weights(other))
+    assert (tmp_path / "checkpoint-3" / FILE).exists()
 
 
 def test_out_of_memory_starts_anew_with_smaller_batches(tmp_path: Path) -> None:
