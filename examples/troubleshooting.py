@@ -6,6 +6,7 @@ python examples/troubleshooting.py
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Callable
 
@@ -13,8 +14,10 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from eflat_ext import EFlatLoRA, EFlatPerturbation, create_eflat_optimizer, create_flat_optimizer
+from eflat_ext.trainer import EFlatCallback
 
 ADAMW = torch.optim.AdamW
 
@@ -207,6 +210,20 @@ def damaged_checkpoint() -> None:
     small_optimizer().load_state_dict(state)
 
 
+def callback_and_optimizer() -> None:
+    model = make_model()
+    optimizer = create_eflat_optimizer(model, ADAMW)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=1, report_to=[], disable_tqdm=True, dataloader_pin_memory=False
+        )
+        data = [{"x": torch.ones(4, 8)}]
+        callbacks = [EFlatCallback()]  # the optimizer of this package would do
+        Trainer(
+            model, arguments, train_dataset=data, callbacks=callbacks, optimizers=(optimizer, None)
+        ).train()
+
+
 def radius_out_of_range() -> None:
     create_eflat_optimizer(make_model(), ADAMW, rho=-0.05)
 
@@ -239,6 +256,7 @@ REMEDIES: dict[Callable[[], None], str] = {
     checkpoint_of_another_rank: "resume with the LoraConfig that the checkpoint was made with",
     checkpoint_of_the_other_factor: "resume with the options that the checkpoint was made with",
     damaged_checkpoint: "resume from an earlier checkpoint",
+    callback_and_optimizer: "the callback alone, or an optimizer of this package alone",
     radius_out_of_range: "give a number >= 0, or a function of the step that returns such",
 }
 
