@@ -135,11 +135,12 @@ def with_callback(
     args: Any,
     cls: type[Trainer] = Trainer,
     callbacks: list[Any] | None = None,
+    data: Sentences | None = None,
     **options: Any,
 ) -> tuple[Any, Averages]:
     """Return a trainer with an EFlatCallback, and the record of its averages."""
     record = Averages(ours.EFlatCallback(**{"rho": 0.2, **options}))
-    data = Sentences()
+    data = data or Sentences()
     run = cls(
         model=model,
         args=args,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import assert_same_bits, lora_gpt2, same_bits, scale_gradients, weights
+from ranks import together
 from torch import nn
 from trainer_case import (
     Read,
@@ -352,3 +353,10 @@ def test_out_of_memory_starts_anew_with_smaller_batches(tmp_path: Path) -> None:
     run.train()
     assert run.passes == 4 + 5 * 2 and sorted(record.averages) == [1, 2, 3, 4, 5]
     assert all(bool(E.any() and E.isfinite().all()) for E in record.averages[5].values())
+
+
+@pytest.mark.proves("Hugging Face Trainer", "EFlatCallback with several processes (DDP), resumed")
+def test_data_parallel(tmp_path: Path) -> None:
+    """Two ranks against one process with batches of twice the size; rank 0 writes the file."""
+    for errors in together(2, "callback_cases:data_parallel", str(tmp_path)):
+        assert max(errors) <= 1e-5
