@@ -12,7 +12,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from eflat_ext.perturbation import EFlatPerturbation
 from eflat_ext.perturbation.checkpoint import Around
@@ -98,7 +97,7 @@ class EFlatCallback(TrainerCallback):
             saved = _load(Path(checkpoint))
         perturbation = _attached(self.settings, trainer, stepping, saved, checkpoint)
         self.perturbation, self._stepped = perturbation, weakref.ref(stepping)
-        if not trainer.args.save_only_model:  # SetFit's callbacks get other args, and another model
+        if not trainer.args.save_only_model:
             # Before the trainer's state, which makes a checkpoint complete, and is written by the
             # processes that save; before the checkpoint is uploaded, too.
             self._saving = Around(state, "save_to_json", self._save)
@@ -146,17 +145,16 @@ class EFlatCallback(TrainerCallback):
             )
 
     def _save(self, state: Any, save_to_json: Any, json_path: str) -> None:
-        folder = Path(json_path).parent
-        # Trainer.save_state writes elsewhere, without the optimizer's state.
-        if self.perturbation is not None and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            _write(self.perturbation.state_dict(), folder / FILE)
+        if self.perturbation is not None:
+            _write(self.perturbation.state_dict(), Path(json_path).with_name(FILE))
         save_to_json(json_path)
 
 
 def _running_trainer() -> tuple[Any, str | None]:
     """Return the trainer whose training begins, and the folder that it resumes from.
 
-    From the stack: Trainer tells its callbacks neither.
+    From the stack: Trainer tells its callbacks neither. SetFit also hands them another model and
+    other arguments than the trainer's.
     """
     frame: Any = sys._getframe()
     while frame is not None:
