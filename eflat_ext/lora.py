@@ -44,6 +44,11 @@ def held(slot: Slot) -> Tensor:
     return getattr(module, name) if parameter is None else parameter
 
 
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return a parameter's shape, also where it is sharded, or empty between passes (ZeRO 3)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 @dataclass(frozen=True, eq=False)
 class LoraPair:
     """One adapter of one LoRA layer, or of one expert of such a layer.
@@ -118,7 +123,7 @@ class LoraPair:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """``(n, m, r)`` of the whole factors, also where they are sharded."""
-        A, B = self.parameter_A.shape, self.parameter_B.shape
+        A, B = whole_shape(self.parameter_A), whole_shape(self.parameter_B)
         return B[0], math.prod(A[1:]), A[0] // self.experts
 
     @property
@@ -231,11 +236,11 @@ def _no_plain_pair(pair: LoraPair, shared: set[int]) -> str:
         return f"{B.groups} groups"
     if isinstance(B, nn.ParameterDict) and layer.get_base_layer().max_norm is not None:
         return "max_norm"  # every forward pass renormalises A in place
-    shape_A, shape_B = pair.parameter_A.shape, pair.parameter_B.shape
+    shape_A, shape_B = whole_shape(pair.parameter_A), whole_shape(pair.parameter_B)
     if 0 in (*shape_A, *shape_B):
-        return f"shapes {tuple(shape_A)} and {tuple(shape_B)}, without an entry"
+        return f"shapes {shape_A} and {shape_B}, without an entry"
     if min(len(shape_A), len(shape_B)) < 2 or shape_A[0] != math.prod(shape_B[1:]):
-        return f"shapes {tuple(shape_A)} and {tuple(shape_B)}"
+        return f"shapes {shape_A} and {shape_B}"
     variant = type(getattr(layer, "lora_variant", {}).get(pair.adapter)).__name__
     if variant != "NoneType" and variant not in _PLAIN_VARIANTS:
         return variant

@@ -16,7 +16,7 @@ from eflat_ext.stacklevel import stacklevel_of_user
 
 from .bound import Bound
 from .claims import ClaimedFactors
-from .dtensors import is_dtensor, laid_out_as
+from .dtensors import gathered, is_dtensor, laid_out_as
 from .operands import Operands, collect
 from .settings import RHO, Rho, Settings
 from .steps import stepping
@@ -95,8 +95,9 @@ class Perturbation(ClaimedFactors):
         self.follow_parameters()
         points: dict[Tensor, Tensor] = {}
         with torch.no_grad():
-            for parameter in self._parameters.values():
-                whole = parameter.full_tensor() if is_dtensor(parameter) else parameter
+            parameters = list(self._parameters.values())
+            for parameter, whole in zip(parameters, gathered(parameters), strict=True):
+                whole = whole.full_tensor() if is_dtensor(whole) else whole
                 points[parameter] = whole.detach().clone()
             on = self._switch.on and not self._switch.cleaned and not self.ended
             for factor in self.factors if on else ():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eflat_ext.lora import LoraPair, Slot
 
-from .dtensors import is_dtensor, local
+from .dtensors import gathered, is_dtensor, is_partitioned, local
 from .gather import Layout
 from .layer_forward import PerturbedFactor
 from .operands import joined_norms, total_norm
@@ -75,6 +75,7 @@ class Bound:
         if any(map(is_dtensor, B)):
             names = [f"factor B of {pair.name}" for pair, _ in rows]
             B, _, _ = Layout(dict(zip(names, B, strict=True))).gather(B, [None] * len(B))
+        B = gathered(B)
         averages = [pair.part("A", factor.average) for pair, factor in rows]
         B = [pair.part("B", b).flatten(1) for (pair, _), b in zip(rows, B, strict=True)]
         scales = self._scales([a.flatten(1) for a in averages], B, [p.scaling for p, _ in rows])
@@ -119,7 +120,10 @@ class Bound:
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    # A DTensor has no memory of its own; of tensors of inference mode nobody counts versions.
+    # A DTensor has no memory of its own, and a partitioned one another at each pass; of tensors of
+    # inference mode nobody counts versions.
+    if is_partitioned(tensor):
+        return id(tensor), 0
     return (
         id(tensor) if is_dtensor(tensor) else tensor.data_ptr(),
         0 if tensor.is_inference() else tensor._version,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eflat_ext.lora import LoraPair, Slot, find_pairs, held, lora_layers
+from eflat_ext.lora import LoraPair, Slot, find_pairs, held, lora_layers, whole_shape
 
 from . import steps
 from .dtensors import fsdp_modules, is_dtensor, refuse_flat_parameters, reshard
@@ -172,9 +172,13 @@ class ClaimedFactors:
         """True if an optimizer was given to :meth:`claim`."""
         return self._claimant is not _nobody
 
+    def others(self) -> list[Any]:
+        """Return the other living perturbations, of any model."""
+        return [one for one in steps.living if one is not self]
+
     def shares(self, optimizer: Any) -> bool:
         """Return whether other perturbations were claimed for the same optimizer."""
-        return any(one is not self and one.claimant() is optimizer for one in steps.living)
+        return any(one.claimant() is optimizer for one in self.others())
 
     def claimant(self) -> Optimizer | None:
         """Return the optimizer for which the pairs were claimed."""
@@ -186,7 +190,7 @@ class ClaimedFactors:
         Raises:
             NotImplementedError: the older FSDP has replaced them.
         """
-        if any(parameter.dim() < 2 for parameter in self._parameters.values()):
+        if any(len(whole_shape(parameter)) < 2 for parameter in self._parameters.values()):
             refuse_flat_parameters(self._model)
         trained = self._trained_ids()
         perturbed = {(factor.module, factor.name): factor for factor in self.factors}
@@ -220,8 +224,9 @@ class ClaimedFactors:
             if trained is not None and id(known) not in trained:
                 raise RuntimeError(
                     "the optimizer must train the model's own parameters, got one without "
-                    f"factor {carrier} of {pair.group}; engines that replace parameters by some of "
-                    "their own (DeepSpeed ZeRO) step by themselves: see EFlatPerturbation.update"
+                    f"factor {carrier} of {pair.group}; for an engine that replaces parameters by "
+                    "some of its own (DeepSpeed ZeRO) give it the plain optimizer, and attach an "
+                    "EFlatPerturbation to the engine: eflat_ext.engines.deepspeed.attach"
                 )
 
     def _trained_ids(self) -> set[int] | None:
@@ -239,7 +244,7 @@ class ClaimedFactors:
         parameter = self._parameters[slot]
         dtype = self._dtype(parameter.dtype)
         with torch.inference_mode(False):
-            E = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            E = torch.zeros(whole_shape(parameter), dtype=dtype, device=parameter.device)
         factor = PerturbedFactor(*slot, E, self._switch)
         factor.was_swapped = partial(_was_swapped, weakref.ref(self))
         return factor

@@ -1,17 +1,18 @@
-"""Read torch's sharded tensors and FSDP2's modules: local shards, layouts, resharding.
+"""Read sharded parameters: torch's DTensors, FSDP2's modules, DeepSpeed's ZeRO 3.
 
-``torch.distributed.tensor`` takes long to import, so nothing here does: a program that has a
-DTensor has imported it already.
+``torch.distributed.tensor`` and DeepSpeed take long to import, so nothing here does: a program that
+has a sharded parameter has imported them already.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -69,6 +70,30 @@ def reshard(modules: Iterable[Any]) -> None:
     """
     for module in modules:
         module.reshard()
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Return True for a parameter that ZeRO 3 has partitioned: empty but while its module runs."""
+    return hasattr(parameter, "ds_id")
+
+
+def gathered(parameters: Sequence[Any]) -> list[Any]:
+    """Return copies of the parameters that ZeRO 3 has partitioned, whole; the others as they are.
+
+    Communicates if one of them is not there, so all ranks have to call this.
+    """
+    if not any(map(is_partitioned, parameters)):
+        return list(parameters)
+    absent = [p for p in parameters if is_partitioned(p) and p.ds_status.name != "AVAILABLE"]
+    with torch.no_grad(), sys.modules["deepspeed"].zero.GatheredParameters(absent):
+        return [p.detach().clone() if is_partitioned(p) else p for p in parameters]
+
+
+def is_gathered_by(module: nn.Module, parameter: Tensor) -> bool:
+    """Return whether a parameter becomes whole when the module that owns it runs, not before."""
+    if type(parameter) is Parameter:
+        return is_partitioned(parameter)
+    return is_dtensor(parameter) and module in fsdp_modules(module)[:1]
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:

@@ -57,9 +57,10 @@ class EFlatPerturbation(TransferredPerturbation):
     ``skipped``. Averages are float32 (float64 for float64 factors), shaped like their factors, and
     whole on every rank. Each expert of a layer counts as a layer of its own.
 
-    It goes with an optimizer in one of three ways: within :class:`eflat_ext.EFlatLoRA`; by
-    :meth:`attach`, for an optimizer that somebody else made and steps; or by :meth:`update` alone,
-    before each step of an engine that steps by itself.
+    It goes with an optimizer in one of four ways: within :class:`eflat_ext.EFlatLoRA`; by
+    :meth:`attach`, for an optimizer that somebody else made and steps; by
+    :func:`eflat_ext.engines.deepspeed.attach`; or by :meth:`update` alone, before each step of
+    another engine that steps by itself.
 
     Args:
         model: a PEFT model with LoRA layers.
@@ -136,12 +137,23 @@ class EFlatPerturbation(TransferredPerturbation):
         """
         self.check()
         check_base(optimizer, "optimizer")
-        if self._handles:
-            raise RuntimeError("attach: this perturbation is attached to an optimizer already")
+        self.check_free()
         self._shows_radius = save_state  # in groups that are saved, it would be state
         self.claim(optimizer)
-        self._handles = attach_hooks(self, optimizer, save_state)
+        self.hold(attach_hooks(self, optimizer, save_state))
         return self
+
+    def check_free(self) -> None:
+        """Raise RuntimeError if it has ended, or is attached to an optimizer or an engine."""
+        self.check()
+        if self._handles:
+            raise RuntimeError(
+                "attach: this perturbation is attached to an optimizer already, or to an engine"
+            )
+
+    def hold(self, handles: list[Any]) -> None:
+        """Keep the handles of hooks; :meth:`remove` removes these."""
+        self._handles = handles
 
     def leave_optimizer(self) -> None:
         for handle in self._handles:

@@ -6,6 +6,9 @@ parameter. Autograd's gradient of ``factor + E`` is the factor's gradient, so gr
 the perturbed point and land in ``parameter.grad``; whatever reads the parameter at any other moment
 finds it as the optimizer left it. Forward hooks would not do: torch runs hooks with
 ``always_call=True`` after an ``Exception`` alone, not after Ctrl-C or ``sys.exit``.
+
+Engines that shard parameters may gather a factor when the module within the layer that owns it
+runs (DeepSpeed ZeRO 3, ``fully_shard`` of that module). ``OwnerForward`` adds E to those then.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from .dtensors import is_dtensor, laid_out_as
+from .dtensors import is_dtensor, is_gathered_by, laid_out_as
 
 # Attribute of a module that torch.nn.DataParallel calls to copy it.
 _REPLICATE = "_replicate_for_data_parallel"
@@ -106,6 +109,10 @@ class PerturbedFactor:
         return value if value.dtype == held.dtype else value.to(held.dtype)
 
 
+# A module's ``__dict__``, a name in it, and what had the name before.
+_Placed: TypeAlias = tuple[dict[str, Any], str, Any]
+
+
 class Row(NamedTuple):
     """A factor, and one place below a layer where its parameter is held."""
 
@@ -170,7 +177,7 @@ class LayerForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         perturbed = self.perturbed
         layer = perturbed.layer
-        placed: list[tuple[nn.Module, str]] = []
+        placed: list[_Placed] = []
         try:
             try:
                 # A merged layer unmerges in its forward pass, by the factors it was merged with.
@@ -184,7 +191,7 @@ class LayerForward:
                 _take_away(placed)
 
     @staticmethod
-    def _place(layer: Any, perturbed: PerturbedLayer, placed: list[tuple[nn.Module, str]]) -> None:
+    def _place(layer: Any, perturbed: PerturbedLayer, placed: list[_Placed]) -> None:
         compiling = torch.compiler.is_compiling()
         if perturbed.waiting and layer.training and not compiling:
             for claim in perturbed.waiting[:]:
@@ -203,9 +210,10 @@ class LayerForward:
                 continue
             if factor.refresh is not None and not compiling and not recomputed:
                 factor.refresh(factor)
-            value = factor.point(held)
-            placed.append((module, name))
-            own[name] = value
+            if is_gathered_by(module, held):
+                _put(own, "forward", OwnerForward(factor, module, name), placed)
+                continue
+            _put(own, name, factor.point(held), placed)
             factor.ran_perturbed = True
 
     def __reduce__(self) -> Any:
@@ -214,6 +222,32 @@ class LayerForward:
         if isinstance(self.inner, MethodType):
             return getattr, (self.inner.__self__, self.inner.__name__)
         return functools.partial, (self.inner,)
+
+
+class OwnerForward:
+    """The forward pass of a module within a layer, at its perturbed factor.
+
+    It is there while the layer runs, for a factor that is whole while its own module runs alone.
+    """
+
+    def __init__(self, factor: PerturbedFactor, module: nn.Module, name: str) -> None:
+        self.factor, self.module, self.name = factor, module, name
+        self.inner = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own, placed = self.module.__dict__, list[_Placed]()
+        try:
+            try:
+                if self.name not in own:  # by a pass around this one
+                    held: Any = self.module._parameters[self.name]
+                    _put(own, self.name, self.factor.point(held), placed)
+                    self.factor.ran_perturbed = True
+                return self.inner(*args, **kwargs)
+            finally:
+                _take_away(placed)
+        finally:
+            if placed:  # a signal has ended the first one
+                _take_away(placed)
 
 
 class _Replicate:
@@ -252,10 +286,19 @@ class _Replicate:
         return getattr, (self.perturbed.layer, _REPLICATE)
 
 
-def _take_away(placed: list[tuple[nn.Module, str]]) -> None:
+def _put(own: dict[str, Any], name: str, value: Any, placed: list[_Placed]) -> None:
+    """Put a value into a module's ``__dict__``, and note what was there."""
+    placed.append((own, name, own.get(name)))
+    own[name] = value
+
+
+def _take_away(placed: list[_Placed]) -> None:
     while placed:
-        module, name = placed[-1]
-        module.__dict__.pop(name, None)
+        own, name, before = placed[-1]
+        if before is None:
+            own.pop(name, None)
+        else:
+            own[name] = before
         placed.pop()
 
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import Parameter
 
 from eflat_ext.lora import LoraPair, Slot
 
-from .dtensors import is_dtensor
+from .dtensors import gathered, is_dtensor
 from .gather import Layout
 from .layer_forward import PerturbedFactor
 
@@ -105,7 +105,7 @@ def collect(
     found = Operands()
     candidates = [(i, pair, scaling) for i, pair in enumerate(pairs) if (scaling := pair.scaling)]
     slots = list(dict.fromkeys(pair.slots[f] for f in "AB" for _, pair, _ in candidates))
-    values: Sequence[Any] = [parameters[slot] for slot in slots]
+    values: list[Any] = [parameters[slot] for slot in slots]
     given: Sequence[Tensor | None] = [
         p.grad if gradients is None else gradients.get(p) for p in values
     ]
@@ -119,6 +119,7 @@ def collect(
         at = {slot: i for i, slot in enumerate(slots)}
         both = torch.tensor([[at[slot] for slot in pair.slots.values()] for _, pair, _ in rows])
         found.missing = (~anywhere[both.to(anywhere.device)].any(1)).sum()
+    values = gathered(values)
     of_slot = dict(zip(slots, zip(values, given, strict=True), strict=True))
     found.indices = [i for i, _, _ in rows]
     found.scaling = [scaling for _, _, scaling in rows]

@@ -9,7 +9,10 @@ import weakref
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from eflat_ext.stacklevel import stacklevel_of_user
 
@@ -55,8 +58,12 @@ def check_base(base: Optimizer, name: str = "base") -> Optimizer:
 
 
 def watch() -> None:
-    """Let a foreign optimizer that steps perturbed parameters end their perturbation."""
+    """Let a foreign optimizer that steps perturbed parameters end their perturbation.
+
+    A step of an engine that no perturbation is attached to is an error.
+    """
     if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_before_any_step))
         _watching.append(register_optimizer_step_post_hook(_after_any_step))
 
 
@@ -74,6 +81,35 @@ def stepping() -> list[Any]:
             found += frame.f_locals.get("args", ())[:1]
         frame = frame.f_back
     return found
+
+
+def _before_any_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    waiting = [
+        one
+        for one in living
+        if optimizer not in one.optimizers and any(factor.ran_perturbed for factor in one.factors)
+    ]
+    engine = stepping_engine() if waiting else None
+    if engine is None:
+        return
+    stepped = set(map(id, engine.module.parameters()))
+    if any(stepped & one.parameter_ids() for one in waiting):
+        raise RuntimeError(
+            "passes of the engine's model are perturbed, and the engine's step does not update the "
+            "perturbation: attach it by eflat_ext.engines.deepspeed.attach(engine, perturbation)"
+        )
+
+
+def stepping_engine() -> Any:
+    """Return the DeepSpeed engine whose optimizer step is under way; None if there is none."""
+    module = "deepspeed.runtime.engine"
+    frame: Any = sys._getframe() if module in sys.modules else None
+    while frame is not None:
+        here = frame.f_code.co_name, frame.f_globals.get("__name__")
+        if here == ("_take_model_step", module):
+            return frame.f_locals.get("self")
+        frame = frame.f_back
+    return None
 
 
 def _after_any_step(optimizer: Any, args: Any, kwargs: Any) -> None:

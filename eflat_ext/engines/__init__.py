@@ -1,0 +1,1 @@
+"""Attach a perturbation to an engine that owns gradients and steps."""
