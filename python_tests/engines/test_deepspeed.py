@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import together
+from ranks import stop, together
 
 CASES: list[dict[str, Any]] = [
     *({"stage": stage} for stage in range(4)),
@@ -20,9 +22,54 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_processes() -> Iterator[None]:
+    """End the processes: ZeRO 3 replaces functions of torch."""
+    yield
+    stop()
+
+
 @pytest.mark.proves("Several devices", "DeepSpeed ZeRO 0 to 3: 8 steps as in one process")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_as_one_process(case: dict[str, Any]) -> None:
     for errors in together(2, "deepspeed_cases:against_one_process", **case):
         assert errors.pop("weights") < 2e-6
         assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.proves("Several devices", "DeepSpeed ZeRO 0 to 3: a resumed run, bit for bit")
+@pytest.mark.parametrize("onto", ["B", "A"])
+@pytest.mark.parametrize("dtype", ["", "bf16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_resumed_run(stage: int, dtype: str, onto: str, tmp_path: Path) -> None:
+    together(2, "deepspeed_cases:resumed", stage, str(tmp_path), dtype, onto)
+
+
+def test_a_checkpoint_without_a_perturbation(tmp_path: Path) -> None:
+    together(2, "deepspeed_cases:loaded_without_a_perturbation", str(tmp_path))
+
+
+def test_what_attach_refuses() -> None:
+    together(2, "deepspeed_cases:refused_arguments")
+
+
+ALONE, ATTACHED, AROUND = "alone", "attached to the optimizer", "around the optimizer"
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        *((stage, ALONE) for stage in range(4)),
+        *((stage, kind) for stage in range(1, 4) for kind in (ATTACHED, AROUND)),
+    ],
+)
+def test_a_step_without_attach(stage: int, kind: str) -> None:
+    together(2, "deepspeed_cases:steps_without_attach", stage, kind)
+
+
+def test_stage_0_steps_an_optimizer_of_this_package() -> None:
+    together(2, "deepspeed_cases:optimizer_of_this_package")
+
+
+def test_an_engine_whose_perturbation_is_updated_by_hand() -> None:
+    together(2, "deepspeed_cases:updated_by_hand")

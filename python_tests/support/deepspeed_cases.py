@@ -12,15 +12,16 @@ from unittest import mock
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.comm import comm
 from deepspeed.utils import groups, logger
-from models import batches, lora_mlp, loss_of, trainable
+from models import assert_same_bits, batches, lora_mlp, loss_of, trainable
 from sharded_cases import assert_same_on_all_ranks, own_part, relative_errors
 from torch import Tensor, nn
 
-from eflat_ext import EFlatPerturbation, create_eflat_optimizer
+from eflat_ext import EFlatLoRA, EFlatPerturbation, create_eflat_optimizer
 from eflat_ext.engines.deepspeed import attach
 
 logger.setLevel(logging.ERROR)
@@ -65,7 +66,9 @@ def engine_of(
 
 
 def step(engine: Any, batch: Any, accumulation: int = 1) -> None:
-    for part in zip(*(t.chunk(accumulation) for t in own_part(batch)), strict=True):
+    x, y = own_part(batch)
+    x = x.to(next(engine.parameters()).dtype)
+    for part in zip(x.chunk(accumulation), y.chunk(accumulation), strict=True):
         engine.backward(loss_of(engine, part))
         engine.step()
 
@@ -134,3 +137,144 @@ def against_one_process(
     if not clipping:  # the engine clips after the update, the loop before it
         errors["norms"] = relative_errors(perturbation.norms, single.perturbation_norms)
     return errors
+
+
+@case
+def resumed(stage: int, folder: str, dtype: str, onto: str) -> None:
+    """Check that a run that was saved and loaded continues bit for bit, on all ranks."""
+    data = batches(6, torch.float32)
+
+    def start() -> tuple[nn.Module, Any, EFlatPerturbation]:
+        model = model_of()
+        engine = engine_of(model, stage, dtype=dtype)
+        return model, engine, attach(engine, EFlatPerturbation(model, **OPTIONS, onto=onto))
+
+    model, engine, perturbation = start()
+    for batch in data[:3]:
+        step(engine, batch)
+    engine.save_checkpoint(folder, client_state={"epoch": 7})
+    for batch in data[3:]:
+        step(engine, batch)
+    finished = weights(model), perturbation.state_dict()
+
+    model, engine, perturbation = start()
+    path, client_state = engine.load_checkpoint(folder)
+    assert path and client_state["epoch"] == 7 and "eflat_perturbation" not in client_state
+    assert perturbation.steps == 3
+    for batch in data[3:]:
+        step(engine, batch)
+    assert_same_bits(weights(model), finished[0])
+    state = perturbation.state_dict()
+    assert_same_bits(state.pop("averages"), finished[1].pop("averages"))
+    assert state == finished[1] == {"steps": 6, "skipped": 0}
+    assert all(average.any() for average in perturbation.averages.values())
+    assert_same_on_all_ranks(perturbation.averages)
+
+
+@case
+def loaded_without_a_perturbation(folder: str) -> None:
+    """Check what a checkpoint of plain LoRA gives, and what a perturbation that comes late gets."""
+    data = batches(2, torch.float32)
+    plain = engine_of(model_of(), 2)
+    step(plain, data[0])
+    plain.save_checkpoint(folder)
+    model = model_of()
+    engine = engine_of(model, 2)
+    perturbation = attach(engine, EFlatPerturbation(model, **OPTIONS))
+    step(engine, data[0])
+    with pytest.warns(UserWarning, match="has no perturbation: the averages start at zero"):
+        engine.load_checkpoint(folder)
+    assert perturbation.steps == 0 and not any(a.any() for a in perturbation.averages.values())
+    step(engine, data[1])
+    assert perturbation.steps == 1
+
+    model = model_of()
+    engine = engine_of(model, 2)
+    engine.load_checkpoint(folder)
+    with pytest.warns(UserWarning, match="before a perturbation was attached"):
+        attach(engine, EFlatPerturbation(model))
+    engine.load_checkpoint(folder, load_optimizer_states=False)  # says that it wants weights alone
+
+
+@case
+def refused_arguments() -> None:
+    """Check errors of ``attach``."""
+    model, other = model_of(), model_of()
+    engine = engine_of(model, 1)
+    with pytest.raises(TypeError, match="engine must be a DeepSpeedEngine, .* got PeftModel"):
+        attach(model, EFlatPerturbation(model))
+    with pytest.raises(TypeError, match="must be an EFlatPerturbation, got AdamW"):
+        attach(engine, engine.basic_optimizer)
+    with pytest.raises(ValueError, match="must be of the engine's model, got one of .*up.default"):
+        attach(engine, EFlatPerturbation(other))
+    belonging = create_eflat_optimizer(model, torch.optim.AdamW).perturbation
+    with pytest.raises(RuntimeError, match="belongs to an optimizer already"):
+        attach(engine, belonging)
+    perturbation = attach(engine, EFlatPerturbation(model))
+    with pytest.raises(RuntimeError, match="attached to an optimizer already, or to an engine"):
+        attach(engine, perturbation)
+    with pytest.raises(RuntimeError, match="has a perturbation already; call its remove()"):
+        attach(engine, EFlatPerturbation(model))
+    perturbation.remove()
+    assert not {"_take_model_step", "save_checkpoint", "load_checkpoint"} & vars(engine).keys()
+    with pytest.raises(RuntimeError, match="has ended: it was removed"):
+        attach(engine, perturbation)
+    data = batches(1, torch.float32)[0]
+    step(engine, data)
+    newer = attach(engine, EFlatPerturbation(model))
+    step(engine, data)
+    assert newer.steps == 1 and perturbation.steps == 0
+    engine.optimizer, optimizer = None, engine.optimizer
+    with pytest.raises(ValueError, match="engine must have an optimizer"):
+        attach(engine, EFlatPerturbation(model))
+    engine.optimizer, engine.mp_world_size = optimizer, 2
+    with pytest.raises(NotImplementedError, match="pipeline or tensor parallelism"):
+        attach(engine, EFlatPerturbation(model))
+
+
+@case
+def steps_without_attach(stage: int, kind: str) -> None:
+    """Check that the first step of an engine says what is missing."""
+    model = model_of()
+    adamw = torch.optim.AdamW(trainable(model), **ADAMW)
+    given: Any = adamw
+    if kind == "alone":
+        perturbation = EFlatPerturbation(model)
+    elif kind == "attached to the optimizer":
+        perturbation = EFlatPerturbation(model).attach(adamw)
+    else:
+        given = EFlatLoRA(model, adamw)
+        perturbation = given.perturbation
+    with pytest.raises(RuntimeError, match=r"eflat_ext\.engines\.deepspeed\.attach"):
+        step(engine_of(model, stage, given), batches(1, torch.float32)[0])
+    assert perturbation.steps == 0
+
+
+@case
+def optimizer_of_this_package() -> None:
+    """Check that stage 0, which leaves gradients and parameters alone, steps EFlatLoRA itself."""
+    data = batches(4, torch.float32)
+    one, single = one_process(data, 0.0, {})
+    model = model_of()
+    options = {**ADAMW, **OPTIONS}
+    engine = engine_of(model, 0, create_eflat_optimizer(model, torch.optim.AdamW, **options))
+    for batch in data:
+        step(engine, batch)
+    assert relative_errors(weights(model), weights(one)) < 2e-6
+
+
+@case
+def updated_by_hand() -> None:
+    """Check that an engine whose perturbation is updated before each step needs nothing more."""
+    model = model_of()
+    engine = engine_of(model, 2)
+    perturbation = EFlatPerturbation(model, **OPTIONS)
+    for batch in batches(2, torch.float32):
+        engine.backward(loss_of(engine, own_part(batch)))
+        full = {p: deepspeed.utils.safe_get_full_grad(p) for p in trainable(model)}
+        perturbation.update(full)
+        engine.step()
+    assert perturbation.steps == 2
+    engine.backward(loss_of(engine, own_part(batch)))
+    with pytest.raises(RuntimeError, match=r"attach\(engine, perturbation\)"):
+        engine.step()
