@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from eflat_ext.lora import CONVOLUTIONS
+
 from .dtensors import is_dtensor, is_gathered_by, laid_out_as
 
 # Attribute of a module that torch.nn.DataParallel calls to copy it.
@@ -183,7 +185,11 @@ class LayerForward:
                 # A merged layer unmerges in its forward pass, by the factors it was merged with.
                 if not (layer.disable_adapters or layer.merged):
                     self._place(layer, perturbed, placed)
-                return self.inner(*args, **kwargs)
+                result = self.inner(*args, **kwargs)
+                for own, name, _ in placed:
+                    if type(one := own[name]) is OwnerForward and not one.ran:
+                        one.factor.ran_clean |= torch.is_grad_enabled()
+                return result
             finally:
                 _take_away(placed)
         finally:
@@ -202,7 +208,8 @@ class LayerForward:
             if not factor.runs(layer, recomputed):
                 factor.ran_clean |= torch.is_grad_enabled()
                 continue
-            own, held = module.__dict__, module._parameters.get(name)
+            own = module.__dict__
+            held: Any = module._parameters.get(name)
             # By a pass around this one; an adapter that was deleted, or is not trained.
             if name in own or held is None or not held.requires_grad:
                 continue
@@ -211,8 +218,10 @@ class LayerForward:
             if factor.refresh is not None and not compiling and not recomputed:
                 factor.refresh(factor)
             if is_gathered_by(module, held):
-                _put(own, "forward", OwnerForward(factor, module, name), placed)
-                continue
+                if _runs_owners(layer, module):
+                    _put(own, "forward", OwnerForward(factor, module, name), placed)
+                    continue
+                held = module._parameters[name]  # which gathers it for this layer
             _put(own, name, factor.point(held), placed)
             factor.ran_perturbed = True
 
@@ -233,9 +242,11 @@ class OwnerForward:
     def __init__(self, factor: PerturbedFactor, module: nn.Module, name: str) -> None:
         self.factor, self.module, self.name = factor, module, name
         self.inner = module.forward
+        self.ran = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own, placed = self.module.__dict__, list[_Placed]()
+        self.ran = True
         try:
             try:
                 if self.name not in own:  # by a pass around this one
@@ -284,6 +295,12 @@ class _Replicate:
 
     def __reduce__(self) -> Any:
         return getattr, (self.perturbed.layer, _REPLICATE)
+
+
+def _runs_owners(layer: Any, module: nn.Module) -> bool:
+    """Return whether a layer runs the module that owns a factor, rather than reading its weight."""
+    experts = hasattr(layer, "parameter_name")  # of a parameter that PEFT wraps
+    return isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not experts
 
 
 def _put(own: dict[str, Any], name: str, value: Any, placed: list[_Placed]) -> None:

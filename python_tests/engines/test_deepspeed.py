@@ -37,6 +37,29 @@ def test_as_one_process(case: dict[str, Any]) -> None:
         assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding", "experts"])
+def test_kinds_of_layers_at_stage_3(kind: str, onto: str) -> None:
+    together(2, "deepspeed_cases:layers", kind, onto, checkpointed=kind == "linear")
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    # DeepSpeed averages no fp16 gradients at stage 0 on CPUs.
+    [(0, "bf16"), *((stage, dtype) for stage in (1, 2, 3) for dtype in ("bf16", "fp16"))],
+)
+def test_low_precision(stage: int, dtype: str) -> None:
+    together(2, "deepspeed_cases:first_average", stage, dtype)
+
+
+def test_gradients_that_are_not_finite() -> None:
+    together(2, "deepspeed_cases:gradients_that_are_not_finite")
+
+
+def test_a_layer_that_reads_its_weight_is_named() -> None:
+    together(2, "deepspeed_cases:a_layer_that_reads_its_weight")
+
+
 @pytest.mark.proves("Several devices", "DeepSpeed ZeRO 0 to 3: a resumed run, bit for bit")
 @pytest.mark.parametrize("onto", ["B", "A"])
 @pytest.mark.parametrize("dtype", ["", "bf16"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -15,13 +17,17 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
 from deepspeed.utils import groups, logger
+from experts import lora_experts
+from lora_layers import batch_of, lora_around
 from models import assert_same_bits, batches, lora_mlp, loss_of, trainable
 from sharded_cases import assert_same_on_all_ranks, own_part, relative_errors
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from eflat_ext import EFlatLoRA, EFlatPerturbation, create_eflat_optimizer
+from eflat_ext import EFlatLoRA, EFlatPerturbation, create_eflat_optimizer, reference
 from eflat_ext.engines.deepspeed import attach
 
 logger.setLevel(logging.ERROR)
@@ -56,13 +62,15 @@ def engine_of(
     accumulation = config.get("gradient_accumulation_steps", 1)
     settings = {
         "train_micro_batch_size_per_gpu": 8 // dist.get_world_size() // accumulation,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, **config.pop("zero", {})},
         "zero_force_ds_cpu_optimizer": False,  # it would be compiled
         "zero_allow_untested_optimizer": True,
         **({dtype: {"enabled": True}} if dtype else {}),
         **config,
     }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
 def step(engine: Any, batch: Any, accumulation: int = 1) -> None:
@@ -140,6 +148,104 @@ def against_one_process(
 
 
 @case
+def layers(kind: str, onto: str = "B", checkpointed: bool = False) -> None:
+    """Check stage 3 with kinds of layers, all ranks on one batch, bit for bit."""
+
+    def make() -> nn.Module:
+        model = lora_experts() if kind == "experts" else lora_around(kind)
+        if checkpointed:
+            inner = model.base_model.model
+            inner.layer.forward = partial(checkpoint, inner.layer.forward, use_reentrant=False)
+        return model.float()
+
+    one, model = make(), make()
+    x = torch.randn(5, 7) if kind == "experts" else batch_of(one)
+    dist.broadcast(x := x.float() if x.is_floating_point() else x, 0)
+    options: dict[str, Any] = {**OPTIONS, "onto": onto}
+    # SGD, since AdamW makes steps of rounding errors where a gradient is nearly zero.
+    single = create_eflat_optimizer(one, torch.optim.SGD, lr=0.1, **options)
+    sgd = torch.optim.SGD(trainable(model), lr=0.1)
+    engine = engine_of(model, 3, sgd, zero={"stage3_param_persistence_threshold": 0})
+    perturbation = attach(engine, EFlatPerturbation(model, **options))
+    for _ in range(4):
+        single.zero_grad()
+        one(x).backward()
+        single.step()
+        engine.backward(engine(x))
+        engine.step()
+    assert relative_errors(weights(model), weights(one)) == 0
+    assert relative_errors(perturbation.averages, single.averages) == 0
+    assert all(average.any() for average in perturbation.averages.values())
+
+
+@case
+def first_average(stage: int, dtype: str) -> None:
+    """Check the first average, in low precision, against the reference at what the engine holds."""
+    model = model_of(init_lora_weights=False)
+    engine = engine_of(model, stage, dtype=dtype, gradient_clipping=1e-3)
+    perturbation = attach(engine, EFlatPerturbation(model, 0.1, beta=1.0))
+    batch = batches(1, torch.float32)[0]
+    x, y = own_part(batch)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    engine.backward(loss_of(engine, (x.to(half), y)))
+    expected = {}
+    for pair in perturbation.pairs:
+        parameters = [pair.parameter_A, pair.parameter_B]
+        with deepspeed.zero.GatheredParameters(parameters):
+            factors = [p.detach().clone() for p in parameters]
+        assert all(factor.dtype == half for factor in factors)
+        grads = [deepspeed.utils.safe_get_full_grad(p).float() for p in parameters]
+        expected[pair.name] = reference.perturb(*factors, *grads, pair.scaling, 0.1)[0]
+    engine.step()
+    averages = perturbation.averages
+    assert all(average.dtype == torch.float32 for average in averages.values())
+    assert relative_errors(averages, expected) < 1e-2  # gradients are rounded to the factors' type
+    step(engine, batch)
+    assert_same_on_all_ranks(averages)
+
+
+@case
+def gradients_that_are_not_finite() -> None:
+    """Check a step that DeepSpeed skips: averages stay, and it is counted."""
+    model = model_of()
+    engine = engine_of(model, 2, fp16={"enabled": True, "initial_scale_power": 4})
+    perturbation = attach(engine, EFlatPerturbation(model, **OPTIONS))
+    data = batches(3, torch.float32)
+    step(engine, data[0])
+    before = {name: average.clone() for name, average in perturbation.averages.items()}
+    x, y = own_part(data[1])
+    engine.backward(loss_of(engine, (x.half(), y)) * (math.inf if dist.get_rank() else 1.0))
+    engine.step()
+    assert engine.skipped_steps == 1
+    assert_same_bits(perturbation.averages, before)
+    assert int(perturbation.skipped) == len(perturbation.pairs) and perturbation.steps == 2
+    step(engine, data[2])
+    assert_same_on_all_ranks(perturbation.averages)
+    assert relative_errors(perturbation.averages, before) > 0.1
+
+
+@case
+def a_layer_that_reads_its_weight() -> None:
+    """Check the warning for a layer that does not run the module that owns its factor."""
+    model = model_of()
+    layer = model.base_model.model.up
+    inner = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        B = layer.lora_B["default"]
+        with mock.patch.object(B, "forward", lambda x: x @ B._parameters["weight"].T):
+            return inner(x)
+
+    layer.forward = forward
+    engine = engine_of(model, 3, zero={"stage3_param_persistence_threshold": 0})
+    attach(engine, EFlatPerturbation(model, **OPTIONS))
+    data = batches(2, torch.float32)
+    step(engine, data[0])
+    with pytest.warns(UserWarning, match="up.default was taken without the perturbation"):
+        step(engine, data[1])
+
+
+@case
 def resumed(stage: int, folder: str, dtype: str, onto: str) -> None:
     """Check that a run that was saved and loaded continues bit for bit, on all ranks."""
     data = batches(6, torch.float32)
@@ -201,11 +307,11 @@ def refused_arguments() -> None:
     """Check errors of ``attach``."""
     model, other = model_of(), model_of()
     engine = engine_of(model, 1)
-    with pytest.raises(TypeError, match="engine must be a DeepSpeedEngine, .* got PeftModel"):
+    with pytest.raises(TypeError, match=r"engine must be a DeepSpeedEngine, .* got PeftModel"):
         attach(model, EFlatPerturbation(model))
     with pytest.raises(TypeError, match="must be an EFlatPerturbation, got AdamW"):
         attach(engine, engine.basic_optimizer)
-    with pytest.raises(ValueError, match="must be of the engine's model, got one of .*up.default"):
+    with pytest.raises(ValueError, match=r"of the engine's model, got one of .*up\.default"):
         attach(engine, EFlatPerturbation(other))
     belonging = create_eflat_optimizer(model, torch.optim.AdamW).perturbation
     with pytest.raises(RuntimeError, match="belongs to an optimizer already"):
@@ -213,7 +319,7 @@ def refused_arguments() -> None:
     perturbation = attach(engine, EFlatPerturbation(model))
     with pytest.raises(RuntimeError, match="attached to an optimizer already, or to an engine"):
         attach(engine, perturbation)
-    with pytest.raises(RuntimeError, match="has a perturbation already; call its remove()"):
+    with pytest.raises(RuntimeError, match="has a perturbation already; call its remove"):
         attach(engine, EFlatPerturbation(model))
     perturbation.remove()
     assert not {"_take_model_step", "save_checkpoint", "load_checkpoint"} & vars(engine).keys()
@@ -254,7 +360,7 @@ def steps_without_attach(stage: int, kind: str) -> None:
 def optimizer_of_this_package() -> None:
     """Check that stage 0, which leaves gradients and parameters alone, steps EFlatLoRA itself."""
     data = batches(4, torch.float32)
-    one, single = one_process(data, 0.0, {})
+    one, _ = one_process(data, 0.0, {})
     model = model_of()
     options = {**ADAMW, **OPTIONS}
     engine = engine_of(model, 0, create_eflat_optimizer(model, torch.optim.AdamW, **options))
