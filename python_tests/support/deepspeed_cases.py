@@ -54,23 +54,29 @@ def model_of(**config: Any) -> nn.Module:
     return lora_mlp(torch.float32, **config)
 
 
-def engine_of(
-    model: nn.Module, stage: int, optimizer: Any = None, dtype: str = "", **config: Any
-) -> Any:
-    if optimizer is None:
-        optimizer = torch.optim.AdamW(trainable(model), **ADAMW)
+def config_of(stage: int, dtype: str = "", **config: Any) -> dict[str, Any]:
     accumulation = config.get("gradient_accumulation_steps", 1)
-    settings = {
+    return {
         "train_micro_batch_size_per_gpu": 8 // dist.get_world_size() // accumulation,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, **config.pop("zero", {})},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            **config.pop("zero", {}),
+        },
         "zero_force_ds_cpu_optimizer": False,  # it would be compiled
         "zero_allow_untested_optimizer": True,
         **({dtype: {"enabled": True}} if dtype else {}),
         **config,
     }
+
+
+def engine_of(model: nn.Module, stage: int, optimizer: Any = None, **config: Any) -> Any:
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(trainable(model), **ADAMW)
+    config = config_of(stage, **config)
     with mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def step(engine: Any, batch: Any, accumulation: int = 1) -> None:
