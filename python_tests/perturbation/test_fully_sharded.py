@@ -35,6 +35,12 @@ def test_as_one_process(world: int, case: dict[str, Any]) -> None:
         assert max(errors.values()) < 1e-6, errors
 
 
+@pytest.mark.parametrize("onto", ["B", "A"])
+def test_factors_that_are_gathered_by_modules_within_a_layer(onto: str) -> None:
+    for errors in together(2, "fsdp_cases:submodules", onto):
+        assert max(errors.values()) < 1e-6, errors
+
+
 @pytest.mark.proves("Several devices", "FSDP2: shards within replicas (HSDP)")
 def test_replicas_of_shards() -> None:
     for errors in together(4, "fsdp_cases:against_one_process", replicas=2):

@@ -70,6 +70,19 @@ def against_one_process(
     return errors_against(model, optimizer, one, single)
 
 
+def submodules(onto: str) -> dict[str, float]:
+    """Return the errors where the modules within LoRA layers gather their factors themselves."""
+    one, single = one_process("eflat", 6, {}, onto=onto)
+    model = lora_mlp()
+    for module in [m for name, m in model.named_modules() if name.endswith("default")]:
+        fully_shard(module)
+    fully_shard(model)
+    optimizer = optimizer_of(model, onto=onto)
+    train(model, optimizer, batches(6))
+    assert_whole(optimizer)
+    return errors_against(model, optimizer, one, single)
+
+
 def assert_whole(optimizer: Any) -> None:
     """Check that E is whole, and the same on all ranks."""
     made = {str(i): factor.E for i, factor in enumerate(optimizer.perturbation.factors)}
