@@ -20,7 +20,7 @@ from .dtensors import fsdp_modules, is_dtensor, refuse_flat_parameters, reshard
 from .gather import Layout
 from .layer_forward import PerturbedFactor, PerturbedLayer, Row, Switch, detach, perturbed_layer
 from .operands import Target
-from .targets import choose_targets, parameters_of
+from .targets import check_whole, choose_targets, parameters_of
 
 _TAKEN_OVER = "a newer perturbation of the same weights has taken over"
 _numbers = itertools.count()  # of perturbations, in the order in which they were made
@@ -53,6 +53,7 @@ class ClaimedFactors:
         if isinstance(model, nn.Module):
             refuse_flat_parameters(model)
         self._candidates = self.pairs = find_pairs(model)
+        check_whole(self.pairs)
         self.factors: list[PerturbedFactor] = []
         self.targets: list[Target] = []
         self.ended, self.steps = "", 0

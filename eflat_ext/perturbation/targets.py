@@ -9,6 +9,8 @@ from typing import Any
 from eflat_ext.lora import LoraPair, Slot, held
 from eflat_ext.stacklevel import stacklevel_of_user
 
+from .dtensors import is_dtensor
+
 
 def parameters_of(groups: Iterable[dict[str, Any]]) -> list[Any]:
     """Return the parameters of all groups, in order."""
@@ -69,6 +71,22 @@ def choose_targets(
             stacklevel=stacklevel_of_user(),
         )
     return chosen
+
+
+def check_whole(pairs: Sequence[LoraPair]) -> None:
+    """Raise NotImplementedError where plain factors are parts of a tensor-parallel layer's."""
+    for pair in pairs:
+        base = pair.layer.get_base_layer()
+        weight, mesh = getattr(base, "weight", None), getattr(base, "_hf_device_mesh", None)
+        parts = mesh is not None and mesh.size() > 1  # transformers before 5.13
+        if weight is not None and is_dtensor(weight) and not is_dtensor(pair.parameter_B):
+            n, m, _ = pair.sizes
+            parts |= n * m * pair.experts != weight.numel()
+        if parts:
+            raise NotImplementedError(
+                "model must have LoRA factors that are whole on every rank, or DTensors, got parts "
+                f"of {pair.group}, a tensor-parallel layer's"
+            )
 
 
 def check_operable(pairs: Sequence[LoraPair]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,3 +178,8 @@ def test_a_model_may_be_sharded_around_attach(moment: str) -> None:
 @pytest.mark.proves("Several devices", "engines with parameters of their own are refused")
 def test_replaced_parameters() -> None:
     together(1, "fsdp_cases:replaced_parameters")
+
+
+def test_a_model_that_transformers_made_tensor_parallel_is_refused(tmp_path: Path) -> None:
+    for message in together(2, "fsdp_cases:tensor_parallel", str(tmp_path)):
+        assert "q_proj.default, a tensor-parallel layer's" in message

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from ddp_cases import Collectives
 from experts import lora_experts
 from lora_layers import batch_of, factors, gradient_matrices, lora_around
 from models import assert_same_bits, batches, lora_mlp, loss_of
+from peft import LoraConfig, get_peft_model
 from sharded_cases import (
     assert_same_on_all_ranks,
     errors_against,
@@ -191,6 +193,26 @@ def refused(kind: str) -> str:
     assert before == {k: id(v) for k, v in model.named_parameters()}
     assert not any("forward" in vars(module) for module in model.modules())
     return message
+
+
+def tensor_parallel(folder: str) -> str:
+    """Return the message of the error for a model that transformers has made tensor-parallel."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    if dist.get_rank() == 0:
+        LlamaForCausalLM(LlamaConfig(vocab_size=40, num_hidden_layers=1, **shape)).save_pretrained(
+            folder
+        )
+    dist.barrier()
+    config = DistributedConfig(tp_size=dist.get_world_size())
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    assert len(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight) == 8
+    with pytest.raises(NotImplementedError) as raised:
+        EFlatPerturbation(model)
+    return str(raised.value)
 
 
 class Plain:
