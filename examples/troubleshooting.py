@@ -235,7 +235,7 @@ REMEDIES: dict[Callable[[], None], str] = {
     optimizer_of_somebody_else: "step this package's, or attach an EFlatPerturbation to the other",
     attached_twice: "make a new EFlatPerturbation for each optimizer",
     parameters_replaced: "load without assign=True, or make the optimizer afterwards",
-    engine_with_parameters_of_its_own: "EFlatPerturbation.update(gradients) before its step",
+    engine_with_parameters_of_its_own: "attach to the engine: eflat_ext.engines.deepspeed.attach",
     step_without_closure: "step(closure), or first_step() and second_step(); in Trainer, the mixin",
     closure_that_accumulates: "zero_grad() in the closure; accumulate by the two half steps",
     second_half_never_came: "call abandon_step() when the second pass failed or was skipped",

@@ -20,8 +20,8 @@ def own_processes() -> Iterator[None]:
 
 @pytest.mark.proves("Several devices", "DeepSpeed through accelerate: as the engine's own loop")
 @pytest.mark.parametrize("stage", range(4))
-def test_accelerate(stage: int) -> None:
-    for errors in together(2, f"{CASES}:accelerate", stage):
+def test_accelerate(stage: int, tmp_path: Path) -> None:
+    for errors in together(2, f"{CASES}:accelerate", stage, str(tmp_path)):
         assert max(errors.values()) < 1e-6, errors
 
 

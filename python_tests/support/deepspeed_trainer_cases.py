@@ -54,8 +54,8 @@ def _reset() -> None:
 
 
 @alone
-def accelerate(stage: int) -> dict[str, float]:
-    """Return the errors of accelerate's loop against the engine's."""
+def accelerate(stage: int, folder: str) -> dict[str, float]:
+    """Return the errors of accelerate's loop, with a resumed state, against the engine's."""
     data = batches(6, torch.float32)
     plain = model_of()
     engine = engine_of(plain, stage, gradient_accumulation_steps=2)
@@ -69,13 +69,26 @@ def accelerate(stage: int) -> dict[str, float]:
     adamw = torch.optim.AdamW(trainable(model), **ADAMW)
     prepared, optimizer = accelerator.prepare(model, adamw)
     perturbation = attach(prepared, EFlatPerturbation(model, **OPTIONS))
-    for batch in data:
-        x, y = own_part(batch)
-        for part in zip(x.chunk(2), y.chunk(2), strict=True):
-            with accelerator.accumulate(prepared):
-                accelerator.backward(loss_of(prepared, part))
-                optimizer.step()
-                optimizer.zero_grad()
+
+    def train(part: list[Any]) -> dict[str, Any]:
+        for batch in part:
+            x, y = own_part(batch)
+            for micro in zip(x.chunk(2), y.chunk(2), strict=True):
+                with accelerator.accumulate(prepared):
+                    accelerator.backward(loss_of(prepared, micro))
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return {**weights(model), **perturbation.state_dict()["averages"]}
+
+    train(data[:3])
+    if stage < 3:  # where an engine must not load after it has saved
+        accelerator.save_state(folder)
+        finished = {name: value.clone() for name, value in train(data[3:]).items()}
+        accelerator.load_state(folder)
+        assert perturbation.steps == 3
+        assert_same_bits(train(data[3:]), finished)
+    else:
+        train(data[3:])
     assert perturbation.steps == len(data)
     return {
         "weights": relative_errors(weights(model), weights(plain)),
