@@ -6,6 +6,8 @@ perturbation, which wrappers that copy an optimizer's attributes (Lightning, Fab
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,6 +39,7 @@ class PerturbingOptimizer(Optimizer):
     def __init__(self, perturbation: Perturbation, base: Optimizer) -> None:
         self.base = base
         self.perturbation = perturbation
+        self._base_takes_loss = "closure" in inspect.signature(base.step).parameters
         # Optimizer.__init__ would make groups and state of its own; this sets the hooks alone.
         self.__setstate__({})
         try:
@@ -96,18 +99,25 @@ class PerturbingOptimizer(Optimizer):
         """Call the base optimizer's ``eval``, if it has one."""
         getattr(self.base, "eval", lambda: None)()
 
-    def _step_base(self) -> None:
-        """Step the base optimizer; hooks of all optimizers' steps run for this one's step alone."""
+    def _step_base(self, closure: Callable[[], Any] | None = None) -> None:
+        """Step the base optimizer; hooks of all optimizers' steps run for this one's step alone.
+
+        Args:
+            closure: returns the loss that there is already, for bases that use it.
+        """
+        args = (
+            (self.base, closure) if closure is not None and self._base_takes_loss else (self.base,)
+        )
         step = type(self.base).step
         # A scheduler's patch of the instance, or a class that torch has not wrapped:
         if "step" in vars(self.base) or not getattr(step, "hooked", False):
-            self.base.step()
+            self.base.step(*args[1:])
             return
         for before in self.base._optimizer_step_pre_hooks.values():
-            before(self.base, (self.base,), {})
-        step.__wrapped__(self.base)  # type: ignore[attr-defined]
+            before(self.base, args, {})
+        step.__wrapped__(*args)  # type: ignore[attr-defined]
         for after in self.base._optimizer_step_post_hooks.values():
-            after(self.base, (self.base,), {})
+            after(self.base, args, {})
 
     # The perturbation.
 

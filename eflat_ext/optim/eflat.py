@@ -105,7 +105,8 @@ class EFlatLoRA(PerturbingOptimizer):
         the pairs their step where the fused operator applies.
 
         Args:
-            closure: evaluated once, at the perturbed weights: zero_grad, forward, backward.
+            closure: evaluated once, at the perturbed weights: zero_grad, forward, backward. The
+                base optimizer gets the loss.
 
         Returns:
             What the closure returned, None without one.
@@ -125,6 +126,6 @@ class EFlatLoRA(PerturbingOptimizer):
         adamw = adamw_arguments(self.base, rows.parameters) if self._fused["step"] else None
         self.perturbation.fold_in(rows, adamw)
         with without_gradients(rows.parameters if adamw is not None else []):
-            self._step_base()
+            self._step_base(None if closure is None else lambda: loss)
         self.perturbation.finish_step()
         return loss

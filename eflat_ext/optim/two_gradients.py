@@ -40,7 +40,8 @@ class TwoGradients(PerturbingOptimizer):
 
         Args:
             closure: zero_grad, forward, backward; evaluated twice, first at the clean weights. The
-                gradients of the first evaluation are dropped.
+                gradients of the first evaluation are dropped. The base optimizer gets the first
+                loss.
 
         Returns:
             What the closure returned the first time, None without one.
@@ -81,7 +82,7 @@ class TwoGradients(PerturbingOptimizer):
                 UserWarning,
                 stacklevel=stacklevel_of_user(),
             )
-        self._step_base()
+        self._step_base(None if closure is None else lambda: loss)
         self.perturbation.finish_update()
         return loss
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .base import Perturbation
 from .dtensors import is_dtensor, local
 from .settings import RHO
+from .steps import stepping
 from .targets import parameters_of
 
 AVERAGE = "perturbation_ema"  # the name of an average, beside its parameter's own entries
@@ -140,6 +141,8 @@ def attach_hooks(perturbation: Any, optimizer: Optimizer, save_state: bool) -> l
     """
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if sum(one is optimizer for one in stepping()) > 1:
+            return None  # within its own step, by a call of super().step()
         perturbation.check()
         closure = kwargs.get("closure") if len(args) < 2 else args[1]
         found_inf = getattr(optimizer, "found_inf", None)  # of a gradient scaler

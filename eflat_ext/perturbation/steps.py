@@ -43,6 +43,13 @@ def check_base(base: Optimizer, name: str = "base") -> Optimizer:
             f"{name} must be an optimizer of one gradient per step: {kind} perturbs the weights "
             "itself and takes several; give the optimizer that it would be wrapped around"
         )
+    if not hasattr(base, "param_groups"):
+        raise TypeError(f"{name} must be an optimizer with param_groups, got {kind} without")
+    if callable(getattr(base, "fused_backward", None)):
+        raise TypeError(
+            f"{name} must be an optimizer that steps after the backward pass: {kind} steps each "
+            "parameter within it"
+        )
     if any(group.get("maximize") for group in base.param_groups):
         raise ValueError(
             f"{name} must minimise, got maximize=True: the perturbation goes where the loss rises; "

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import bases
+import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
-from eflat_case import CLOSE, LR, RHO, eflat
+import torch.distributed as dist
+from eflat_case import CLOSE, LR, RHO, eflat, train
 from models import (
     CREATE,
     assert_same_bits,
@@ -21,7 +25,7 @@ from models import (
     trainable,
     weights,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from eflat_ext import EFlatLoRA, EFlatPerturbation, create_eflat_optimizer
@@ -58,16 +62,98 @@ def test_schedule_free_bases(package: str, rho: float) -> None:
         assert_same_bits(weights(model), weights(other))
 
 
-@pytest.mark.parametrize("name", ["SAM", "GSAM", "WSAM", "BSAM", "LookSAM", "FriendlySAM"])
-def test_sam_classes_are_refused_by_name(name: str) -> None:
-    cls = getattr(pytorch_optimizer.optimizer.sam, name)
+@pytest.fixture(scope="module")
+def a_process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Make a group of one process, which DeMo and DistributedMuon ask for."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def trajectory(name: str, way: str, closures: bool) -> list[dict[str, Tensor]]:
+    """Return the weights after each of three steps, by a class itself or as a base at rho 0."""
+    model = lora_mlp(torch.float32)
+    torch.manual_seed(2)  # some draw random numbers
+    np.random.seed(2)
+    base = optimizer = bases.create(name, model)
+    perturbation = None
+    if way == "base":
+        optimizer = EFlatLoRA(model, base, rho=0.0, fused_step=False)
+        perturbation = optimizer.perturbation
+    elif way == "attached":
+        perturbation = EFlatPerturbation(model, rho=0.0).attach(base)
+    getattr(optimizer, "train", lambda: None)()
+    found = []
+    for step, batch in enumerate(batches(3, torch.float32)):
+
+        def loss(batch: Any = batch, scale: float = 10.0**step) -> Tensor:
+            return scale * loss_of(model, batch)  # some step by the trend of the loss
+
+        closure = bases.closure_of(name, optimizer, loss)
+        if closures:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        found.append(weights(model))
+    if perturbation is not None:
+        assert not perturbation.ended and perturbation.steps == 3
+    return found
+
+
+@pytest.mark.proves(
+    "Plain loops",
+    "every optimizer of torch.optim and pytorch_optimizer as a base: its own bits at rho 0",
+)
+@pytest.mark.usefixtures("a_process_group")
+@pytest.mark.filterwarnings("ignore", "error:.*perturb")
+@pytest.mark.parametrize("name", sorted(bases.CLASSES.keys() - bases.REFUSED.keys()))
+def test_every_optimizer_is_itself_at_rho_0(name: str) -> None:
+    start = weights(lora_mlp(torch.float32))
+    for closures in (False, True) if name not in bases.NEED_A_LOSS else (True,):
+        plain = trajectory(name, "plain", closures)
+        assert any(not torch.equal(w[n], start[n]) for w in plain for n in start)
+        for way in ("base", "attached"):
+            for step, expected in zip(trajectory(name, way, closures), plain, strict=True):
+                assert_same_bits(step, expected)
+
+
+@pytest.mark.parametrize("closures", [False, True])
+def test_a_base_whose_step_calls_that_of_its_parent_updates_once(closures: bool) -> None:
+    """torch runs the hooks of both steps once there has been an instance of the parent."""
+
+    class Child(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    runs = []
+    for way, cls in (("base", torch.optim.SGD), ("base", Child), ("attached", Child)):
+        model = lora_mlp()
+        optimizer = base = cls(trainable(model), lr=LR)
+        if way == "attached":
+            perturbation = EFlatPerturbation(model, rho=RHO).attach(base)
+        else:
+            optimizer = EFlatLoRA(model, base, rho=RHO)
+            perturbation = optimizer.perturbation
+        train(model, optimizer, batches(3), closures)
+        assert perturbation.steps == 3
+        runs.append(weights(model))
+    assert_same_bits(runs[1], runs[0])
+    assert_same_bits(runs[2], runs[0])
+
+
+@pytest.mark.parametrize("name", bases.REFUSED)
+def test_what_cannot_be_a_base_is_refused_with_the_reason(name: str) -> None:
     model = lora_mlp()
-    base = cls.__new__(cls)  # each has another constructor
-    base.param_groups = [{"params": trainable(model)}]
+    base, reason = bases.create(name, model), bases.REFUSED[name]
     create = [lambda: EFlatLoRA(model, base)]
     create += [lambda: EFlatPerturbation(model).attach(base)]
+    if name in bases.REFUSE_DENSE_GRADIENTS:  # it is the step that raises
+        loss_of(model, batches(1)[0]).backward()
+        create = [lambda make=make: (make(), base.step()) for make in create]
     for make in create:
-        with pytest.raises(TypeError, match=f"{name} perturbs the weights itself"):
+        with pytest.raises((TypeError, RuntimeError), match=reason):
             make()
 
 
