@@ -133,21 +133,6 @@ def test_saved_weights_are_clean(method: str, moment: Callable, tmp_path: Path) 
     assert_same_bits(weights(model), held)  # saving changed nothing in the model
 
 
-@pytest.mark.proves("Plain loops", "nothing to remember: adapters are combined of clean weights")
-@every_method
-def test_an_adapter_made_of_others_is_made_of_clean_weights(method: str) -> None:
-    model, optimizer, clean = trained(method)
-    mid_accumulation(model, optimizer)
-    assert ran_perturbed(optimizer)
-    model.base_model.add_weighted_adapter(["default"], [1.0], "copy", combination_type="linear")
-    now = weights(model)
-    for name in clean:
-        if "lora_B" in name:
-            copied = now[name.replace(".default", ".copy")]
-            # Each factor is multiplied by the root of the weight times the scaling.
-            torch.testing.assert_close(copied / copied.norm(), clean[name] / clean[name].norm())
-
-
 def low_rank(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     peft.save_as_lora(folder, model, rank=2)
     return load_file(folder / "adapter_model.safetensors")
