@@ -36,19 +36,21 @@ class TwoGradients(PerturbingOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take a whole step with a closure; without one, the same as :meth:`second_step`.
+        """Take a whole step with a closure; after :meth:`first_step`, the rest of one.
 
         Args:
             closure: zero_grad, forward, backward; evaluated twice, first at the clean weights. The
                 gradients of the first evaluation are dropped. The base optimizer gets the first
-                loss.
+                loss. After :meth:`first_step` and the second gradients it is evaluated once:
+                Lightning's manual optimization passes one that does nothing.
 
         Returns:
             What the closure returned the first time, None without one.
 
         Raises:
-            RuntimeError: no closure and no :meth:`first_step` before, or both; the closure adds to
-                gradients that were there before, which belong to other passes.
+            RuntimeError: no closure and no :meth:`first_step` before; a closure and a
+                :meth:`first_step` without second gradients; the closure adds to gradients that were
+                there before, which belong to other passes.
         """
         self.perturbation.check()
         self.perturbation.optimizers.update(stepping())
@@ -60,16 +62,18 @@ class TwoGradients(PerturbingOptimizer):
                 "eflat_ext.trainer.PerturbationMixin: class MyTrainer(PerturbationMixin, "
                 "Trainer)"
             )
-        loss = None
-        if closure is not None:
+        loss, begun = None, self.perturbation.pending and bool(self._second_gradients())
+        if closure is not None and not begun:
             self._not_pending()
             with torch.enable_grad():
                 loss = self._first_evaluation(closure)
         try:
-            if closure is not None:
+            if closure is not None and not begun:
                 self.first_step()
+            if closure is not None:
                 with torch.enable_grad():
-                    closure()
+                    second = closure()
+                loss = second if begun else loss
             clean = self.perturbation.has_gradients() and not self.perturbation.ran()
             self.abandon_step()
         finally:
@@ -130,9 +134,7 @@ class TwoGradients(PerturbingOptimizer):
         Dropping the second gradients abandons the step: a gradient scaler that found an overflow
         in them never calls ``step``.
         """
-        first = {id(gradient) for gradient in self._step.first}
-        new = [gradient for gradient in self._gradients() if id(gradient) not in first]
-        if self.perturbation.pending and new:
+        if self.perturbation.pending and self._second_gradients():
             self.abandon_step()
         self._step.first = []
         self._step.zeroed = True
@@ -145,6 +147,10 @@ class TwoGradients(PerturbingOptimizer):
     def _gradients(self) -> list[Tensor]:
         factors = self.perturbation.factors
         return [f.parameter.grad for f in factors if f.parameter.grad is not None]
+
+    def _second_gradients(self) -> list[Tensor]:
+        first = {id(gradient) for gradient in self._step.first}
+        return [gradient for gradient in self._gradients() if id(gradient) not in first]
 
     def _first_evaluation(self, closure: Callable[[], Any]) -> Any:
         before = [(p, p.grad) for p in parameters_of(self.param_groups) if p.grad is not None]

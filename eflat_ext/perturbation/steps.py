@@ -20,6 +20,7 @@ from .targets import parameters_of
 
 living: weakref.WeakSet[Any] = weakref.WeakSet()  # of ClaimedFactors
 _watching: list[Any] = []
+_LIGHTNING = ("lightning.", "lightning_fabric.", "pytorch_lightning.")
 
 
 def check_base(base: Optimizer, name: str = "base") -> Optimizer:
@@ -37,6 +38,11 @@ def check_base(base: Optimizer, name: str = "base") -> Optimizer:
         raise TypeError(
             f"{name} must be an optimizer as it was before accelerator.prepare, got {kind}; make "
             "this package's optimizer of it first, and prepare that"
+        )
+    if type(base).__module__.startswith(_LIGHTNING):
+        raise TypeError(
+            f"{name} must be the optimizer inside the wrapper of Lightning or Fabric, which is its "
+            f"attribute optimizer, got {kind}"
         )
     if kind.endswith("SAM") or callable(getattr(base, "first_step", None)):
         raise TypeError(

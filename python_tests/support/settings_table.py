@@ -16,6 +16,8 @@ SETTINGS = [
     "Plain loops",
     "Hugging Face Trainer",
     "Accelerate",
+    "Lightning",
+    "Fabric",
     "Several devices",
     "LoRA layers",
     "Quantised bases",
