@@ -22,6 +22,7 @@ FEWER = {
     "accelerate_loop": "--steps 4",
     "experiment": "--steps 2",
     "finetune": "--steps 4 --rows 300",
+    "lightning_loops": "--steps 2",
     "plain_loop": "--steps 2",
     "quantised": "--steps 2",
     "sharpness": "--steps 4",
@@ -33,6 +34,7 @@ CLAIMS = {
     "accelerate_loop": " 0 weights differ",
     "deepspeed_zero": "difference 0.0e+00",
     "faults": " 0 differing bits",
+    "lightning_loops": "Fabric: 0 weights differ",
 }
 
 
