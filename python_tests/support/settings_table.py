@@ -19,6 +19,8 @@ SETTINGS = [
     "Lightning",
     "Fabric",
     "Several devices",
+    "diffusers",
+    "sentence-transformers",
     "LoRA layers",
     "Quantised bases",
     "Vision-language",
