@@ -34,9 +34,9 @@ void gram_tile(const double* x, const double* y, int ld, int count, double* out,
   unrolled<kTile * V>([&](int i) EFLAT_INLINE { sum[i] = Vec{}; });
   for (int k = 0; k < count; k += kLanes) {
     Vec column[V];
-    unrolled<V>([&](int v) EFLAT_INLINE { column[v] = at(y + v * int64_t(ld) + k); });
+    unrolled<V>([&](int v) EFLAT_INLINE { column[v] = load(y + v * int64_t(ld) + k); });
     unrolled<kTile>([&](int i) EFLAT_INLINE {
-      const Vec row = at(x + i * int64_t(ld) + k);
+      const Vec row = load(x + i * int64_t(ld) + k);
       unrolled<V>([&](int v) EFLAT_INLINE { sum[i * V + v] += row * column[v]; });
     });
   }
@@ -53,7 +53,7 @@ void gram_triangle(const double* x, int ld, int count, double* out, int ldo) {
   unrolled<kSums>([&](int i) EFLAT_INLINE { sum[i] = Vec{}; });
   for (int k = 0; k < count; k += kLanes) {
     Vec column[kTile];
-    unrolled<kTile>([&](int i) EFLAT_INLINE { column[i] = at(x + i * int64_t(ld) + k); });
+    unrolled<kTile>([&](int i) EFLAT_INLINE { column[i] = load(x + i * int64_t(ld) + k); });
     unrolled<kTile>([&](int j) EFLAT_INLINE {
       unrolled<kTile>([&](int i) EFLAT_INLINE {
         if (i <= j) sum[j * (j + 1) / 2 + i] += column[i] * column[j];
@@ -103,13 +103,13 @@ void product_tile(const double* z, int ld, int depth, const double* w, double* o
   unrolled<kTile * V>([&](int i) EFLAT_INLINE { sum[i] = Vec{}; });
   for (int i = 0; i < depth; ++i, z += ld, w += kTile) {
     Vec row[V];
-    unrolled<V>([&](int v) EFLAT_INLINE { row[v] = at(z + v * kLanes); });
+    unrolled<V>([&](int v) EFLAT_INLINE { row[v] = load(z + v * kLanes); });
     unrolled<kTile>([&](int j) EFLAT_INLINE {
       unrolled<V>([&](int v) EFLAT_INLINE { sum[j * V + v] += w[j] * row[v]; });
     });
   }
   unrolled<kTile * V>(
-      [&](int i) EFLAT_INLINE { at(out + i / V * int64_t(ld) + i % V * kLanes) = sum[i]; });
+      [&](int i) EFLAT_INLINE { save(sum[i], out + i / V * int64_t(ld) + i % V * kLanes); });
 }
 
 // out (count, columns) = z (count, depth) * w (depth, columns), packed as below.

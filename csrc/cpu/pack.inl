@@ -60,7 +60,7 @@ void pack_rows(Elements x, int64_t readable, int r, int count, double* z, int ld
       unrolled<N>([&](int i) EFLAT_INLINE { rows[i] = x.vector(first + int64_t(i) * step); });
       transpose(rows);
       unrolled<N>([&](int i) EFLAT_INLINE {
-        if (i < columns) at(z + (j + i) * int64_t(ld) + k) = widen(rows[i]);
+        if (i < columns) save(widen(rows[i]), z + (j + i) * int64_t(ld) + k);
       });
     }
   }
@@ -73,7 +73,7 @@ template <class Elements>
 void pack_columns(Elements x, int64_t length, int r, int count, double* z, int ld) {
   for (int j = 0; j < r; ++j, x = x + length, z += ld) {
     int k = 0;
-    for (; k + kLanes <= count; k += kLanes) at(z + k) = widen(x.vector(k));
+    for (; k + kLanes <= count; k += kLanes) save(widen(x.vector(k)), z + k);
     for (; k < count; ++k) z[k] = x[k];
   }
 }
@@ -203,11 +203,12 @@ void store_rows(const double* e, int ld, int count, int r, double scale, Update 
         unrolled<N>([&](int i) EFLAT_INLINE { rows[i] = load(to + int64_t(i) * step); });
         transpose(rows);
         unrolled<N>([&](int i) EFLAT_INLINE {
-          narrow(average(widen(rows[i]), scale * at(from + i * int64_t(ld)), update.beta), rows[i]);
+          narrow(average(widen(rows[i]), scale * load(from + i * int64_t(ld)), update.beta),
+                 rows[i]);
         });
       } else {
         unrolled<N>([&](int i)
-                        EFLAT_INLINE { narrow(scale * at(from + i * int64_t(ld)), rows[i]); });
+                        EFLAT_INLINE { narrow(scale * load(from + i * int64_t(ld)), rows[i]); });
       }
       transpose(rows);
       unrolled<N>([&](int i) EFLAT_INLINE { save(rows[i], to + int64_t(i) * step); });
@@ -227,7 +228,7 @@ void store_columns(const double* e, int ld, int count, int r, int64_t length, do
   for (int j = 0; j < r; ++j, e += ld, out += length) {
     int k = 0;
     for (; k + kLanes <= count; k += kLanes) {
-      Vec value = scale * at(e + k);
+      Vec value = scale * load(e + k);
       if (update.average) value = average(widen(load(out + k)), value, update.beta);
       typename Loaded<T>::type narrowed;
       narrow(value, narrowed);

@@ -7,15 +7,24 @@ namespace {
 
 constexpr int kLanes = EFLAT_LANES;
 
-// Unaligned, aliasing vectors of EFLAT_LANES elements.
+// Vectors of EFLAT_LANES elements, and as they lie in memory: aligned as their elements, aliasing.
+// The latter are only read and written through pointers: Clang takes a reference to one, and a type
+// that a template deduces from it, for those of aligned vectors.
 template <class T>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(sizeof(T) * kLanes), aligned(sizeof(T)), may_alias));
+  typedef T type __attribute__((vector_size(sizeof(T) * kLanes)));
+  typedef T stored __attribute__((vector_size(sizeof(T) * kLanes), aligned(sizeof(T)), may_alias));
 };
 using Vec = VectorOf<double>::type;
 using VecF = VectorOf<float>::type;
 using VecU = VectorOf<uint32_t>::type;
 using VecH = VectorOf<uint16_t>::type;
+
+EFLAT_HD Vec read(const double* p) { return *reinterpret_cast<const VectorOf<double>::stored*>(p); }
+EFLAT_HD VecF read(const float* p) { return *reinterpret_cast<const VectorOf<float>::stored*>(p); }
+EFLAT_HD VecH read(const uint16_t* p) {
+  return *reinterpret_cast<const VectorOf<uint16_t>::stored*>(p);
+}
 
 // f(0) ... f(N - 1), written out: a loop over an array of vectors may leave it in memory, where it
 // was meant to live in registers.
@@ -29,18 +38,15 @@ EFLAT_HD void unrolled(F f) {
 }
 #define EFLAT_INLINE __attribute__((always_inline))
 
-EFLAT_HD Vec& at(double* p) { return *reinterpret_cast<Vec*>(p); }
-EFLAT_HD const Vec& at(const double* p) { return *reinterpret_cast<const Vec*>(p); }
-
 // Vectors as they are read and written: float64 as it is, other types as float32, half the size to
 // transpose.
-EFLAT_HD Vec load(const double* p) { return at(p); }
-EFLAT_HD VecF load(const float* p) { return *reinterpret_cast<const VecF*>(p); }
+EFLAT_HD Vec load(const double* p) { return read(p); }
+EFLAT_HD VecF load(const float* p) { return read(p); }
 EFLAT_HD VecF load(const bf16* p) {
-  return (VecF)(__builtin_convertvector(*reinterpret_cast<const VecH*>(p), VecU) << 16);
+  return (VecF)(__builtin_convertvector(read(&p->bits), VecU) << 16);
 }
 EFLAT_HD VecF load(const f16* p) {  // as to_double(f16)
-  const VecU half = __builtin_convertvector(*reinterpret_cast<const VecH*>(p), VecU);
+  const VecU half = __builtin_convertvector(read(&p->bits), VecU);
   const VecU sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   const VecU normal = (magnitude << 13) + (112u << 23);
   const VecU special = (magnitude << 13) | 0x7f800000u;
@@ -62,8 +68,8 @@ EFLAT_HD Vec widen(const VecF& v) { return __builtin_convertvector(v, Vec); }
 EFLAT_HD void narrow(const Vec& v, Vec& out) { out = v; }
 EFLAT_HD void narrow(const Vec& v, VecF& out) { out = __builtin_convertvector(v, VecF); }
 
-EFLAT_HD void save(const Vec& v, double* p) { at(p) = v; }
-EFLAT_HD void save(const VecF& v, float* p) { *reinterpret_cast<VecF*>(p) = v; }
+EFLAT_HD void save(const Vec& v, double* p) { *reinterpret_cast<VectorOf<double>::stored*>(p) = v; }
+EFLAT_HD void save(const VecF& v, float* p) { *reinterpret_cast<VectorOf<float>::stored*>(p) = v; }
 template <class T>
 EFLAT_HD void save(const VecF& v, T* p) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_double<T>(v[i]);
