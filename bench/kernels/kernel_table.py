@@ -28,7 +28,7 @@ from bench.timing import arguments, print_table, write_json
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
-FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "--resource-usage"]  # as setup.py's
+FLAGS = ["-std=c++20", "-O3", "--resource-usage"]  # as setup.py's
 
 
 @dataclass(frozen=True)
