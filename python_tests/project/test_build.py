@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,18 @@ def test_a_compiler_that_fails_gives_pure_python_or_an_error(tmp_path):
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert re.match(r"eflat_ext: .*could not build eflat_ext\._C \(pip install -v shows", last)
+
+
+def test_the_source_distribution_is_whole(tmp_path):
+    sdist = ["egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)]
+    result = setup("--quiet", *sdist, EFLAT_KERNELS="0")
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(tmp_path / "eflat_ext-0.1.0.tar.gz") as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    needed = [f for room in ("csrc", "build_support") for f in (ROOT / room).rglob("*.*")]
+    needed = {str(f.relative_to(ROOT)) for f in needed if f.suffix != ".pyc"}
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", *needed} <= names
+    assert not [n for n in names if n.endswith((".so", "_build_info.py"))]
 
 
 def toolkit(folder: Path, *architectures: str, version: str = "13.0") -> str:
