@@ -15,6 +15,8 @@ Contenders in plain torch:
     pinv         equations (1)-(3) in float32 with torch.linalg.pinv, pair after pair: O(n m r)
     Gram 64      the Gram form, pair after pair, sums in float64, which ill-conditioned factors need
     Gram 32      the Gram form in float32: wrong for ill-conditioned factors (see accuracy.py)
+    no kernels   the operator of devices without kernels (eflat_ext/ops/plain_torch.py), which
+                keeps the kernels' accuracy for ill-conditioned factors
 
 For the 224 pairs of Llama-2-7B (every linear layer of 32) the pinv form is timed on the seven pairs
 of one layer. More tables give the time over the size and over the number of pairs, with its ratio
@@ -83,9 +85,9 @@ def random_pair(n, m, r, condition):
     return A, B, SCALING * B.T @ gradient, SCALING * gradient @ A.T
 
 
-def operator(pairs):
+def operator(pairs, function=eflat_ext.foreach_perturb):
     lists, scaling = columns(pairs), [SCALING] * len(pairs)
-    return lambda: eflat_ext.foreach_perturb(*lists, scaling, RHO)
+    return lambda: function(*lists, scaling, RHO)
 
 
 def measure(case: Case, rounds: int) -> dict[str, float | str]:
@@ -99,6 +101,7 @@ def measure(case: Case, rounds: int) -> dict[str, float | str]:
         "ours": operator(pairs),
         "gram64": lambda: [gram_64(*pair) for pair in pairs],
         "gram32": lambda: [gram_32(*pair) for pair in pairs],
+        "plain": operator(pairs, torch.ops.eflat_plain_torch.foreach_perturb),
         "copy": copy_of(total_bytes),
         "product": product,
     }
@@ -118,6 +121,7 @@ def measure(case: Case, rounds: int) -> dict[str, float | str]:
         "over_pinv": slow_seconds["pinv"] / slow_seconds["ours"],
         "over_gram64": seconds["gram64"] / ours,
         "over_gram32": seconds["gram32"] / ours,
+        "over_plain_torch": seconds["plain"] / ours,
         "giga_multiply_adds_per_second": multiply_adds / ours / 1e9,
         "share_of_copy_speed": by_bytes / ours,
         "share_of_product_rate": by_multiply_adds / ours,
@@ -188,7 +192,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(machine())
     results = [measure(case, options.rounds) for case in (CLAIMS if options.quick else CASES)]
-    header = ["pairs x shape", "time (ms)", "pinv", "Gram 64", "Gram 32", "GFMA/s"]
+    header = ["pairs x shape", "time (ms)", "pinv", "Gram 64", "Gram 32", "no kernels", "GFMA/s"]
     header += ["of dgemm", "of copy", "bound by", "of the floor"]
     rows = [
         [
@@ -197,6 +201,7 @@ def main() -> None:
             f"{x['over_pinv']:.0f} x",
             f"{x['over_gram64']:.1f} x",
             f"{x['over_gram32']:.1f} x",
+            f"{x['over_plain_torch']:.1f} x",
             f"{x['giga_multiply_adds_per_second']:.1f}",
             f"{x['share_of_product_rate']:.0%}",
             f"{x['share_of_copy_speed']:.0%}",
