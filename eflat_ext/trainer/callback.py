@@ -70,9 +70,6 @@ class EFlatCallback(TrainerCallback):
     ) -> None:
         self.settings = Settings(rho, onto, norm_scope, rtol, beta)
         self.settings.radius(0)  # raises what a schedule raises
-        self._forget()
-
-    def _forget(self) -> None:
         self.perturbation: EFlatPerturbation | None = None
         self._saving: Around | None = None
         # What the last training left: its optimizer or engine, and the perturbation's state.
@@ -80,11 +77,14 @@ class EFlatCallback(TrainerCallback):
         self._state: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"settings": self.settings}  # a copy has no part in the training under way
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.settings = state["settings"]
-        self._forget()
+        # A copy has no part in the training under way.
+        return {
+            **vars(self),
+            "perturbation": None,
+            "_saving": None,
+            "_stepped": None,
+            "_state": None,
+        }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach a perturbation to the trainer's optimizer, and load its state."""
