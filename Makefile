@@ -75,10 +75,11 @@ test-pure: $(VENV)/tools
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > $$($(PURE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
 	$(BIN)/python setup.py --quiet egg_info --egg-base $(PURE) sdist --dist-dir $(PURE)
-	PATH=$(PURE)/bin python -m pip install --quiet --disable-pip-version-check --ignore-installed \
+	PATH=$(PURE)/bin $(PURE)/bin/python -m pip install --quiet --disable-pip-version-check --ignore-installed \
 	  --no-build-isolation --no-deps $(PURE)/eflat_ext-*.tar.gz
-	cd build && PATH=$(PURE)/bin python ../python_tests/support/check_installed.py --without-kernels
-	PATH=$(PURE)/bin python -P -m pytest --quiet -o pythonpath=python_tests/support $(PURE_TESTS)
+	cd build && PATH=$(PURE)/bin $(PURE)/bin/python ../python_tests/support/check_installed.py --without-kernels
+	PATH=$(PURE)/bin $(PURE)/bin/python -P -m pytest --quiet -o pythonpath=python_tests/support \
+	  $(PURE_TESTS)
 
 # With the lowest torch, too: a download of several GB, where the index has it for CUDA.
 test-lowest:

@@ -22,6 +22,8 @@ PROBE = """#include <Python.h>
 #error the language is older than C++20
 #endif
 template <std::integral T> T same(T x) { return x; }
+typedef double Vector __attribute__((vector_size(16)));
+Vector swapped(Vector v) { return __builtin_shufflevector(v, v, 1, 0); }
 """
 
 
@@ -29,7 +31,7 @@ def find() -> str:
     """Return the compiler's name and version, and name it in ``$CXX`` for setuptools and torch.
 
     Raises:
-        CannotBuild: there is none, or it does not compile C++20 with Python's headers.
+        CannotBuild: there is none, or it does not compile C++20, GCC's vectors, Python's headers.
     """
     if sys.platform == "win32":
         return "MSVC"  # found by setuptools
@@ -57,7 +59,9 @@ def find() -> str:
         raise CannotBuild("Python's headers were not found (Python.h): install python3-dev")
     lines = [line for line in result.stderr.splitlines() if "error" in line.lower()]
     said = lines[0].strip() if lines else f"exit status {result.returncode}"
-    raise CannotBuild(f"{version} compiles no C++20 (GCC 10 and Clang 14 do): {said}")
+    raise CannotBuild(
+        f"{version} does not compile the kernels' C++20 (GCC 12 and Clang 14 do): {said}"
+    )
 
 
 def nvcc_options() -> list[str]:

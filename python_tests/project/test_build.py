@@ -139,7 +139,7 @@ def no_headers(monkeypatch, folder):
         (no_such_compiler, "CXX is 'c++-of-nobody -m64', which was not found"),
         (
             old_compiler,
-            "c++ 8.3.0 compiles no C++20 (GCC 10 and Clang 14 do): error: no -std=c++20",
+            "c++ 8.3.0 does not compile the kernels' C++20 (GCC 12 and Clang 14 do): error",
         ),
         (no_headers, "Python's headers were not found (Python.h): install python3-dev"),
     ],
@@ -370,6 +370,13 @@ def test_the_environments_toolkit_comes_before_that_of_path(tmp_path, cuda_torch
     monkeypatch.setenv("PATH", str(Path(script(tmp_path / "wrapper" / "nvcc", says)).parent), ":")
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(environment)])
     assert found() == path
+
+
+def test_readme_and_ci_install_the_toolkit_that_the_build_asks_for():
+    command = cuda.install("13.0")
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+    wanted = (ROOT / "requirements" / "cuda.txt").read_text(encoding="utf-8").splitlines()[-1]
+    assert command == f"pip install '{wanted}'"
 
 
 def test_a_rocm_torch_is_named(cuda_torch, monkeypatch):
