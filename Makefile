@@ -68,7 +68,8 @@ install-lowest:
 # Tests of operators and optimizers without kernels: from the source distribution, with no compiler on
 # the path, in an environment that borrows the packages of $(VENV).
 PURE := $(CURDIR)/build/pure
-PURE_TESTS ?= python_tests/optim/test_trajectories.py
+PURE_TESTS ?= python_tests/perturbation/test_attach.py \
+  $(patsubst %,python_tests/optim/test_%.py,trajectories optimizers two_gradients other_methods fp16)
 test-pure: $(VENV)/tools
 	rm -rf $(PURE)
 	$(PYTHON) -m venv --without-pip $(PURE)

@@ -38,9 +38,7 @@ def find() -> str:
     given = os.environ.get("CXX")
     name = shlex.split(given)[0] if given else next(filter(shutil.which, NAMES), None)
     if name is None:
-        raise CannotBuild(
-            f"there is no C++ compiler on PATH ({', '.join(NAMES)}), and CXX is unset"
-        )
+        raise CannotBuild(f"no C++ compiler was found on PATH ({', '.join(NAMES)})")
     if shutil.which(name) is None:
         raise CannotBuild(f"CXX is {given!r}, which was not found")
     os.environ["CXX"] = given or name

@@ -135,7 +135,7 @@ def no_headers(monkeypatch, folder):
             "kernels are built against the installed torch, which was not found: pip install",
         ),
         (old_torch, "kernels need torch >= 2.11, found 2.10.1+cu130"),
-        (no_compiler, "there is no C++ compiler on PATH (c++, g++, clang++), and CXX is unset"),
+        (no_compiler, "no C++ compiler was found on PATH (c++, g++, clang++)"),
         (no_such_compiler, "CXX is 'c++-of-nobody -m64', which was not found"),
         (
             old_compiler,
