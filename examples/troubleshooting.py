@@ -175,15 +175,10 @@ def base_that_maximises() -> None:
     create_eflat_optimizer(make_model(), ADAMW, maximize=True)
 
 
-def several_devices_in_one_model() -> None:
+def factors_of_a_layer_on_two_devices() -> None:
     model = make_model()
-    model.base_model.model.head.to("meta")
+    model.base_model.model.head.lora_A.to("meta")
     create_eflat_optimizer(model, ADAMW)
-
-
-def rank_beyond_the_kernels() -> None:
-    config = LoraConfig(r=300, target_modules=["head"])
-    create_eflat_optimizer(get_peft_model(Net(), config), ADAMW)
 
 
 def copied_optimizer() -> None:
@@ -250,8 +245,7 @@ REMEDIES: dict[Callable[[], None], str] = {
     base_prepared_on_its_own: "this package's optimizer around the plain one, then prepare that",
     base_that_perturbs_by_itself: "take the optimizer that it would be wrapped around",
     base_that_maximises: "negate the loss",
-    several_devices_in_one_model: "one device, or DistributedDataParallel, or FSDP2",
-    rank_beyond_the_kernels: "a smaller rank, or LoRA-SAM, which has no kernel of its own",
+    factors_of_a_layer_on_two_devices: "move the whole layer; layers may be on several devices",
     copied_optimizer: "make a new one on the other model, then load_state_dict",
     checkpoint_of_another_rank: "resume with the LoraConfig that the checkpoint was made with",
     checkpoint_of_the_other_factor: "resume with the options that the checkpoint was made with",
