@@ -43,22 +43,27 @@ class Stages(nn.Module):
         return x
 
 
-def stages(dtype: torch.dtype, several: bool) -> nn.Module:
+def stages(dtype: torch.dtype, several: bool | str) -> nn.Module:
+    """Return the model: on the CPU, one layer elsewhere, or all of it ("all")."""
     torch.manual_seed(0)
     config = LoraConfig(r=3, target_modules=["up", "down", "out"], init_lora_weights=False)
     model = get_peft_model(Stages(), config).to(dtype).train()
     if several:
-        model.base_model.model.down.to(second_device.NAME)
+        moved = model if several == "all" else model.base_model.model.down
+        moved.to(second_device.NAME)
     return model
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
     g = torch.Generator().manual_seed(step)
     x = torch.randn(8, 6, generator=g).to(next(model.parameters()).dtype)
-    return nn.functional.cross_entropy(model(x), torch.randint(0, 3, (8,), generator=g))
+    labels = torch.randint(0, 3, (8,), generator=g)
+    return nn.functional.cross_entropy(model(x).cpu(), labels)
 
 
-def trained(create, dtype: torch.dtype, several: bool, **options) -> tuple[list[Tensor], dict]:
+def trained(
+    create, dtype: torch.dtype, several: bool | str, **options
+) -> tuple[list[Tensor], dict]:
     """Return the factors, and the norms and counts, after some steps, on the CPU."""
     model = stages(dtype, several)
     optimizer = create(model, torch.optim.AdamW, lr=1e-2, rho=0.3, **options)
@@ -102,6 +107,16 @@ def test_lora_sam(norm_scope: str) -> None:
         create_lora_sam_optimizer, torch.float64, True, norm_scope=norm_scope
     )
     assert relative_error(several, one) < 1e-9 and of_several == pytest.approx(numbers, rel=1e-9)
+
+
+@with_second_device
+@pytest.mark.parametrize("create", [create_eflat_optimizer, create_flat_optimizer])
+@pytest.mark.proves("Several devices", "a device without kernels: as on the CPU")
+def test_a_model_on_a_device_without_kernels(create) -> None:
+    on_cpu, numbers = trained(create, torch.float64, False)
+    there, numbers_there = trained(create, torch.float64, "all")
+    assert relative_error(there, on_cpu) < 1e-9
+    assert numbers_there == pytest.approx(numbers, rel=1e-9)
 
 
 @with_second_device
