@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import assert_same_bits, lora_gpt2, relative_error, same_bits, trainable, weights
+from pytorch_optimizer import SAM
 from safetensors.torch import load_file, save_file
 from torch import nn
 from trainer_case import (
@@ -211,13 +212,18 @@ def test_wrong_uses_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rho must"):
         ours.EFlatCallback(rho=lambda step: -1.0)
 
-    def refused(match: str, model: nn.Module | None = None, **options: Any) -> None:
+    def refused(
+        match: str,
+        model: nn.Module | None = None,
+        error: type[Exception] = ValueError,
+        **options: Any,
+    ) -> None:
         model = model or lora_gpt2()
         before = weights(model)
         options = {"callbacks": [ours.EFlatCallback()], **options}
         args = arguments(tmp_path)
         run = Trainer(model=model, args=args, train_dataset=Sentences(), **options)
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(error, match=match):
             run.train()
         assert_same_bits(weights(model), before)
 
@@ -243,5 +249,9 @@ def test_wrong_uses_are_named(tmp_path: Path) -> None:
     refused("got one with an attached perturbation", model, optimizers=optimizers(model, True))
     model = lora_gpt2()
     refused("optimizer must minimise", model, optimizers=optimizers(model, False, maximize=True))
+    for cls, reason in ((torch.optim.LBFGS, "needs no closure"), (SAM, "one gradient per step")):
+        model = lora_gpt2()
+        base = cls(trainable(model), **({"base_optimizer": torch.optim.SGD} if cls is SAM else {}))
+        refused(reason, model, optimizers=(base, None), error=TypeError)
     with pytest.raises(RuntimeError, match=r"callback of a transformers\.Trainer that trains"):
         ours.EFlatCallback().on_train_begin(None, None, None)

@@ -7,12 +7,21 @@ import gc
 import pickle
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import assert_same_bits, lora_gpt2, same_bits, scale_gradients, weights
+from models import (
+    assert_same_bits,
+    lora_gpt2,
+    same_bits,
+    scale_gradients,
+    trainable,
+    weights,
+)
+from pytorch_optimizer import Lookahead
 from ranks import together
 from torch import nn
 from trainer_case import (
@@ -76,6 +85,28 @@ def test_optimizers_by_name(optim: str, tmp_path: Path) -> None:
     again, _ = with_callback(resumed, arguments(tmp_path / "again", **settings))
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert_same_bits(weights(resumed), weights(model))
+
+
+OWN: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "Muon": lambda parameters: torch.optim.Muon(parameters, lr=1e-2),
+    "Lookahead": lambda parameters: Lookahead(torch.optim.AdamW(parameters, lr=1e-2)),
+    "one layer": lambda parameters: torch.optim.AdamW(parameters[:2], lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_optimizer_of_the_users_resumes(name: str, tmp_path: Path) -> None:
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = lora_gpt2()
+        args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+        run, record = with_callback(model, args)
+        run.optimizer = OWN[name](trainable(model))
+        run.train(resume_from_checkpoint=resume)
+        assert len(record.averages[4]) == (1 if name == "one layer" else 6)
+        assert all(bool(E.any()) for E in record.averages[4].values())
+        results.append({**weights(model), **record.averages[4]})
+    assert_same_bits(*results)
 
 
 class Fail(TrainerCallback):
