@@ -4,12 +4,10 @@ Pairs of one shape are computed together, by batched matrix products in float64.
 a value on the host, so no call waits for the device; all operations are deterministic where torch's
 are. Tensors that are written must not share memory with others: kernels check that, this does not.
 
-Everything follows from K, with ``K K^T = M^+`` of a factor X: the factor becomes ``X K``, whose
-columns are orthonormal or zero, and the other factor's gradient ``G K``. A Gram matrix has the
-square of its factor's condition number, so M is corrected by a second one, of ``X T`` with ``T^-T
-T^-1 = M`` nearly (the idea of CholeskyQR2), and K by a third. Directions below the cutoff are
-dropped by a projector, from the sign function of a matrix (Newton's iteration with scaling: Higham,
-"Functions of Matrices", 2008, chapter 5), which unlike an eigenvalue decomposition reads nothing.
+Everything follows from K, with ``K K^T = M^+`` of a factor X and its Gram matrix M: the factor
+becomes ``X K``, whose columns are orthonormal or zero, and the other factor's gradient ``G K``. A
+Gram matrix has the square of its factor's condition number, so M is corrected by a second one, of
+``X T`` with ``T^-T T^-1 = M`` nearly (the idea of CholeskyQR2), and K by a third.
 """
 
 from __future__ import annotations
@@ -24,25 +22,24 @@ from torch.optim.adamw import adamw
 
 from eflat_ext.reference import default_rtol, perturbed_factors
 
-_EPS = torch.finfo(torch.float64).eps
+from .inverse_root import inverse_root, triangular_root
+
 _LARGEST = torch.finfo(torch.float64).max
-_SQUARINGS = 12  # the largest eigenvalue to 1e-4 of itself, whatever the others
-_NEWTON = 14  # the sign function, for a cutoff of 1e-7
 _CHUNK = 1 << 23  # elements that are computed at once; 64 MB a copy
 
 
-class _Result(NamedTuple):
-    """What a pair gives before rho and the norms of the others are known.
+class _Batch(NamedTuple):
+    """Pairs of one shape and type.
 
     Attributes:
-        U: of each perturbed factor, float64, shaped like it: ``E = rho / (2 s^2 norm) U``.
-        norm: of the full-space gradient, or of its projection, in the type that is reported.
-        size: the largest ``|| rho^-1 E norm ||`` of the factors, in units of their type's maximum.
+        indices: of the pairs.
+        E: of each perturbed factor, float64, (pairs, rows, columns); zeros where it is not usable.
+        usable: which pairs have a perturbation, (pairs, 1, 1).
     """
 
-    U: list[Tensor]
-    norm: Tensor
-    size: Tensor
+    indices: list[int]
+    E: list[Tensor]
+    usable: Tensor
 
 
 class _Side(NamedTuple):
@@ -69,10 +66,15 @@ def foreach_perturb(
     rtol: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Return what ``torch.ops.eflat.foreach_perturb`` does; arguments are checked already."""
-    targets = perturbed_factors(onto, A, B)
-    return _perturbations(
-        A, B, grad_A, grad_B, scaling, rho, onto, norm_scope, rtol, [t.dtype for t in targets]
-    )
+    dtypes = [t.dtype for t in A]
+    batches, norms = _batches(A, B, grad_A, grad_B, scaling, rho, onto, norm_scope, rtol, dtypes)
+    E = list(perturbed_factors(onto, A, B))
+    for batch in batches:
+        for side, of_side in enumerate(batch.E):
+            own = of_side.to(A[batch.indices[0]].dtype).unbind()
+            for i, e in zip(batch.indices, own, strict=True):
+                E[side * len(A) + i] = e.clone()  # results share no memory
+    return E, norms
 
 
 def perturb(
@@ -113,14 +115,15 @@ def foreach_perturb_ema_(
     if points:
         A = points[: len(A)] if onto != "B" else A
         B = points[-len(B) :] if onto != "A" else B
-    E, norms = _perturbations(
-        A, B, grad_A, grad_B, scaling, rho, onto, norm_scope, rtol, [t.dtype for t in ema]
-    )
-    good = _usable(norms)
-    for i, (average, e) in enumerate(zip(ema, E, strict=True)):
-        new = torch.lerp(average, e, beta)
-        average.copy_(torch.where(good[i % len(A)], new, average))
-    skipped.add_((~good).sum())
+    dtypes = [t.dtype for t in ema[: len(A)]]
+    batches, norms = _batches(A, B, grad_A, grad_B, scaling, rho, onto, norm_scope, rtol, dtypes)
+    for batch in batches:
+        for side, of_side in enumerate(batch.E):
+            averages = [ema[side * len(A) + i] for i in batch.indices]
+            old = torch.stack(averages)
+            new = torch.where(batch.usable, old.lerp(of_side.to(old.dtype), beta), old)
+            torch._foreach_copy_(averages, list(new.unbind()))
+    skipped.add_((~_usable(norms)).sum())
     return norms
 
 
@@ -194,12 +197,14 @@ def foreach_bound(
     norm_scope: str = "layer",
 ) -> Tensor:
     """Return what ``torch.ops.eflat.foreach_bound`` does."""
-    norms = []
-    for average, b, s in zip(ema, B, scaling, strict=True):
-        average, b = average.double(), b.double()
-        square = ((b.mT @ b) * (average @ average.mT)).sum().clamp_min(0)
-        norms.append(abs(s) * square.sqrt())
-    norm = torch.stack(norms)
+    norms, order = [], []
+    for chosen in _chunks(ema, B):
+        average, b = (torch.stack([ts[i] for i in chosen]).double() for ts in (ema, B))
+        s = _on_device([scaling[i] for i in chosen], b.device)
+        square = ((b.mT @ b) * (average @ average.mT)).sum((1, 2)).clamp_min(0)
+        norms.append(s.abs() * square.sqrt())
+        order += chosen
+    norm = _in_order(torch.cat(norms), order)
     if norm_scope == "global":
         norm = norm.norm().expand_as(norm)
     factors = torch.where(norm > rho, rho / norm, 1.0)
@@ -215,7 +220,7 @@ def _usable(norm: Tensor) -> Tensor:
     return (norm > 0) & norm.isfinite()
 
 
-def _perturbations(
+def _batches(
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     grad_A: Sequence[Tensor],
@@ -226,34 +231,41 @@ def _perturbations(
     norm_scope: str,
     rtol: float | None,
     dtypes: Sequence[torch.dtype],
-) -> tuple[list[Tensor], Tensor]:
-    """Return E of each perturbed factor in these types, and the norms."""
-    count = len(A)
-    results: dict[int, _Result] = {}
-    for chosen in _chunks(A, B):
+) -> tuple[list[_Batch], Tensor]:
+    """Return the perturbations of all pairs, to be rounded to these types, and the norms."""
+    chunks = list(_chunks(A, B))
+    order = [i for chosen in chunks for i in chosen]  # of what follows, until the end
+    s = _on_device([scaling[i] for i in order], A[0].device)
+    of_chunks = s.split([len(chosen) for chosen in chunks])
+    made, norms, sizes = [], [], []
+    for chosen, own in zip(chunks, of_chunks, strict=True):
         pair = [torch.stack([ts[i] for i in chosen]).double() for ts in (A, B, grad_A, grad_B)]
         a, b = A[chosen[0]], B[chosen[0]]
-        s = _on_device([scaling[i] for i in chosen], a.device)
-        cutoff = default_rtol(a, b) if rtol is None else rtol
-        U, norm = _directions(pair, s, rho, onto, cutoff)
-        norm = _reported(norm, _norm_dtype(A))
-        largest = torch.finfo(dtypes[chosen[0]]).max
-        size = torch.stack([u.flatten(1).norm(dim=1) for u in U]).amax(0) / (2 * s * s) / largest
-        size = torch.maximum(size, 1 / (2 * s * s) / _LARGEST).nan_to_num(math.inf, math.inf)
-        for row, i in enumerate(chosen):
-            results[i] = _Result([u[row] for u in U], norm[row], size[row])
-    s = _on_device(scaling, A[0].device)
-    norm = torch.stack([results[i].norm for i in range(count)])
-    size = torch.stack([results[i].size for i in range(count)])
+        U, norm = _directions(pair, own, rho, onto, default_rtol(a, b) if rtol is None else rtol)
+        made.append(U)
+        norms.append(norm)
+        size = torch.stack([u.flatten(1).norm(dim=1) for u in U]).amax(0) / (2 * own * own)
+        sizes.append(size / torch.finfo(dtypes[chosen[0]]).max)
+    norm = _reported(torch.cat(norms), _norm_dtype(A))
+    size = torch.maximum(torch.cat(sizes), 1 / (2 * s * s) / _LARGEST)  # of E and of its scale
+    size = size.nan_to_num(math.inf, math.inf)
     norm, scope_norm = _scope_norms(norm, size, rho, norm_scope)
     good = _usable(norm)
     scale = torch.where(good, rho / (2 * s * s * scope_norm), 0)
-    E = [
-        torch.where(good[i], results[i].U[side] * scale[i], 0).to(dtypes[side * count + i])
-        for side in range(len(results[0].U))
-        for i in range(count)
-    ]
-    return E, norm.to(_norm_dtype(A))
+    batches = []
+    lengths = [len(chosen) for chosen in chunks]
+    for chosen, U, c, usable in zip(
+        chunks, made, scale.split(lengths), good.split(lengths), strict=True
+    ):
+        c, usable = c[:, None, None], usable[:, None, None]
+        batches.append(_Batch(chosen, [torch.where(usable, u * c, 0) for u in U], usable))
+    return batches, _in_order(norm, order).to(_norm_dtype(A))
+
+
+def _in_order(values: Tensor, indices: list[int]) -> Tensor:
+    """Return values that have these indices in the order of the indices."""
+    places = torch.tensor(indices).argsort()
+    return values[places.to(values.device, non_blocking=True)]
 
 
 def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
@@ -287,7 +299,8 @@ def _scope_norms(norm: Tensor, size: Tensor, rho: float, scope: str) -> tuple[Te
     order = torch.where(good, size, -1).argsort(descending=True)
     scale = torch.where(good, norm, 0).amax()
     squares = torch.where(good, norm / scale, 0).square()[order]
-    totals = scale * squares.flip(0).cumsum(0).flip(0).sqrt()  # of the layers from here on
+    # Of the layers from each on; a sum, since cumsum is not deterministic on every device.
+    totals = scale * squares.expand(len(squares), -1).triu().sum(1).sqrt()
     enough = rho * size[order] <= totals
     first = (enough.cumsum(0) == 0).sum()  # layers before the first one that fits
     rank = order.argsort()
@@ -312,9 +325,9 @@ def _directions(
     A, B, grad_A, grad_B = pair
     count = len(A)
     X_A, G_A = A.mT, grad_A.mT
-    R, T = _triangular(torch.cat([A @ A.mT, B.mT @ B]))
+    R, T = triangular_root(torch.cat([A @ A.mT, B.mT @ B]))
     Y_A, Y_B = X_A @ T[:count], B @ T[count:]
-    K, onto_kept = _inverse_root(torch.cat([Y_A.mT @ Y_A, Y_B.mT @ Y_B]), R, rtol)
+    K, onto_kept = inverse_root(torch.cat([Y_A.mT @ Y_A, Y_B.mT @ Y_B]), R, rtol)
     X_A, X_B = X_A @ K[:count], B @ K[count:]
     correction = (torch.cat([X_A.mT @ X_A, X_B.mT @ X_B]) - onto_kept) / 2
     K = K - K @ correction
@@ -351,70 +364,3 @@ def _tangent(A: _Side, B: _Side, s: Tensor, rho: float) -> tuple[list[Tensor], T
     U_A = torch.where(alone, 0, U_A)
     U_B = torch.where(alone, B.G @ A.K.mT, U_B)
     return [2 * U_A.mT.contiguous(), 2 * U_B], square.sqrt() / s.abs()
-
-
-def _symmetric(M: Tensor) -> Tensor:
-    return (M + M.mT) / 2
-
-
-def _eye(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-
-
-def _triangular(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return R with ``R^T R = M``, nearly, and its inverse; the identity for a zero M."""
-    trace = M.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    I = _eye(M)  # noqa: E741
-    # The shift makes R invertible where M is not. The larger it is, the less rounding T amplifies,
-    # and the less remains of small singular values, which the second Gram matrix has to tell.
-    shifted = torch.where(_usable(trace), M + 1e-8 * trace * I, I)
-    R = torch.linalg.cholesky_ex(shifted).L.mT
-    return R, torch.linalg.solve_triangular(R, I.expand_as(R), upper=True)
-
-
-def _inverse_root(S: Tensor, R: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
-    """Return K with ``K K^T = M^+`` for ``M = R^T S R``, and the projector on what is kept of M.
-
-    S is nearly the identity, but for directions that R was shifted in.
-    """
-    r = S.shape[-1]
-    I = _eye(S)  # noqa: E741
-    trace = S.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    shifted = torch.where(trace.isfinite(), S, I) + 4 * r * _EPS * I
-    X = torch.linalg.cholesky_ex(shifted).L.mT @ R  # X^T X = M
-    X = torch.where(trace == 0, 0, X)
-    largest = _largest_singular_value(X)
-    # The eigenvalues of [0, X^T; X, 0] are the singular values and their negatives, with the
-    # eigenvectors [v; u] and [v; -u].
-    relative = X / largest
-    cutoff = -rtol * I.expand_as(X)
-    dilation = torch.cat([torch.cat([cutoff, relative.mT], 2), torch.cat([relative, cutoff], 2)], 1)
-    positive = _eye(dilation) + _sign(dilation)  # the sum of [v; u] [v; u]^T above the cutoff
-    onto_v, isometry = positive[:, :r, :r], positive[:, :r, r:]
-    # V Sigma V^T of what is kept, which is not squared; anything in the place of the others.
-    root = _symmetric(isometry @ X) + largest * (I - onto_v)
-    return onto_v @ torch.linalg.inv_ex(root).inverse @ onto_v, onto_v
-
-
-def _largest_singular_value(X: Tensor) -> Tensor:
-    """Return the largest singular value of each X, (count, 1, 1), to 1e-4; 1 for zeros."""
-    H = X.mT @ X
-    trace = H.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    H = H / torch.where(trace > 0, trace, 1)
-    power = H
-    for _ in range(_SQUARINGS):
-        power = power @ power
-        total = power.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        power = power / torch.where(total > 0, total, 1)
-    share = (H * power).sum((1, 2))[:, None, None]  # of the trace
-    return torch.where(share > 0, (share * trace).sqrt(), 1)
-
-
-def _sign(Z: Tensor) -> Tensor:
-    """Return the sign function of symmetric matrices: their eigenvalues become 1 or -1."""
-    for _ in range(_NEWTON):
-        inverse = _symmetric(torch.linalg.inv_ex(Z).inverse)
-        sizes = [M.flatten(1).norm(dim=1)[:, None, None] for M in (Z, inverse)]
-        factor = (sizes[1] / sizes[0]).sqrt()
-        Z = (Z * factor + inverse / factor) / 2
-    return Z
