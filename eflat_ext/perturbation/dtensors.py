@@ -81,10 +81,20 @@ def gathered(parameters: Sequence[Any]) -> list[Any]:
     """Return copies of the parameters that ZeRO 3 has partitioned, whole; the others as they are.
 
     Communicates if one of them is not there, so all ranks have to call this.
+
+    Raises:
+        RuntimeError: one of them is on its way to a forward pass, which the engine waits for.
     """
-    if not any(map(is_partitioned, parameters)):
+    partitioned = [p for p in parameters if is_partitioned(p)]
+    if not partitioned:
         return list(parameters)
-    absent = [p for p in parameters if is_partitioned(p) and p.ds_status.name != "AVAILABLE"]
+    absent = [p for p in partitioned if p.ds_status.name != "AVAILABLE"]
+    if any(p.ds_status.name == "INFLIGHT" for p in absent):
+        raise RuntimeError(
+            "factors must be read before or after a forward pass at ZeRO 3, got one that is being "
+            "gathered: attach the perturbation to the engine, and assign its rho when scalings of "
+            "layers have changed"
+        )
     with torch.no_grad(), sys.modules["deepspeed"].zero.GatheredParameters(absent):
         return [p.detach().clone() if is_partitioned(p) else p for p in parameters]
 

@@ -43,6 +43,10 @@ def test_kinds_of_layers_at_stage_3(kind: str, onto: str) -> None:
     together(2, "deepspeed_cases:layers", kind, onto, checkpointed=kind == "linear")
 
 
+def test_a_factor_that_is_being_gathered() -> None:
+    together(2, "deepspeed_cases:in_flight")
+
+
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     # DeepSpeed averages no fp16 gradients at stage 0 on CPUs.

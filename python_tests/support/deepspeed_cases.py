@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eflat_ext import EFlatLoRA, EFlatPerturbation, create_eflat_optimizer, reference
 from eflat_ext.engines.deepspeed import attach
+from eflat_ext.perturbation.bound import Bound
 
 logger.setLevel(logging.ERROR)
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
@@ -182,6 +183,22 @@ def layers(kind: str, onto: str = "B", checkpointed: bool = False) -> None:
     assert relative_errors(weights(model), weights(one)) == 0
     assert relative_errors(perturbation.averages, single.averages) == 0
     assert all(average.any() for average in perturbation.averages.values())
+    with mock.patch.object(Bound, "update", side_effect=AssertionError("gathers in a pass")):
+        engine(x)
+
+
+@case
+def in_flight() -> None:
+    """Check the error for a factor that the engine is gathering."""
+    model = model_of()
+    engine = engine_of(model, 3, zero={"stage3_param_persistence_threshold": 0})
+    perturbation = attach(engine, EFlatPerturbation(model, onto="A"))
+    B = perturbation.pairs[0].parameter_B
+    step(engine, batches(1, torch.float32)[0])
+    gathering = mock.patch.object(B, "ds_status", type(B.ds_status).INFLIGHT)
+    with gathering, pytest.raises(RuntimeError, match="got one that is being gathered"):
+        perturbation.rho = 0.1
+    perturbation.rho = 0.2
 
 
 @case
