@@ -45,7 +45,8 @@ def attach(engine: Any, perturbation: EFlatPerturbation) -> EFlatPerturbation:
         TypeError: ``engine`` is no engine, or ``perturbation`` no EFlatPerturbation.
         ValueError: the engine has no optimizer; the perturbation is of another model; factors of a
             rank above 256.
-        NotImplementedError: pipeline or tensor parallelism, which divide the layers among ranks.
+        NotImplementedError: pipeline or tensor parallelism, which divide the layers among ranks;
+            ``round_robin_gradients`` at stages 1 and 2; ZenFlow.
         RuntimeError: the perturbation is attached already, or has ended; or the engine has another
             one.
     """
@@ -107,6 +108,13 @@ def _check(engine: Any, perturbation: Any) -> None:
             "engine must have whole layers on every rank, or partitioned by ZeRO, got pipeline or "
             "tensor parallelism"
         )
+    if engine.zero_round_robin_gradients() and 0 < engine.zero_optimization_stage() < 3:
+        raise NotImplementedError(
+            "engine must have round_robin_gradients false, got true: DeepSpeed's own "
+            "safe_get_full_grad fails with it"
+        )
+    if getattr(engine, "zenflow", False):
+        raise NotImplementedError("engine must step all parameters at once, got ZenFlow")
     own = set(map(id, engine.module.parameters()))
     for pair in perturbation.pairs:
         if id(pair.parameter_A) not in own or id(pair.parameter_B) not in own:

@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 from ranks import stop, together
 
+ON_CPU = {"device": "cpu", "pin_memory": False}
+OFFLOADED = {
+    "stage3_param_persistence_threshold": 0,
+    "offload_optimizer": ON_CPU,
+    "offload_param": ON_CPU,
+}
 CASES: list[dict[str, Any]] = [
     *({"stage": stage} for stage in range(4)),
     *({"stage": stage, "accumulation": 2, "clipping": 0.05} for stage in range(4)),
@@ -19,6 +25,8 @@ CASES: list[dict[str, Any]] = [
     {"stage": 3, "onto": "A", "norm_scope": "global"},
     {"stage": 3, "onto": "both", "config": {"init_lora_weights": False}},
     {"stage": 3, "config": {"use_dora": True}},
+    {"stage": 2, "zero": {"offload_optimizer": ON_CPU}},
+    {"stage": 3, "zero": OFFLOADED},
 ]
 
 

@@ -359,6 +359,13 @@ def refused_arguments() -> None:
     engine.optimizer, engine.mp_world_size = optimizer, 2
     with pytest.raises(NotImplementedError, match="pipeline or tensor parallelism"):
         attach(engine, EFlatPerturbation(model))
+    engine.mp_world_size, engine.zenflow = 1, True
+    with pytest.raises(NotImplementedError, match="ZenFlow"):
+        attach(engine, EFlatPerturbation(model))
+    model = model_of()
+    engine = engine_of(model, 2, zero={"round_robin_gradients": True})
+    with pytest.raises(NotImplementedError, match="round_robin_gradients false, got true"):
+        attach(engine, EFlatPerturbation(model))
 
 
 @case
