@@ -38,6 +38,7 @@ EXPORTS = [
 PATHS = {
     "eflat_ext.trainer": "EFlatCallback PerturbationMixin eflat_optimizer flat_optimizer "
     "lora_sam_optimizer last_complete_checkpoint",
+    "eflat_ext.engines.deepspeed": "attach CLIENT_STATE",
     "eflat_ext.ops": "perturb foreach_perturb",
     "eflat_ext.reference": "default_rtol full_space_gradient transfer tangent perturb "
     "foreach_perturb flat_lora_step eflat_lora_step lora_sam_step",
