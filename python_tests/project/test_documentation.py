@@ -26,6 +26,7 @@ FEWER = {
     "lightning_loops": "--steps 2",
     "plain_loop": "--steps 2",
     "quantised": "--steps 2",
+    "sentence_embeddings": "--steps 3",
     "sharpness": "--steps 4",
     "trainer": "--steps 12",
     "trl_sft": "--steps 8",
@@ -36,6 +37,7 @@ CLAIMS = {
     "deepspeed_zero": "difference 0.0e+00",
     "diffusers_unet": "adapter's loss: 0\n",
     "faults": " 0 differing bits",
+    "sentence_embeddings": "loaded adapter's embeddings: 0\n",
     "lightning_loops": "Fabric: 0 weights differ",
 }
 

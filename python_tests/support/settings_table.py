@@ -20,7 +20,6 @@ SETTINGS = [
     "Fabric",
     "Several devices",
     "diffusers",
-    "sentence-transformers",
     "LoRA layers",
     "Quantised bases",
     "Vision-language",

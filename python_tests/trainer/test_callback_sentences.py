@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same_bits, same_bits, weights
+from models import assert_same_bits, same_bits, trainable, weights, without_dropout
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_model import make_rows, save_tiny_model
 from torch import nn
 from trainer_case import Averages, arguments
 
+from eflat_ext import create_eflat_optimizer
 from eflat_ext import trainer as ours
 from eflat_ext.trainer.callback import FILE
 
@@ -90,6 +91,33 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     again = train(None, [ours.EFlatCallback(rho=0.2)], "again", checkpoint)
     assert_same_bits(weights(again.model), weights(run.model))
+
+
+def test_losses_with_cached_gradients_run_at_the_perturbed_point(tmp_path: Path) -> None:
+    """They encode in chunks without gradients, and again within the backward pass."""
+    from sentence_transformers.sentence_transformer import losses
+
+    texts = [text for text, _ in make_rows(16)]
+    gradients = []
+    for name in ("", "Cached"):
+        model = without_dropout(encoder(tmp_path).train())
+        optimizer = create_eflat_optimizer(model, torch.optim.SGD, lr=1.0, rho=1.0)
+        options = {"mini_batch_size": 3} if name else {}
+        loss = getattr(losses, f"{name}MultipleNegativesRankingLoss")(model, **options)
+        columns = [model.preprocess(part) for part in (texts[:8], texts[8:])]
+        for step in range(3):
+            optimizer.zero_grad()
+            loss(columns, None).backward()
+            if step < 2:
+                optimizer.step()
+        gradients.append([p.grad.clone() for p in trainable(model)])
+        optimizer.zero_grad()
+        with optimizer.clean():
+            loss(columns, None).backward()
+        gradients.append([p.grad.clone() for p in trainable(model)])
+    for perturbed, clean, cached, _ in zip(*gradients, strict=True):
+        assert (cached - perturbed).norm() < 1e-5 * perturbed.norm()
+        assert (clean - perturbed).norm() > 1e-2 * perturbed.norm()
 
 
 @pytest.mark.proves(
