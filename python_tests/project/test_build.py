@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from install_as_readme import BUILT
 
 import eflat_ext
 from build_support import CannotBuild, compiler, cuda
@@ -34,10 +36,12 @@ def settings_of_their_own():
     os.environ.update(kept)
 
 
-def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def setup(
+    *arguments: str, folder: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -186,8 +190,10 @@ def test_a_compiler_that_fails_gives_pure_python_or_an_error(tmp_path):
 
 
 def test_the_source_distribution_is_whole(tmp_path):
-    sdist = ["egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)]
-    result = setup("--quiet", *sdist, EFLAT_KERNELS="0")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*BUILT))
+    sdist = ["sdist", "--dist-dir", str(tmp_path)]
+    result = setup("--quiet", *sdist, folder=source, EFLAT_KERNELS="0")
     assert result.returncode == 0, result.stderr
     with tarfile.open(tmp_path / "eflat_ext-0.1.0.tar.gz") as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}

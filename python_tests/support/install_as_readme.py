@@ -24,6 +24,7 @@ import tomllib
 
 ROOT = Path(__file__).parents[2]
 BUILT = (".*", "build", "dist", "runs", "*.so", "*.egg-info", "_build_info.py", "__pycache__")
+BUILT += ("eflat_ext-*",)  # while a source distribution is packed
 
 
 def install_lines() -> list[str]:
