@@ -39,7 +39,6 @@ class PerturbingOptimizer(Optimizer):
     def __init__(self, perturbation: Perturbation, base: Optimizer) -> None:
         self.base = base
         self.perturbation = perturbation
-        self._base_takes_loss = "closure" in inspect.signature(base.step).parameters
         # Optimizer.__init__ would make groups and state of its own; this sets the hooks alone.
         self.__setstate__({})
         try:
@@ -105,9 +104,8 @@ class PerturbingOptimizer(Optimizer):
         Args:
             closure: returns the loss that there is already, for bases that use it.
         """
-        args = (
-            (self.base, closure) if closure is not None and self._base_takes_loss else (self.base,)
-        )
+        parameters = inspect.signature(self.base.step).parameters if closure is not None else {}
+        args = (self.base, closure) if "closure" in parameters else (self.base,)
         step = type(self.base).step
         # A scheduler's patch of the instance, or a class that torch has not wrapped:
         if "step" in vars(self.base) or not getattr(step, "hooked", False):
