@@ -30,7 +30,12 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eflat_ext import EFlatLoRA, create_eflat_optimizer
+from eflat_ext.ops.no_kernel import has_kernel
 
+pytestmark = pytest.mark.skipif(
+    not has_kernel("foreach_adamw_step_", torch.device("cpu")),
+    reason="about the fused operator's kernel, which this build does not have",
+)
 STEPS = 20
 RTOL = 1e-5  # as in test_trajectories.py
 
