@@ -148,8 +148,18 @@ def trained(
 
 @alone
 def trainer(stage: int, folder: str) -> dict[str, float]:
-    """Return the errors of Trainer with an EFlatCallback against the engine's loop."""
-    trainer, last = trained(folder, stage)
+    """Check that a run resumed by Trainer gives the bits of one that was not interrupted.
+
+    Returns:
+        Its errors against the engine's own loop.
+    """
+    trainer, whole = trained(folder, stage, save_strategy="steps", save_steps=3)
+    unset_hf_deepspeed_config()
+    _, resumed = trained(f"{folder}/second", stage, f"{folder}/checkpoint-3")
+    assert_same_bits(resumed.weights, whole.weights)
+    assert_same_bits(resumed.averages, whole.averages)
+    assert all(average.any() for average in whole.averages.values())
+
     model = without_dropout(lora_bert())
     adamw = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
     engine = engine_of(model, stage, adamw, gradient_accumulation_steps=2, gradient_clipping=1.0)
@@ -159,17 +169,6 @@ def trainer(stage: int, folder: str) -> dict[str, float]:
         engine.step()
     assert perturbation.steps == 6
     return {
-        "weights": relative_errors(weights(model), last.weights),
-        "averages": relative_errors(perturbation.averages, last.averages),
+        "weights": relative_errors(weights(model), whole.weights),
+        "averages": relative_errors(perturbation.averages, whole.averages),
     }
-
-
-@alone
-def resumed_trainer(stage: int, folder: str) -> None:
-    """Check that a run resumed by Trainer gives the bits of one that was not interrupted."""
-    _, whole = trained(folder, stage, save_strategy="steps", save_steps=3)
-    unset_hf_deepspeed_config()
-    _, resumed = trained(f"{folder}/second", stage, f"{folder}/checkpoint-3")
-    assert_same_bits(resumed.weights, whole.weights)
-    assert_same_bits(resumed.averages, whole.averages)
-    assert all(average.any() for average in whole.averages.values())

@@ -88,13 +88,15 @@ def resumed(kind: str, folder: str, fsdp: dict[str, Any]) -> dict[str, float]:
     """Check that a resumed run gives the bits of one that was not interrupted.
 
     Returns:
-        Its errors against a run with DDP.
+        Its errors against a run with DDP, in the default configuration.
     """
     first = trained(kind, folder, fsdp, save_strategy="steps", save_steps=3)
     second = trained(kind, f"{folder}/second", fsdp, resume=f"{folder}/checkpoint-3")
     assert_same_bits(second.weights, first.weights)
     assert_same_bits(second.averages, first.averages)
     assert all(average.any() for average in first.averages.values())
+    if fsdp:
+        return {}
     replicated = trained(kind, f"{folder}/third", None)
     return {
         "weights": relative_errors(first.weights, replicated.weights),

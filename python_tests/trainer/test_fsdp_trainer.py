@@ -19,4 +19,4 @@ FSDP: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kind", ["optimizer", "callback"])
 def test_a_run_that_trainer_resumes(kind: str, fsdp: dict[str, Any], tmp_path: Path) -> None:
     for errors in together(2, "fsdp_trainer_cases:resumed", kind, str(tmp_path), fsdp):
-        assert max(errors.values()) < 1e-6, errors
+        assert all(error < 1e-6 for error in errors.values()), errors
