@@ -209,7 +209,6 @@ def test_settings_out_of_range_are_named():
     wrong = {
         "method": [],
         "seeds": [1, 1],
-        "rank": 257,
         "alpha": 0,
         "lora_dropout": 1.0,
         "rho": -0.1,

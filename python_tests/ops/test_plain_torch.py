@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from eflat_ext.ops import no_kernel
 
 ops = torch.ops.eflat
 pytestmark = pytest.mark.skipif(HOST_CUDA, reason="about what runs without the kernels")
+HERE = "EFLAT_TEST_SECOND_DEVICE" in os.environ
+with_second_device = pytest.mark.skipif(not HERE, reason="run by test_on_a_second_device")
+
+
+@pytest.mark.skipif(HERE, reason="starts this process")
+def test_on_a_second_device() -> None:
+    own_process.run(Path(__file__), "-k", "device or once", EFLAT_TEST_SECOND_DEVICE="1")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +49,7 @@ def test_keeps_the_bounds_and_the_errors_of_the_kernels(tests: str, chosen: str)
 
 
 def on_device(call: dict[str, Any]) -> dict[str, Any]:
-    device = second_device.register()
+    device = second_device.NAME
     step = {"step": call["step"]} if "step" in call else {}  # as AdamW keeps it
     return {**mapped(call, lambda t: t.to(device)), **step}
 
@@ -83,6 +91,7 @@ def all_close(given: Any, expected: Any) -> bool:
     return not isinstance(given, Tensor) or error(given, expected) < 1e-6
 
 
+@with_second_device
 @pytest.mark.parametrize("float64", [True, False])
 @pytest.mark.parametrize("onto", ONTO)
 @pytest.mark.filterwarnings("ignore:eflat_ext has no kernels")
@@ -98,6 +107,7 @@ def test_another_device_gives_the_numbers_of_the_cpu(onto, float64, monkeypatch)
         assert all_close(on_cpu(there), call), name  # what was updated in place
 
 
+@with_second_device
 def test_a_warning_tells_once_what_is_missing(monkeypatch) -> None:
     monkeypatch.setattr(no_kernel, "_warned", set())
     call = on_device(calls("B")["perturb"])
@@ -106,6 +116,7 @@ def test_a_warning_tells_once_what_is_missing(monkeypatch) -> None:
     ops.perturb(**call)
 
 
+@with_second_device
 @pytest.mark.parametrize("onto", ONTO)
 def test_nothing_waits_for_the_device(onto: str) -> None:
     for name, call in calls(onto).items():
