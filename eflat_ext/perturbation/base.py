@@ -234,7 +234,8 @@ class Perturbation(ClaimedFactors):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warnings.warn(
             f"the gradient of {names[0]}{more} was taken without the perturbation: its layer "
-            "did not run in training mode (model.train()) since the last step",
+            "did not run in training mode (model.train()) since the last step, or another "
+            "library's kernel ran in its place",
             UserWarning,
             stacklevel=stacklevel_of_user(),
         )

@@ -83,9 +83,10 @@ class PerturbedFactor:
     def only_clean(self) -> bool:
         """True if gradients are of the parameter itself.
 
-        A layer that has not run here got its gradients from other ranks, where it ran perturbed.
+        A layer that has not run here got its gradients from other ranks, where it ran perturbed;
+        where there are none, from a library's kernel that takes its factors without running it.
         """
-        return self.ran_clean and not self.ran_perturbed
+        return not self.ran_perturbed and (self.ran_clean or not has_ranks())
 
     def runs(self, layer: nn.Module, recomputed: bool) -> bool:
         """Return whether a pass of a layer is perturbed; recomputed passes follow the original."""
@@ -325,6 +326,12 @@ def recomputing() -> bool:
     Backward hooks that call a model run in backward passes, too, but without gradients.
     """
     return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+
+
+def has_ranks() -> bool:
+    """Return whether other processes train with this one."""
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
 
 
 # By the layer's id: a layer holds its own, in its forward pass.

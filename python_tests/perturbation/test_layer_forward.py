@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import CREATE, assert_same_bits, batches, lora_mlp, same_bits, train_on, weights
+from models import (
+    CREATE,
+    assert_same_bits,
+    batches,
+    lora_mlp,
+    loss_of,
+    same_bits,
+    train_on,
+    weights,
+)
 from peft import LoraConfig, get_peft_model
 from perturbed_case import Case, X, assert_nothing_in_place
 from torch import Tensor, nn
@@ -439,3 +450,32 @@ def test_pairs_read_parameters_while_perturbed_values_stand() -> None:
     case.model(X)
     handle.remove()
     assert seen == [True]
+
+
+def test_a_kernel_that_takes_the_factors_without_running_the_layer_is_noticed() -> None:
+    """As fused LoRA kernels of other libraries do; such a gradient belongs to clean weights."""
+
+    def kernel(layer: Any, x: Tensor) -> Tensor:
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return layer.base_layer(x) + layer.scaling["default"] * (x @ A.T) @ B.T
+
+    found = []
+    for fused in (False, True):
+        model = lora_mlp(modules_to_save=None, init_lora_weights=False)
+        net = model.base_model.model
+        optimizer = CREATE["eflat"](model, torch.optim.SGD, lr=0.1, rho=0.5)
+        if fused:
+            net.forward = lambda x, net=net: net.head(
+                torch.tanh(kernel(net.down, torch.tanh(kernel(net.up, x))))
+            )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for batch in batches(3):
+                optimizer.zero_grad()
+                with nullcontext() if fused else optimizer.clean():
+                    loss_of(model, batch).backward()
+                optimizer.step()
+        assert sum("another library's kernel" in str(one.message) for one in caught) == 1
+        found.append([*weights(model).values(), *optimizer.averages.values()])
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected)
