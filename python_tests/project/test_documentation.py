@@ -24,6 +24,7 @@ FEWER = {
     "experiment": "--steps 2",
     "finetune": "--steps 4 --rows 300",
     "lightning_loops": "--steps 2",
+    "other_tools": "--steps 60",
     "plain_loop": "--steps 2",
     "quantised": "--steps 2",
     "sentence_embeddings": "--steps 3",
@@ -38,6 +39,7 @@ CLAIMS = {
     "diffusers_unet": "adapter's loss: 0\n",
     "faults": " 0 differing bits",
     "sentence_embeddings": "loaded adapter's embeddings: 0\n",
+    "other_tools": "at rho 0, 0 weights differ",
     "lightning_loops": "Fabric: 0 weights differ",
 }
 
