@@ -25,7 +25,7 @@ CLIENT_STATE = "eflat_perturbation"  # name of the perturbation's entry in a cli
 
 
 def attach(engine: Any, perturbation: EFlatPerturbation) -> EFlatPerturbation:
-    """Ride on the optimizer steps of a DeepSpeed engine, which keeps the perturbation alive.
+    """Update a perturbation before each optimizer step of a DeepSpeed engine, which keeps it alive.
 
     Each optimizer step of the engine, the last one of an accumulation, begins with
     :meth:`eflat_ext.EFlatPerturbation.update` from the gradients of all micro-batches and ranks,
@@ -42,9 +42,9 @@ def attach(engine: Any, perturbation: EFlatPerturbation) -> EFlatPerturbation:
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        TypeError: ``engine`` is no engine, or ``perturbation`` no EFlatPerturbation.
-        ValueError: the engine has no optimizer; the perturbation is of another model; factors of a
-            rank above 256.
+        TypeError: ``engine`` is no engine, or ``perturbation`` no EFlatPerturbation; factors A and
+            B of a pair have different dtypes.
+        ValueError: the engine has no optimizer; the perturbation is of another model.
         NotImplementedError: pipeline or tensor parallelism, which divide the layers among ranks;
             ``round_robin_gradients`` at stages 1 and 2; ZenFlow.
         RuntimeError: the perturbation is attached already, or has ended; or the engine has another

@@ -62,11 +62,12 @@ def register(operator: torch._ops.OpOverload) -> None:
         if lists and not lists[0]:
             return results
         device = tensors[0][1].device
-        if not has_float64(device.type):
-            _warn_once(device, "on the CPU, since it has no float64")
-            return _on_cpu(operator, arguments)
-        _warn_once(device, "in plain torch")
-        return compute(*arguments)
+        on_cpu = not has_float64(device.type)
+        if not has_kernel(name, device):  # else the rank is beyond the kernels'
+            _warn_once(
+                device, "on the CPU, since it has no float64" if on_cpu else "in plain torch"
+            )
+        return _on_cpu(operator, arguments) if on_cpu else compute(*arguments)
 
     _library.impl(operator, kernel, "CompositeExplicitAutograd")
     _plain.define(name + SCHEMAS[name])
@@ -83,10 +84,10 @@ def _check_dense(name: str, t: Tensor | None) -> None:
 
 def _warn_once(device: torch.device, how: str) -> None:
     # On the CPU, the import of a package without kernels has warned.
-    if device.type in _warned or device.type == "cpu":
+    if device.type in _warned or device.type in ("cpu", "meta"):
         return
     _warned.add(device.type)
-    needs = "there are kernels for CPUs and CUDA GPUs alone"
+    needs = "there are kernels for CPUs and NVIDIA GPUs alone"
     if device.type == "cuda" and torch.version.cuda is not None:
         needs = "for kernels, build it with nvcc, see eflat_ext.build_info()"
     warnings.warn(

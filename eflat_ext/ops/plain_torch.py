@@ -1,8 +1,8 @@
 """The operators in plain torch, for devices and ranks that have no kernels.
 
-Pairs of one shape are computed together, by batched matrix products in float64. Nothing here reads
-a value on the host, so no call waits for the device; all operations are deterministic where torch's
-are. Tensors that are written must not share memory with others: kernels check that, this does not.
+Pairs of one shape are computed together, by batched matrix products in float64. No value is read on
+the host, so that a call does not wait for the device; it is deterministic where torch's operations
+are. Unlike the kernels, it does not check that tensors which are written share no memory.
 
 Everything follows from K, with ``K K^T = M^+`` of a factor X and its Gram matrix M: the factor
 becomes ``X K``, whose columns are orthonormal or zero, and the other factor's gradient ``G K``. A
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from eflat_ext.reference import default_rtol, perturbed_factors
 from .inverse_root import inverse_root, triangular_root
 
 _LARGEST = torch.finfo(torch.float64).max
-_CHUNK = 1 << 23  # elements that are computed at once; 64 MB a copy
+_CHUNK = 1 << 23  # elements that are computed at once: 64 MB, of which about five copies live
+_ROUNDS = 8  # of leaving out layers whose E would not be finite, with one norm for all
 
 
 class _Batch(NamedTuple):
@@ -157,11 +158,11 @@ def foreach_adamw_step_(
     norms = foreach_perturb_ema_(
         A, B, grad_A, grad_B, E, ema, skipped, scaling, rho, beta, onto, norm_scope, rtol
     )
-    groups: dict[tuple[float, ...], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, numbers in enumerate(zip(lr, beta1, beta2, eps, weight_decay, strict=True)):
-        groups.setdefault(numbers, []).append(i)
+        groups.setdefault((*numbers, step[i].device.type != "cpu"), []).append(i)
     lists = [[*A, *B], [*grad_A, *grad_B], exp_avg, exp_avg_sq]
-    for (rate, b1, b2, epsilon, decay), chosen in groups.items():
+    for (rate, b1, b2, epsilon, decay, on_device), chosen in groups.items():
         own = [[tensors[i] for i in chosen] for tensors in lists]
         # 16-bit factors are computed in float32 and rounded once.
         wide = [[t.to(torch.promote_types(t.dtype, torch.float32)) for t in ts] for ts in own]
@@ -174,6 +175,7 @@ def foreach_adamw_step_(
             [],
             [step[i] for i in chosen],
             foreach=False,
+            capturable=on_device,  # else it would read the steps
             amsgrad=False,
             beta1=b1,
             beta2=b2,
@@ -250,15 +252,17 @@ def _batches(
     size = torch.maximum(torch.cat(sizes), 1 / (2 * s * s) / _LARGEST)  # of E and of its scale
     size = size.nan_to_num(math.inf, math.inf)
     norm, scope_norm = _scope_norms(norm, size, rho, norm_scope)
+    scale = rho / (2 * s * s * scope_norm)
+    norm = torch.where(_usable(norm) & ~scale.isfinite(), math.inf, norm)
     good = _usable(norm)
-    scale = torch.where(good, rho / (2 * s * s * scope_norm), 0)
+    scale = torch.where(good, scale, 0)
     batches = []
     lengths = [len(chosen) for chosen in chunks]
     for chosen, U, c, usable in zip(
         chunks, made, scale.split(lengths), good.split(lengths), strict=True
     ):
         c, usable = c[:, None, None], usable[:, None, None]
-        batches.append(_Batch(chosen, [torch.where(usable, u * c, 0) for u in U], usable))
+        batches.append(_Batch(chosen, [torch.where(usable, u.mul_(c), 0) for u in U], usable))
     return batches, _in_order(norm, order).to(_norm_dtype(A))
 
 
@@ -273,7 +277,7 @@ def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
 
 
 def _chunks(A: Sequence[Tensor], B: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield indices of pairs of one shape and type, so many that their copies stay small."""
+    """Yield the indices of pairs of one shape and type, at most ``_CHUNK`` elements at a time."""
     groups: dict[object, list[int]] = {}
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
         groups.setdefault((a.shape, b.shape, a.dtype), []).append(i)
@@ -284,7 +288,7 @@ def _chunks(A: Sequence[Tensor], B: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def _reported(norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return norms, zero or infinite where they are so in the type that they are reported in."""
+    """Return the norms; one that is zero or infinite in ``dtype`` becomes zero or infinite."""
     rounded = norm.to(dtype).double()
     return torch.where(_usable(rounded), norm, rounded)
 
@@ -294,19 +298,20 @@ def _scope_norms(norm: Tensor, size: Tensor, rho: float, scope: str) -> tuple[Te
     good = _usable(norm)
     if scope == "layer":
         return torch.where(good & ~(rho * size <= norm), math.inf, norm), norm
-    # Layers that are left out make the total smaller, so that others may have to go, too: those
-    # with the largest sizes, until the total of the rest is enough for the next one.
-    order = torch.where(good, size, -1).argsort(descending=True)
-    scale = torch.where(good, norm, 0).amax()
-    squares = torch.where(good, norm / scale, 0).square()[order]
-    # Of the layers from each on; a sum, since cumsum is not deterministic on every device.
-    totals = scale * squares.expand(len(squares), -1).triu().sum(1).sqrt()
-    enough = rho * size[order] <= totals
-    first = (enough.cumsum(0) == 0).sum()  # layers before the first one that fits
-    rank = order.argsort()
-    norm = torch.where(good & (rank < first), math.inf, norm)
-    total = torch.where(torch.arange(len(norm), device=norm.device) == first, totals, 0).sum()
-    return norm, total
+    # A layer that is left out makes the total smaller, so that another one may have to go, too.
+    fits = good
+    for _ in range(_ROUNDS):
+        fits = fits & (rho * size <= _total(norm, fits))
+    total = _total(norm, fits)
+    fits = fits & (rho * size <= total)
+    return torch.where(good & ~fits, math.inf, norm), total
+
+
+def _total(norm: Tensor, counted: Tensor) -> Tensor:
+    """Return the root of the sum of squares of the norms that are counted."""
+    own = torch.where(counted, norm, 0)
+    largest = own.amax()
+    return largest * (own / torch.where(largest > 0, largest, 1)).square().sum().sqrt()
 
 
 def _directions(

@@ -69,7 +69,7 @@ class Perturbation(ClaimedFactors):
 
     @property
     def norm_scope(self) -> str:
-        """Scope of rho: "layer" (each pair) or "global" (all pairs whole_pairs)."""
+        """Scope of rho: "layer" (each pair) or "global" (all pairs together)."""
         return self.settings.norm_scope
 
     @property

@@ -71,6 +71,10 @@ class Bound:
         rows = [(pair, factor) for pair, factor in self._pairs if pair.scaling != 0]
         if not rows:
             return
+        for _, factor in rows:  # the model may have been moved since
+            parameter = factor.parameter
+            if (parameter.device, parameter.dtype) != factor.fitted_to:
+                factor.fit(torch.promote_types(parameter.dtype, torch.float32))
         B: list[Tensor] = [self._parameters[pair.slots["B"]] for pair, _ in rows]
         if any(map(is_dtensor, B)):
             names = [f"factor B of {pair.name}" for pair, _ in rows]
@@ -101,9 +105,11 @@ class Bound:
         if len(devices) == 1 or self._scope == "layer":
             parts = [factors(chosen, self.radius, self._scope) for chosen in devices.values()]
         else:
-            tiny = 1e-30  # less than any norm that matters, so that factors tell the norms
-            own = [(chosen, tiny / factors(chosen, tiny, "layer")) for chosen in devices.values()]
-            total = total_norm(joined_norms(own))
+            # For a rho far below every norm that matters, the factor is rho over the norm.
+            small = max(1e-15 * self.radius, 1e-30)
+            own = [(chosen, small / factors(chosen, small, "layer")) for chosen in devices.values()]
+            norms = joined_norms(own)
+            total = torch.where(norms.isfinite().all(), total_norm(norms), torch.inf)
             scale = (self.radius / total).clamp_max(1)
             parts = [scale.to(norms.device).expand_as(norms) for _, norms in own]
         of_row = {

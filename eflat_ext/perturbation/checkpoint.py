@@ -198,29 +198,42 @@ class Around:
 
     def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         self.owner, self.name = weakref.ref(owner), name
-        before = vars(owner).get(name)
-
-        active = [around]  # none once it was removed below another one
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            own = self.owner()
-            inner = before or partial(getattr(type(own), name), own)
-            return active[0](own, inner, *args, **kwargs) if active else inner(*args, **kwargs)
-
-        method.active = active  # type: ignore[attr-defined]
-        self.before, self.method = before, weakref.ref(method)  # which holds the perturbation
+        self.before = vars(owner).get(name)
+        method = _Method(self.owner, name, self.before, around)
+        self.method = weakref.ref(method)  # which holds the perturbation
         setattr(owner, name, method)
 
     def remove(self) -> None:
         own, method = self.owner(), self.method()
         if own is None or method is None:
             return
-        method.active.clear()  # type: ignore[attr-defined]
+        method.around = None  # it may lie below another one
         if vars(own).get(self.name) is method:
             if self.before is None:
                 delattr(own, self.name)
             else:
                 setattr(own, self.name, self.before)
+
+
+class _Method:
+    """A method of one instance with something around it; copies of the instance have it plain."""
+
+    def __init__(
+        self, owner: Any, name: str, before: Any, around: Callable[..., Any] | None
+    ) -> None:
+        self.owner, self.name, self.before, self.around = owner, name, before, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = self.owner()
+        inner = self.before or partial(getattr(type(own), self.name), own)
+        return (
+            inner(*args, **kwargs)
+            if self.around is None
+            else self.around(own, inner, *args, **kwargs)
+        )
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner(), self.name)
 
 
 def initialises_state(optimizer: Optimizer) -> bool:

@@ -114,15 +114,14 @@ class EFlatPerturbation(TransferredPerturbation):
         }
 
     def attach(self, optimizer: Optimizer, *, save_state: bool = True) -> EFlatPerturbation:
-        """Ride on the steps of an optimizer, which keeps this alive from then on.
+        """Update before each step of an optimizer, which keeps this alive from then on.
 
         Each of its steps begins with :meth:`update`.
 
         Args:
             optimizer: any torch optimizer of the model's parameters that requires no closure.
             save_state: let the optimizer's ``state_dict`` hold the averages, and its
-                ``load_state_dict`` restore them. False leaves both as they are, for who saves this
-                one's :meth:`state_dict` apart.
+                ``load_state_dict`` restore them. With False, save this one's :meth:`state_dict`.
 
         Returns:
             This perturbation.

@@ -188,7 +188,7 @@ class LayerForward:
                     self._place(layer, perturbed, placed)
                 result = self.inner(*args, **kwargs)
                 for own, name, _ in placed:
-                    if type(one := own[name]) is OwnerForward and not one.ran:
+                    if type(one := own.get(name)) is OwnerForward and not one.ran:
                         one.factor.ran_clean |= torch.is_grad_enabled()
                 return result
             finally:

@@ -69,6 +69,7 @@ class Operands:
 
     def _of(self, places: list[int]) -> Operands:
         indices = [self.indices[place] for place in places]
+        chosen = set(indices)
         lists = (self.A, self.B, self.grad_A, self.grad_B)
         A, B, grad_A, grad_B = ([tensors[place] for place in places] for tensors in lists)
         return Operands(
@@ -81,7 +82,7 @@ class Operands:
             [self.parameters[half + place] for half in (0, len(self.A)) for place in places],
             self.having,
             None,
-            [target for target in self.targets if target.at in set(indices)],
+            [target for target in self.targets if target.at in chosen],
         )
 
 

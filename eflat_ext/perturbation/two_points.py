@@ -116,7 +116,8 @@ class SAMPerturbation(TwoPointPerturbation):
             return [], torch.zeros(0, device=self._skipped.device)
         first = rows.grad_A[0].device
         # In float32 the squares of tiny gradients are zero.
-        wide = torch.float64 if has_float64(first.type) else torch.float32
+        types = {gradient.device.type for gradient in rows.grad_A}
+        wide = torch.float64 if all(map(has_float64, types)) else torch.float32
         norm_A, norm_B = (
             torch.stack([n.to(first) for n in torch._foreach_norm(list(grads), 2, wide)])
             for grads in (rows.grad_A, rows.grad_B)

@@ -121,12 +121,16 @@ class EFlatCallback(TrainerCallback):
         self._leave()
 
     def _leave(self) -> None:
-        if self._saving is not None:
-            self._saving.remove()
-        if self.perturbation is not None:
-            self._state = self.perturbation.state_dict()
-            self.perturbation.remove()
-        self._saving = self.perturbation = None
+        saving, perturbation = self._saving, self.perturbation
+        self._saving = self.perturbation = None  # also if what follows raises
+        if saving is not None:
+            saving.remove()
+        if perturbation is not None:
+            self._state = None
+            try:
+                self._state = perturbation.state_dict()
+            finally:
+                perturbation.remove()
 
     def _check_alone(self, trainer: Any, stepping: Any) -> None:
         found = sum(isinstance(one, EFlatCallback) for one in trainer.callback_handler.callbacks)

@@ -117,13 +117,28 @@ def test_a_warning_tells_once_what_is_missing(monkeypatch) -> None:
 
 
 @with_second_device
+@pytest.mark.parametrize("steps", ["on the CPU", "on the device"])
 @pytest.mark.parametrize("onto", ONTO)
-def test_nothing_waits_for_the_device(onto: str) -> None:
+def test_nothing_waits_for_the_device(onto: str, steps: str) -> None:
     for name, call in calls(onto).items():
         call = on_device(call)
+        if "step" in call and steps == "on the device":
+            call["step"] = [t.to(second_device.NAME) for t in call["step"]]
         second_device.reads.clear()
         getattr(ops, name)(**call)
         assert second_device.reads == [], name
+
+
+@pytest.mark.parametrize("rho", [1e-30, 0.05])
+def test_a_layer_beyond_its_type_leaves_a_small_one_alone(rho: float) -> None:
+    ones = [torch.ones(1, 2, dtype=torch.float64)] * 2, [torch.ones(3, 1, dtype=torch.float64)] * 2
+    gradients = [[t[0], t[0] * 1e100] for t in ones]
+    call = (*ones, *gradients, [1.0, 1e-120], rho, "B", "global")
+    (E, other), norms = torch.ops.eflat_plain_torch.foreach_perturb(*call)
+    (expected, _), expected_norms = ops.foreach_perturb(*call)
+    torch.testing.assert_close(E, expected)
+    assert E.any() and not other.any() and norms[1].isinf()
+    torch.testing.assert_close(norms, expected_norms)
 
 
 @pytest.mark.parametrize("name", ["perturb", "foreach_perturb", "foreach_bound"])

@@ -145,6 +145,46 @@ def test_a_gradient_that_is_not_finite_leaves_out_its_layer(norm_scope: str) -> 
 
 
 @with_second_device
+@pytest.mark.parametrize("size", [1.0, 1e12])
+def test_the_bound_onto_A_is_one_over_all_devices(size: float) -> None:
+    norms = {}
+    for several in (False, True):
+        model = stages(torch.float32, several)
+        perturbation = EFlatPerturbation(model, rho=0.3, onto="A", norm_scope="global")
+        loss_of(model, 0).backward()
+        perturbation.update()
+        with torch.no_grad():
+            model.base_model.model.up.lora_B["default"].weight.mul_(size)
+            loss_of(model, 1)  # which uses the averages
+        squares = [
+            (pair.scaling * (pair.B.cpu().double() @ factor.E.cpu().double())).square().sum()
+            for _, pair, _, factor in perturbation.targets
+        ]
+        norms[several] = float(torch.stack(squares).sum().sqrt())
+    assert norms[True] == pytest.approx(norms[False], rel=1e-5)
+    assert norms[True] <= 0.3 * (1 + 1e-5)
+
+
+@with_second_device
+@pytest.mark.parametrize("onto", ["B", "A", "both"])
+def test_a_model_that_was_moved_since(onto: str) -> None:
+    model = stages(torch.float32, False)
+    perturbation = EFlatPerturbation(model, rho=0.3, onto=onto)
+    loss_of(model, 0).backward()
+    perturbation.update()
+    for factor in perturbation.factors:  # as if the model had been there until now
+        own = factor.average is factor.E
+        factor.E = factor.E.to(second_device.NAME)
+        factor.average = factor.E if own else factor.average.to(second_device.NAME)
+        factor.fitted_to = factor.E.device, factor.parameter.dtype
+    if perturbation._bound is not None:
+        perturbation._bound.average_changed()
+    loss_of(model, 1).backward()
+    perturbation.update()
+    assert all(factor.E.device.type == "cpu" for factor in perturbation.factors)
+
+
+@with_second_device
 def test_checkpoints_go_from_one_device_to_several() -> None:
     one, several = (EFlatPerturbation(stages(torch.float32, s), rho=0.3) for s in (False, True))
     loss_of(one._model, 0).backward()

@@ -1,7 +1,7 @@
 """A second device for the tests, "second": its tensors stand for CPU tensors, which compute for it.
 
 Made of torch's backend for Python, PrivateUse1. To autograd and the dispatcher it is a device of
-its own: operators without a kernel for it take the way that they take on any such device.
+its own, on which operators without a kernel do what they do on any such device.
 """
 
 from __future__ import annotations

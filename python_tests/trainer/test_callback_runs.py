@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import pickle
 import sys
 import weakref
@@ -217,7 +218,11 @@ def test_copies_and_removal(tmp_path: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             copies.append(copy.deepcopy(callback))
             copies.append(pickle.loads(pickle.dumps(callback)))
-            copy.deepcopy(state)
+            for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+                twin.global_step = 77
+                twin.save_to_json(str(tmp_path / "twin.json"))
+                assert json.loads((tmp_path / "twin.json").read_text())["global_step"] == 77
+                assert not (tmp_path / FILE).exists()
 
     model, other = lora_gpt2(), lora_gpt2()
     args = arguments(tmp_path, save_strategy="steps", save_steps=2)
