@@ -30,7 +30,7 @@ def muon_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 class RhoSchedule:
-    """What GSAM asks for."""
+    """Stand in for the scheduler of rho that GSAM asks for."""
 
     def step(self) -> float:
         return 0.05

@@ -243,7 +243,7 @@ def test_copies_and_removal(tmp_path: Path) -> None:
 
 
 def test_removed_in_the_midst_of_a_run(tmp_path: Path) -> None:
-    """What was attached goes on, and is saved, until the perturbation itself is removed."""
+    """The perturbation goes on, and is saved, until it is removed itself."""
 
     class Remove(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
