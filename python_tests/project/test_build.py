@@ -300,12 +300,12 @@ WHOLE |= {"cuda_runtime": "13.0.96", "cuda_cccl": "13.0.85"}
 
 def mixed_packages(monkeypatch, folder):
     packages(folder, "80", **{**WHOLE, "nvvm": "13.1.115"})
-    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
 
 
 def missing_packages(monkeypatch, folder):
     packages(folder, "80", **{k: v for k, v in WHOLE.items() if k != "cuda_cccl"})
-    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
 
 
 INSTALL = "pip install 'cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.*'"
@@ -358,7 +358,7 @@ def test_the_environments_toolkit_comes_before_that_of_path(tmp_path, cuda_torch
     monkeypatch.setenv("PATH", f"{path}/bin", prepend=":")
     environment = tmp_path / "site-packages"
     home = Path(packages(environment, "80", **WHOLE))
-    monkeypatch.syspath_prepend(environment)
+    monkeypatch.setattr(sys, "path", [str(environment), *sys.path])
 
     def found() -> Path:
         monkeypatch.delenv("CUDA_HOME", raising=False)
