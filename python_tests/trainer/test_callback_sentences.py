@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+import sentence_transformers
 import torch
 from models import assert_same_bits, same_bits, trainable, weights, without_dropout
 from peft import LoraConfig
@@ -17,11 +19,6 @@ from trainer_case import Averages, arguments
 from eflat_ext import create_eflat_optimizer
 from eflat_ext import trainer as ours
 from eflat_ext.trainer.callback import FILE
-
-sentence_transformers = pytest.importorskip(
-    "sentence_transformers", reason="sentence-transformers is not installed"
-)
-datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers and PEFT
 
@@ -127,7 +124,7 @@ def test_losses_with_cached_gradients_run_at_the_perturbed_point(tmp_path: Path)
 @pytest.mark.parametrize("late", [False, True])
 def test_setfit(late: bool, tmp_path: Path) -> None:
     """SetFit hands its callbacks other arguments and another model than Trainer does."""
-    setfit = pytest.importorskip("setfit", reason="setfit is not installed")
+    import setfit
     from sklearn.linear_model import LogisticRegression
     from trainer_case import accelerator
 
